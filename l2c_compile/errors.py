@@ -1,0 +1,61 @@
+"""Every error this package raises on purpose. A message says what was wanted, what was got and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CaptureError",
+    "FileFormatError",
+    "L2CError",
+    "LoopTraceError",
+    "PassFailed",
+    "ScheduleError",
+    "StaleConstantsError",
+    "UnknownSiteError",
+    "VerificationError",
+    "nearest",
+]
+
+
+class L2CError(Exception):
+    """Base of all errors of l2c_compile."""
+
+
+class ScheduleError(L2CError, ValueError):
+    """A schedule or router that cannot be honoured: wrong shape, wrong evaluation count, read before compute."""
+
+
+class UnknownSiteError(ScheduleError):
+    """A site names a module that the denoiser does not have, or never calls."""
+
+
+class FileFormatError(L2CError, ValueError):
+    """A file that is truncated, malicious, of a newer schema, or not of the form its reader knows."""
+
+
+class LoopTraceError(L2CError, ValueError):
+    """The sampling loop cannot be unrolled, for example because it branches on latent values."""
+
+
+class CaptureError(L2CError, ValueError):
+    """The denoiser cannot be captured as one functional graph."""
+
+
+class StaleConstantsError(L2CError, RuntimeError):
+    """Weights changed after constants were folded from them; call ``refresh()``."""
+
+
+class PassFailed(L2CError, RuntimeError):
+    """A compiler pass broke an invariant. This is a bug of l2c_compile, not of the caller."""
+
+
+class VerificationError(L2CError, RuntimeError):
+    """A loop graph violates its specification, or a compiled sampler differs from the reference."""
+
+
+def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """Return ``did you mean 'a', 'b'?`` for the known names closest to ``name``, or ``""`` if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"did you mean {', '.join(map(repr, close))}?" if close else ""
