@@ -1,0 +1,249 @@
+"""Capture one evaluation of the denoiser as a functional ATen graph that knows its sites.
+
+``torch.export`` (non-strict) runs the denoiser's own Python on fake tensors. Forward hooks, present only meanwhile, pass
+every site's value through the identity op ``l2c::site``, so a site is found exactly, whatever the module's class, and
+also when the module returns a tuple, returns its input, or is called twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from l2c_compile.errors import CaptureError, UnknownSiteError, nearest
+from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, site_nodes
+from l2c_compile.sites import Site
+
+__all__ = ["CallSignature", "TensorSpec", "capture", "check_sites_exist"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a static graph is specialised on: shape, strides, dtype and device of one tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """Describe ``tensor``."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def empty(self) -> Tensor:
+        """Return an uninitialised tensor of this description (a fake one under a fake tensor mode)."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The form of one call ``denoiser(*args, **kwargs)``; calls of equal form share one evaluation graph."""
+
+    spec: TreeSpec
+    leaves: tuple[object, ...]
+    """A ``TensorSpec`` for each tensor, ``(type, value)`` for anything else, in the order of ``spec``."""
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the specs of the tensors, in order: the inputs of the evaluation graph."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorSpec))
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Return the ``(args, kwargs)`` of the call with ``tensors`` in the places of its tensors."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(leaf, TensorSpec) else leaf[1] for leaf in self.leaves]  # type: ignore[index]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+def check_sites_exist(denoiser: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise ``UnknownSiteError`` for a site whose module the denoiser does not have."""
+    paths = {path for path, _ in denoiser.named_modules()}
+    for site in sites:
+        for path in site.modules():
+            if path not in paths:
+                hint = nearest(path, paths) or f"see {type(denoiser).__name__}.named_modules() for the paths it has"
+                raise UnknownSiteError(f"site '{site}': the denoiser has no module '{path}'; {hint}")
+
+
+def capture(denoiser: nn.Module, signature: CallSignature, sites: Sequence[Site]) -> EvaluationGraph:
+    """Export one call of ``denoiser`` and mark ``sites`` in it.
+
+    Args:
+        denoiser: any module that ``torch.export`` takes; it is left as it was.
+        signature: the form of the call. Shapes, dtypes, devices and non-tensor arguments become static.
+        sites: what to mark; every one must exist (``check_sites_exist``).
+
+    Returns:
+        The evaluation graph. Its inputs are the tensors of the call in order; weights are ``get_attr`` nodes.
+
+    Raises:
+        UnknownSiteError: a site's module is not called, or not that often, in one evaluation.
+        CaptureError: the denoiser cannot be exported, changes its buffers or inputs in place, or draws random numbers.
+    """
+    flat = _FlatCall(denoiser, signature)
+    with FakeTensorMode() as fake_mode:
+        example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
+    try:
+        with torch.no_grad(), _marking(denoiser, sites):
+            program = torch.export.export(flat, example_inputs, strict=False)
+        program = program.run_decompositions({})
+    except UnknownSiteError:
+        raise
+    except Exception as error:  # torch.export raises whatever the model's own Python raises
+        raise CaptureError(
+            f"torch.export cannot capture one evaluation of {type(denoiser).__name__}"
+            f" ({type(error).__name__}: {_first_line(error)}); remove what depends on tensor values or leaves torch from"
+            " its forward, or put that part into the loop"
+        ) from error
+    del fake_mode
+    if flat.out_spec is None:
+        raise AssertionError("torch.export did not run the denoiser")
+    _reject_effects(denoiser, program)
+    evaluation = _to_evaluation_graph(flat, program, tuple(sites))
+    _check_all_marked(denoiser, evaluation)
+    return evaluation
+
+
+class _FlatCall(nn.Module):
+    """The denoiser with flat tensors in and out, so that export sees only what can vary."""
+
+    def __init__(self, denoiser: nn.Module, signature: CallSignature) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._signature = signature
+        self.out_spec: TreeSpec | None = None
+        self.out_leaves: list[object] = []
+        self.train(denoiser.training)
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        args, kwargs = self._signature.unflatten(tensors)
+        self.out_leaves, self.out_spec = tree_flatten(self.denoiser(*args, **kwargs))
+        return [leaf for leaf in self.out_leaves if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _marking(denoiser: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
+    calls: Counter[str] = Counter()
+
+    def mark_tensors(value: object, site: Site) -> object:
+        leaves, spec = tree_flatten(value)
+        ports = iter(range(len(leaves)))
+        marked = [SITE(leaf, str(site), next(ports), -1) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree_unflatten(marked, spec)
+
+    def mark_input(path: str, wanted: list[Site]) -> Callable[..., object]:
+        def hook(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+            for site in wanted:
+                if site.call == calls[path]:
+                    if not args or not isinstance(args[0], Tensor):
+                        raise UnknownSiteError(
+                            f"site '{site}': module '{path}' takes no tensor as its first positional argument, so its"
+                            " change (out - in) is not defined; use its output instead"
+                        )
+                    args = (SITE(args[0], str(site), INPUT_PORT, -1), *args[1:])
+            return args
+
+        return hook
+
+    def mark_output(path: str, wanted: list[Site]) -> Callable[..., object]:
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
+            for site in wanted:
+                if site.call == calls[path]:
+                    output = mark_tensors(output, site)
+            calls[path] += 1
+            return output
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path in dict.fromkeys(p for site in sites for p in (site.path, site.last or site.path)):
+            module = denoiser.get_submodule(path)
+            begins = [site for site in sites if site.path == path and site.kind == "delta"]
+            ends = [site for site in sites if (site.last or site.path) == path]
+            if begins:
+                hooks.callback(module.register_forward_pre_hook(mark_input(path, begins)).remove)
+            hooks.callback(module.register_forward_hook(mark_output(path, ends)).remove)
+        yield
+
+
+def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:
+    name = type(denoiser).__name__
+    for output in program.graph_signature.output_specs:
+        if output.kind is OutputKind.BUFFER_MUTATION:
+            buffer = str(output.target).removeprefix("denoiser.")
+            raise CaptureError(f"{name} changes its buffer '{buffer}' in every evaluation; call .eval() before compiling")
+        if output.kind is OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(f"{name} changes its input '{output.target}' in place; let it clone that input first")
+    for node in program.graph.nodes:
+        if draws_random_numbers(node):
+            path = _module_path(node)
+            raise CaptureError(
+                f"{name} draws random numbers ({node.target}) in module '{path}'; call .eval() if it is dropout, or draw"
+                " them in the loop and pass them in"
+            )
+
+
+def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple[Site, ...]) -> EvaluationGraph:
+    """Copy the exported graph with weights as ``get_attr`` instead of inputs."""
+    root = nn.Module()
+    root.denoiser = flat.denoiser
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    constants: dict[str, str] = {}
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = inputs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                copies[node] = graph.placeholder(node.name)
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                copies[node] = graph.get_attr(str(spec.target))
+            elif spec.kind is InputKind.CONSTANT_TENSOR:
+                target = str(spec.target)
+                if target not in constants:
+                    constants[target] = f"_constant_{len(constants)}"
+                    root.register_buffer(constants[target], program.constants[target], persistent=False)
+                copies[node] = graph.get_attr(constants[target])
+            else:
+                raise CaptureError(f"the exported denoiser takes an input of kind {spec.kind.name}, which is not supported")
+        elif node.op == "output":
+            copies[node] = graph.output([copies[n] for n in node.args[0]])
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = dict(node.meta)
+    # Non-strict export reports the fake tensors of its own run in the graph, not those that our forward saw.
+    tensors = iter(n.meta["val"] for n in graph.output_node().args[0])  # type: ignore[union-attr]
+    leaves = tuple(next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in flat.out_leaves)
+    return EvaluationGraph(graph=graph, root=root, sites=sites, out_spec=flat.out_spec, out_leaves=leaves)
+
+
+def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph) -> None:
+    marked = {node.args[1] for node in site_nodes(evaluation.graph)}
+    for site in evaluation.sites:
+        if str(site) not in marked:
+            raise UnknownSiteError(
+                f"site '{site}': one evaluation of {type(denoiser).__name__} never calls it (call number {site.call} of"
+                f" module '{site.last or site.path}'), or bypasses its __call__; name a module that it calls"
+            )
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(path) for path, _ in reversed(list(stack.values()))), "")
+    return path.removeprefix("L['self'].").removeprefix("denoiser.").removeprefix("denoiser")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]

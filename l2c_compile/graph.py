@@ -1,0 +1,231 @@
+"""The graphs the compiler works on, the two marker ops in them, and the notes their nodes carry.
+
+Two kinds of graph, both functional ATen on ``torch.fx``:
+
+``EvaluationGraph``  one call of the denoiser, as captured; placeholders are the tensors of the call.
+``LoopGraph``        the whole loop, every evaluation in execution order; placeholders are the loop's tensors.
+
+Weights are ``get_attr`` nodes named ``denoiser.<path>``: referenced, never copied. Two ops mark what a schedule can
+change. Both are ordinary ops that run, so that a graph can be executed after any pass:
+
+``l2c::site(value, site, port, evaluation)``  the value of a site (port 0, 1, ...: the module's tensor outputs; port
+                                              -1: its input). An identity that outlives every rewrite of its argument.
+``l2c::cache_read(history, ...)``             a value made by a rule from what the site held at earlier evaluations.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Argument, Node
+from torch.utils._pytree import TreeSpec
+
+from l2c_compile.rules import Reading, rule_from_dict
+from l2c_compile.schedule import CacheSchedule
+from l2c_compile.sites import Site
+
+__all__ = [
+    "CACHE_READ",
+    "INPUT_PORT",
+    "SITE",
+    "Binding",
+    "Dependency",
+    "EvaluationGraph",
+    "Expression",
+    "FoldedConstants",
+    "LoopGraph",
+    "ProgramGraph",
+    "draws_random_numbers",
+    "evaluation_of",
+    "expression",
+    "num_bytes",
+    "site_nodes",
+]
+
+INPUT_PORT = -1
+"""The port of a site's input, marked only where the site or its rule needs it."""
+
+_LIBRARY = torch.library.Library("l2c", "FRAGMENT")
+_LIBRARY.define("site(Tensor value, str site, int port, int evaluation) -> Tensor")
+_LIBRARY.define(
+    "cache_read(Tensor[] history, Tensor[] inputs, Tensor? current_input, str site, int port, int evaluation,"
+    " int[] sources, str rule) -> Tensor"
+)
+
+
+def _site(value: Tensor, site: str, port: int, evaluation: int) -> Tensor:
+    # An op may not return its input, and the copy must keep the strides that the graph was captured with.
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _fake_site(value: Tensor, site: str, port: int, evaluation: int) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _cache_read(
+    history: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    current_input: Tensor | None,
+    site: str,
+    port: int,
+    evaluation: int,
+    sources: Sequence[int],
+    rule: str,
+) -> Tensor:
+    reading = Reading(history=tuple(history), inputs=tuple(inputs), current_input=current_input)
+    value = rule_from_dict(json.loads(rule)).combine(reading)
+    return _site(value, site, port, evaluation)
+
+
+_LIBRARY.impl("site", _site, "CompositeExplicitAutograd")
+_LIBRARY.impl("cache_read", _cache_read, "CompositeExplicitAutograd")
+torch.library.register_fake("l2c::site", _fake_site, lib=_LIBRARY)
+torch.library.register_fake("l2c::cache_read", _cache_read, lib=_LIBRARY)
+
+SITE = torch.ops.l2c.site.default
+CACHE_READ = torch.ops.l2c.cache_read.default
+
+
+class Dependency(enum.Enum):
+    """What a value of the evaluation graph is made from, besides weights."""
+
+    TIME = "time"
+    """Constants of the loop that differ between evaluations."""
+    CONDITION = "condition"
+    """The loop's conditions."""
+    LATENT = "latent"
+    """The noise, a random draw, or what an evaluation returned."""
+
+
+class Binding(enum.Enum):
+    """When a value of the evaluation graph is known (its binding time)."""
+
+    CONSTANT = "constant"
+    """From weights and timesteps alone: known at compile time."""
+    CONDITION = "condition"
+    """From the conditions (labels, prompts): known once a call."""
+    STEP = "step"
+    """From timestep and condition, not the latent: known before the loop starts, for every evaluation."""
+    LATENT = "latent"
+    """From the latent: known only when its evaluation runs."""
+
+
+@dataclass
+class FoldedConstants:
+    """How the folded constants of a loop graph were made, so that they can be made again."""
+
+    recipe: fx.Graph
+    """A graph without inputs over the same weights; its output is the tuple of the folded values."""
+    names: tuple[str, ...]
+    """The attribute of ``LoopGraph.root`` that holds each value."""
+    weights: tuple[str, ...]
+    """The weights (``denoiser.<path>``) that the values were made from."""
+
+
+@dataclass
+class ProgramGraph:
+    """A functional ATen graph and the module that its ``get_attr`` nodes refer to."""
+
+    graph: fx.Graph
+    root: nn.Module
+
+    def module(self) -> fx.GraphModule:
+        """Return the graph as an ``nn.Module``; weights are shared with the denoiser, also after they are replaced."""
+        module = fx.GraphModule(self.root, self.graph, class_name=type(self).__name__)
+        for name, child in self.root.named_children():
+            # GraphModule copies the leaves it needs; the live child follows a weight that is assigned anew.
+            setattr(module, name, child)
+        return module
+
+
+@dataclass
+class EvaluationGraph(ProgramGraph):
+    """One evaluation of the denoiser: flat tensor inputs, flat tensor outputs."""
+
+    sites: tuple[Site, ...] = ()
+    """The sites marked in the graph."""
+    out_spec: TreeSpec | None = None
+    """The structure that the denoiser returns."""
+    out_leaves: tuple[object, ...] = ()
+    """Its leaves: a fake tensor for each output of the graph, anything else as it is."""
+
+
+@dataclass
+class LoopGraph(ProgramGraph):
+    """A whole sampling loop, unrolled."""
+
+    schedule: CacheSchedule
+    num_evaluations: int
+    out_spec: TreeSpec
+    """The structure that the loop returns; the graph's output is the flat list of its leaves."""
+    folded: list[FoldedConstants] = field(default_factory=list)
+
+    def new_constant(self, value: Tensor, prefix: str = "_constant") -> str:
+        """Store ``value`` as a buffer of the root under a fresh name and return the name."""
+        number = len(self.root._buffers)
+        name = f"{prefix}_{number}"
+        self.root.register_buffer(name, value, persistent=False)
+        return name
+
+
+def evaluation_of(node: Node) -> int | None:
+    """Return the evaluation that a node of a loop graph belongs to, None for the loop's own arithmetic."""
+    return node.meta.get("evaluation")
+
+
+def site_nodes(graph: fx.Graph) -> Iterator[Node]:
+    """Yield the ``l2c::site`` nodes of a graph in order."""
+    return iter(graph.find_nodes(op="call_function", target=SITE))
+
+
+def draws_random_numbers(node: Node) -> bool:
+    """Tell whether the node draws from a random number generator, so that it may be neither removed nor merged."""
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+
+
+def num_bytes(node: Node) -> int:
+    """Return the size in bytes of the tensors that a node produces, 0 where the graph does not say."""
+    value = node.meta.get("val")
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+Expression = tuple[object, ...]
+"""What a node computes, as a hashable value: equal for two nodes of one graph iff they compute the same."""
+
+
+def expression(node: Node, rename: Callable[[Node], Node] | Mapping[Node, Node] | None = None) -> Expression:
+    """Return the key under which two pure nodes are the same computation.
+
+    Args:
+        node: a ``call_function`` or ``get_attr`` node.
+        rename: maps each argument node to the node that stands for it, identity where omitted.
+    """
+    lookup: Callable[[Node], Node]
+    if rename is None:
+        lookup = lambda argument: argument  # noqa: E731
+    elif isinstance(rename, Mapping):
+        lookup = rename.__getitem__
+    else:
+        lookup = rename
+
+    def key(argument: Argument) -> object:
+        if isinstance(argument, Node):
+            return lookup(argument)
+        if isinstance(argument, (tuple, list)):
+            return tuple(map(key, argument))
+        if isinstance(argument, float):
+            # 1 == 1.0 == True and 0.0 == -0.0 for Python, not for type promotion and division.
+            return float, argument.hex()
+        return type(argument), argument
+
+    return (node.op, node.target, key(node.args), tuple(sorted((name, key(a)) for name, a in node.kwargs.items())))

@@ -1,0 +1,473 @@
+"""Unroll a sampling loop by running its Python once, with the denoiser as a leaf.
+
+Two steps. ``LoopTracer`` (a ``torch.fx.Tracer``) runs the loop on proxies that know shape, dtype and device but no
+values: what depends only on the sampler's schedule (timesteps, coefficients, indices) is ordinary Python on ordinary
+tensors and leaves no trace; what touches the latent becomes a node. ``_lower`` then turns the recorded torch calls into
+functional ATen, so that a loop may write in place.
+
+The result is a ``LoopSkeleton``: the loop's own arithmetic as ONE graph in which the denoiser does not occur. The
+outputs of evaluation e are inputs of that graph and its arguments are outputs of it; ``unroll`` closes the circuit.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument, Node, Target
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from l2c_compile.capture import CallSignature, TensorSpec
+from l2c_compile.errors import L2CError, LoopTraceError
+from l2c_compile.graph import EvaluationGraph
+
+__all__ = ["Loop", "LoopSkeleton", "trace_loop"]
+
+Loop = Callable[..., object]
+"""``loop(denoiser, noise, **conditions) -> latent``: plain PyTorch that runs a sampler."""
+
+_NO_VALUES = "the latent has no values while the loop is unrolled"
+
+
+@dataclass
+class EvaluationCall:
+    """One call of the denoiser."""
+
+    signature: CallSignature
+    graph: EvaluationGraph
+    """Shared by all calls of equal signature."""
+
+
+@dataclass
+class LoopSkeleton:
+    """The loop without its evaluations.
+
+    ``graph`` is functional ATen. Its placeholders are the loop's tensor inputs, its constants, then the outputs of
+    evaluation 0, 1, ...; its output is the list of tensor arguments of evaluation 0, 1, ..., then the loop's result.
+    """
+
+    graph: fx.Graph
+    calls: list[EvaluationCall]
+    num_inputs: int
+    constants: dict[str, Tensor]
+    """By name; a name that begins with ``denoiser.`` is the path of a weight."""
+    out_spec: TreeSpec
+    num_outputs: int
+
+    def input_nodes(self) -> list[Node]:
+        """Return the placeholders of the loop's tensor inputs."""
+        return self._placeholders()[: self.num_inputs]
+
+    def constant_nodes(self) -> list[Node]:
+        """Return the placeholders of the loop's constants."""
+        return self._placeholders()[self.num_inputs : self.num_inputs + len(self.constants)]
+
+    def output_nodes(self) -> list[list[Node]]:
+        """Return, for each evaluation, the placeholders of its outputs."""
+        return _split(
+            self._placeholders()[self.num_inputs + len(self.constants) :],
+            [_num_tensors(call.graph.out_leaves) for call in self.calls],
+        )
+
+    def argument_nodes(self) -> list[list[Node]]:
+        """Return, for each evaluation, the nodes of its tensor arguments."""
+        sizes = [len(call.signature.tensor_specs()) for call in self.calls]
+        return _split(list(self.graph.output_node().args[0])[: sum(sizes)], sizes)  # type: ignore[arg-type]
+
+    def result_nodes(self) -> list[Argument]:
+        """Return the flat result of the loop."""
+        results = list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        return results[len(results) - self.num_outputs :]
+
+    def _placeholders(self) -> list[Node]:
+        return list(self.graph.find_nodes(op="placeholder"))
+
+
+def trace_loop(
+    loop: Loop,
+    denoiser: nn.Module,
+    noise: object,
+    conditions: Mapping[str, object],
+    capture_call: Callable[[CallSignature], EvaluationGraph],
+) -> LoopSkeleton:
+    """Run ``loop`` once on proxies and return what it does around the denoiser.
+
+    Args:
+        loop: the sampler.
+        denoiser: what the loop is given to call; it is not run.
+        noise: a tensor or a nested container of tensors.
+        conditions: keyword arguments of the loop; tensors in them become inputs, anything else is static.
+        capture_call: returns the evaluation graph for one form of call; asked once for each call.
+
+    Raises:
+        LoopTraceError: the loop branches on latent values, reads them into Python, or does what cannot be recorded.
+    """
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise LoopTraceError(
+            "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's forward,"
+            " or cast the model"
+        )
+    tracer = LoopTracer(denoiser, capture_call)
+    recorded = tracer.unroll(loop, noise, conditions)
+    return _lower(recorded, tracer)
+
+
+class LoopProxy(fx.Proxy):
+    """A tensor of the loop: knows its shape, dtype and device, not its values."""
+
+    tracer: LoopTracer
+
+    def __init__(self, node: Node, tracer: LoopTracer, value: object) -> None:
+        super().__init__(node, tracer)
+        self.fake = value
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        # Loops ask isinstance(x, torch.Tensor); the honest answer for what this stands for is yes.
+        return type(self.fake) if not isinstance(self.fake, FakeTensor) else Tensor
+
+    def __getattr__(self, name: str) -> object:
+        if name in _STATIC_ATTRIBUTES:
+            return getattr(self.fake, name)
+        if name in _STATIC_METHODS:
+            return getattr(self.fake, name)
+        if name in _VALUE_METHODS:
+            raise self.tracer.untraceable(f"calls .{name}() on a value made from the latent")
+        if isinstance(self.fake, Tensor) and isinstance(getattr(torch.Tensor, name, None), property):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        if isinstance(self.fake, Tensor) and type(getattr(torch.Tensor, name, None)).__name__ == "getset_descriptor":
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        if not hasattr(self.fake, name):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+    def __getitem__(self, index: object) -> LoopProxy:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def __setitem__(self, index: object, value: object) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __len__(self) -> int:
+        return len(self.fake)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[LoopProxy]:
+        if isinstance(self.fake, Tensor):
+            return iter(self.tracer.create_proxy("call_method", "unbind", (self, 0), {}))
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, item: object) -> bool:
+        raise self.tracer.untraceable("asks whether a value made from the latent contains something")
+
+    def _no_value(self, *args: object) -> object:
+        raise self.tracer.untraceable("turns a value made from the latent into a Python number")
+
+    __float__ = __int__ = __index__ = __complex__ = __array__ = _no_value  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise self.tracer.untraceable("branches on a value made from the latent")
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+_STATIC_ATTRIBUTES = frozenset(
+    "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized is_mps requires_grad itemsize nbytes"
+    " is_leaf names".split()
+)
+_STATIC_METHODS = frozenset(
+    "size dim numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex is_signed"
+    " get_device ndimension type keys".split()
+)
+_VALUE_METHODS = frozenset("item tolist numpy data_ptr untyped_storage storage __dlpack__".split())
+
+_RANDOM_FUNCTIONS = frozenset(
+    {torch.randn, torch.rand, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.poisson}
+    | {torch.multinomial, torch.randn_like, torch.rand_like, torch.randint_like}
+)
+
+
+class LoopTracer(fx.Tracer):
+    """Records what a loop does to its latent; the denoiser is a leaf."""
+
+    def __init__(self, denoiser: nn.Module, capture_call: Callable[[CallSignature], EvaluationGraph]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.capture_call = capture_call
+        self.calls: list[EvaluationCall] = []
+        self.inputs: list[LoopProxy] = []
+        self.constants: dict[str, Tensor] = {}
+        self.out_spec: TreeSpec | None = None
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.capturing = False
+        self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
+        self._snapshots: dict[object, tuple[str, Tensor]] = {}
+
+    def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
+        """Run ``loop`` and return the recorded graph of torch calls."""
+        self.root = nn.Module()
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.tensor_attrs = {}
+        noise, conditions = tree_map(self._make_input, (noise, dict(conditions)))
+        with torch.no_grad(), _RecordRandomDraws(self):
+            try:
+                result = loop(_Leaf(self), noise, **conditions)
+            except L2CError:
+                raise
+            except fx.proxy.TraceError as error:
+                raise self.untraceable(f"does what cannot be recorded ({error})") from error
+        if not self.calls:
+            raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
+        leaves, self.out_spec = tree_flatten(result)
+        self.graph.output([self.create_arg(leaf) for leaf in leaves])
+        return self.graph
+
+    def untraceable(self, what: str) -> LoopTraceError:
+        """Return the error for something the loop does at this moment that a static program cannot."""
+        done = len(self.calls)
+        return LoopTraceError(
+            f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {_NO_VALUES}: use torch.where,"
+            " clamp or another tensor operation, or compute it from the timesteps"
+        )
+
+    # What fx.Tracer calls.
+
+    def proxy(self, node: Node) -> LoopProxy:  # noqa: D102
+        return LoopProxy(node, self, node.meta["fake"])
+
+    def create_proxy(  # noqa: D102
+        self,
+        kind: str,
+        target: Target,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        name: str | None = None,
+        type_expr: object | None = None,
+        *unused: object,
+        **unused_kwargs: object,
+    ) -> LoopProxy:
+        if _writes_in_place(target, kwargs) and not any(isinstance(a, fx.Proxy) for a in _written(args, kwargs)):
+            raise self.untraceable(
+                "writes a value made from the latent into a tensor that it created itself"
+                " (create it with zeros_like of the latent, or use stack or cat)"
+            )
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, None)  # type: ignore[arg-type]
+        node.meta["fake"] = self._fake_result(node)
+        return self.proxy(node)
+
+    def create_arg(self, a: object) -> Argument:  # noqa: D102
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, torch.Generator):
+            raise self.untraceable("passes a torch.Generator; draw from the default generator, or pass the noise as a condition")
+        if isinstance(a, Tensor):
+            return self._constant(a)
+        return super().create_arg(a)
+
+    # Our own steps.
+
+    def evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Record one call of the denoiser and return proxies for what it gives back."""
+        leaves, spec = tree_flatten((args, kwargs))
+        signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
+        self.capturing = True
+        try:
+            graph = self.capture_call(signature)
+        finally:
+            self.capturing = False
+        index = len(self.calls)
+        self.calls.append(EvaluationCall(signature, graph))
+        tensors = [self.create_arg(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        node = self.graph.create_node("call_module", "denoiser", (index, *tensors), {})
+        outputs = []
+        for leaf in graph.out_leaves:
+            if isinstance(leaf, Tensor):
+                getitem = self.graph.call_function(operator.getitem, (node, len(outputs)))
+                with self.fake_mode:
+                    getitem.meta["fake"] = TensorSpec.of(leaf).empty()
+                outputs.append(self.proxy(getitem))
+        remaining = iter(outputs)
+        results = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in graph.out_leaves]
+        if graph.out_spec is None:
+            raise AssertionError("an evaluation graph without an output structure")
+        return tree_unflatten(results, graph.out_spec)
+
+    def _leaf_signature(self, leaf: object) -> object:
+        if isinstance(leaf, LoopProxy):
+            return TensorSpec.of(leaf.fake)  # type: ignore[arg-type]
+        if isinstance(leaf, Tensor):
+            return TensorSpec.of(leaf)
+        if isinstance(leaf, float):
+            return float, leaf
+        try:
+            hash(leaf)
+        except TypeError:
+            raise self.untraceable(f"gives the denoiser an argument of type {type(leaf).__name__}; give it a tensor") from None
+        return type(leaf), leaf
+
+    def _make_input(self, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        node = self.graph.placeholder(f"input_{len(self.inputs)}")
+        with self.fake_mode:
+            node.meta["fake"] = TensorSpec.of(leaf).empty()
+        self.inputs.append(self.proxy(node))
+        return self.inputs[-1]
+
+    def _constant(self, tensor: Tensor) -> Node:
+        """Return a node for a concrete tensor of the loop, as it is at this moment."""
+        weight = self.weight_paths.get(id(tensor))
+        # A loop may go on writing into its own tensors, so the graph holds a copy: one for each state it has seen.
+        # Keeping the original keeps its address from being used again.
+        state = weight or (tensor.data_ptr(), TensorSpec.of(tensor), tensor._version)
+        if state not in self._snapshots:
+            name = weight or f"_loop_constant_{len(self.constants)}"
+            self.constants[name] = tensor if weight else tensor.detach().clone()
+            self._snapshots[state] = name, tensor
+        name, _ = self._snapshots[state]
+        node = self.graph.create_node("get_attr", name)
+        node.meta["fake"] = self.fake_mode.from_tensor(self.constants[name])
+        return node
+
+    def _fake_result(self, node: Node) -> object:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["fake"])
+        with self.fake_mode, torch.no_grad():
+            return _execute(node, args, kwargs)
+
+
+class _Leaf(nn.Module):
+    """Stands for the denoiser while the loop is unrolled: calling it records an evaluation."""
+
+    def __init__(self, tracer: LoopTracer) -> None:
+        super().__init__()
+        object.__setattr__(self, "_tracer", tracer)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        tracer: LoopTracer = self._tracer  # type: ignore[assignment]
+        return tracer.evaluate(args, kwargs)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["_tracer"].denoiser, name)
+
+
+class _RecordRandomDraws(TorchFunctionMode):
+    """Makes ``torch.randn(shape)`` and its kind nodes, although no argument of theirs is a proxy."""
+
+    def __init__(self, tracer: LoopTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(  # noqa: D102
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if func in _RANDOM_FUNCTIONS and not self.tracer.capturing:
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for named in (denoiser.named_parameters(), denoiser.named_buffers()):
+        for path, tensor in named:
+            yield f"denoiser.{path}", tensor
+
+
+def _execute(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if not callable(node.target):
+        raise AssertionError(f"cannot execute {node.format_node()}")
+    return node.target(*args, **kwargs)
+
+
+def _writes_in_place(target: Target, kwargs: Mapping[str, object]) -> bool:
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or target is operator.setitem or name == "__setitem__" or kwargs.get("out") is not None
+
+
+def _written(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, ...]:
+    return (kwargs["out"],) if kwargs.get("out") is not None else args[:1]
+
+
+def _caller() -> str:
+    """Return file:line of the innermost frame outside torch and this package's tracer: the user's loop."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not (name.startswith(("torch.", "contextlib")) or name in ("torch", __name__)):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown place"
+
+
+def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
+    """Turn the recorded torch calls into one functional ATen graph, with the denoiser's outputs as inputs."""
+    nodes = list(recorded.nodes)
+    constant_names = list(tracer.constants)
+    outputs = [n for n in nodes if n.op == "call_function" and n.target is operator.getitem and _is_leaf_call(n.args[0])]
+
+    def loop_arithmetic(inputs: list[Tensor], constants: list[Tensor], predictions: list[Tensor]) -> list[object]:
+        # Clones keep a later write into an input, a constant or a prediction from reaching what was taken before it;
+        # in a functional graph they cost nothing and the simplifier drops them.
+        values: dict[Node, object] = {}
+        input_values, prediction_values = iter(inputs), dict(zip(outputs, predictions, strict=True))
+        by_name = dict(zip(constant_names, constants, strict=True))
+        arguments: list[object] = []
+        result: list[object] = []
+        for node in nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = next(input_values).clone()
+            elif node.op == "get_attr":
+                values[node] = by_name[str(node.target)]
+            elif _is_leaf_call(node):
+                values[node] = None
+                arguments += [argument.clone() for argument in args[1:]]
+            elif node in prediction_values:
+                values[node] = prediction_values[node].clone()
+            elif node.op == "output":
+                result = list(args[0])
+            else:
+                values[node] = _execute(node, args, kwargs)
+        return arguments + result
+
+    with tracer.fake_mode:
+        fakes = (
+            [proxy.fake for proxy in tracer.inputs],
+            [tracer.fake_mode.from_tensor(tensor) for tensor in tracer.constants.values()],
+            [node.meta["fake"] for node in outputs],
+        )
+    with torch.no_grad(), tracer.fake_mode:
+        functional = torch.func.functionalize(loop_arithmetic, remove="mutations")
+        module = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    if tracer.out_spec is None:
+        raise AssertionError("the loop was not run")
+    return LoopSkeleton(
+        graph=module.graph,
+        calls=tracer.calls,
+        num_inputs=len(tracer.inputs),
+        constants=tracer.constants,
+        out_spec=tracer.out_spec,
+        num_outputs=tracer.out_spec.num_leaves,
+    )
+
+
+def _is_leaf_call(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_module"
+
+
+def _num_tensors(leaves: Sequence[object]) -> int:
+    return sum(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _split(nodes: list[Node], sizes: list[int]) -> list[list[Node]]:
+    remaining = iter(nodes)
+    return [[next(remaining) for _ in range(size)] for size in sizes]

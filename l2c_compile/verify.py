@@ -1,0 +1,129 @@
+"""The executable specification: what must hold of a graph, fact by fact.
+
+A pass declares which facts it needs, gives and breaks; the pipeline runner calls ``check`` after every pass. A new
+invariant is written here first, and described in ``passes/README.md`` second.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.fx.node import Node
+
+from l2c_compile.errors import VerificationError
+from l2c_compile.graph import CACHE_READ, SITE, EvaluationGraph, LoopGraph, ProgramGraph, draws_random_numbers
+
+__all__ = ["Fact", "check"]
+
+
+class Fact(enum.Enum):
+    """Something that holds of a graph between two passes."""
+
+    SITES_MARKED = "every site of every evaluation is an l2c::site node"
+    TIMES_BOUND = "every node of an evaluation graph knows its binding time"
+    READS_CACHE = "every reused site is read from the cache: its own value has no user"
+    NO_DEAD_NODES = "every node has a user, is an input or output, or draws random numbers"
+    READS_LOWERED = "no l2c::cache_read is left"
+    SITES_LOWERED = "no l2c::site is left"
+
+
+def check(program: ProgramGraph, facts: Iterable[Fact]) -> None:
+    """Raise ``VerificationError`` at the first node that violates the graph's form or one of ``facts``."""
+    _check_form(program)
+    for fact in facts:
+        _CHECKS[fact](program)
+
+
+def _check_form(program: ProgramGraph) -> None:
+    """Functional ATen in topological order, weights by reference."""
+    seen: set[Node] = set()
+    for node in program.graph.nodes:
+        for argument in node.all_input_nodes:
+            if argument not in seen:
+                raise _violation("nodes are in topological order", node, f"uses '{argument.name}', which comes later")
+        seen.add(node)
+        if node.op in ("call_module", "call_method"):
+            raise _violation("graphs are functional ATen", node, f"is a {node.op}")
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:
+                raise _violation("graphs are functional ATen", node, f"{node.target} writes into an argument")
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            if not hasattr(program.root.get_submodule(owner), name):
+                raise _violation("weights are attributes of the root", node, f"the root has no '{node.target}'")
+
+
+def _sites_marked(program: ProgramGraph) -> None:
+    seen: set[tuple[object, ...]] = set()
+    for node in program.graph.find_nodes(op="call_function", target=SITE):
+        key = node.args[1:]
+        if key in seen:
+            raise _violation("a site has one value an evaluation and port", node, f"{key} is marked twice")
+        seen.add(key)
+    if isinstance(program, LoopGraph):
+        marked = {(site, evaluation) for site, _, evaluation in seen}
+        for (evaluation, site), reuse in program.schedule.reuses.items():
+            for e in (evaluation, *reuse.sources):
+                if (str(site), e) not in marked:
+                    raise VerificationError(f"site '{site}' is not marked in evaluation {e}")
+
+
+def _times_bound(program: ProgramGraph) -> None:
+    if isinstance(program, EvaluationGraph):
+        for node in program.graph.nodes:
+            if node.op != "output" and "binding" not in node.meta:
+                raise _violation(Fact.TIMES_BOUND.value, node, "has none")
+
+
+def _reads_cache(program: ProgramGraph) -> None:
+    if not isinstance(program, LoopGraph):
+        return
+    reused = {(str(site), e): reuse for (e, site), reuse in program.schedule.reuses.items()}
+    for node in program.graph.nodes:
+        if node.target is SITE:
+            _, site, port, evaluation = node.args
+            if port >= 0 and (site, evaluation) in reused and node.users:
+                raise _violation(Fact.READS_CACHE.value, node, f"is still used by {_names(node.users)}")
+        elif node.target is CACHE_READ:
+            site, evaluation, sources = node.args[3], node.args[5], tuple(node.args[6])
+            expected = reused.get((site, evaluation))
+            if expected is None or expected.sources != sources:
+                raise _violation("a cache read follows the schedule", node, f"reads {sources}, the schedule says {expected}")
+
+
+def _no_dead_nodes(program: ProgramGraph) -> None:
+    for node in program.graph.nodes:
+        if node.op not in ("placeholder", "output") and not node.users and not draws_random_numbers(node):
+            raise _violation(Fact.NO_DEAD_NODES.value, node, "has no user")
+
+
+def _none_left(target: object, fact: Fact) -> Callable[[ProgramGraph], None]:
+    def check_none_left(program: ProgramGraph) -> None:
+        for node in program.graph.find_nodes(op="call_function", target=target):
+            raise _violation(fact.value, node, "is one")
+
+    return check_none_left
+
+
+_CHECKS: dict[Fact, Callable[[ProgramGraph], None]] = {
+    Fact.SITES_MARKED: _sites_marked,
+    Fact.TIMES_BOUND: _times_bound,
+    Fact.READS_CACHE: _reads_cache,
+    Fact.NO_DEAD_NODES: _no_dead_nodes,
+    Fact.READS_LOWERED: _none_left(CACHE_READ, Fact.READS_LOWERED),
+    Fact.SITES_LOWERED: _none_left(SITE, Fact.SITES_LOWERED),
+}
+
+
+def _violation(rule: str, node: Node, what: str) -> VerificationError:
+    evaluation = node.meta.get("evaluation")
+    place = "" if evaluation is None else f" of evaluation {evaluation}"
+    return VerificationError(
+        f"{rule}, but node '{node.name}'{place} {what}; {node.format_node()}; its users: {_names(node.users)}"
+    )
+
+
+def _names(nodes: Iterable[Node]) -> str:
+    return ", ".join(node.name for node in nodes) or "none"

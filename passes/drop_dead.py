@@ -1,0 +1,35 @@
+"""Remove every node whose value nobody uses. The only place where work disappears.
+
+    n = layer_norm(x); m = mul(n, s); f = linear(m, w); y = add(x, cache)   ->   y = add(x, cache)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from l2c_compile.graph import ProgramGraph, draws_random_numbers
+from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.verify import Fact
+
+__all__ = ["DropDead"]
+
+
+@dataclass(frozen=True)
+class DropDead(Pass):
+    """Remove nodes without users, last to first. Inputs stay; so do random draws: later draws depend on them."""
+
+    name: ClassVar[str] = "drop-dead"
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        report = PassReport()
+        for node in reversed(list(program.graph.nodes)):
+            if node.users or node.op in ("placeholder", "output"):
+                continue
+            if draws_random_numbers(node):
+                report.left_alone[node.name] = "draws random numbers: later draws depend on it"
+                continue
+            program.graph.erase_node(node)
+            report.rewrites += 1
+        return report

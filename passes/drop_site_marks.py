@@ -1,0 +1,35 @@
+"""Remove the site marks: from here on sites are ordinary values.
+
+    f = site(linear(m, w), "blocks.3.attn", 0, 5); y = mul(gate, f)   ->   y = mul(gate, linear(m, w))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from l2c_compile.graph import ProgramGraph, site_nodes
+from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.verify import Fact
+
+__all__ = ["DropSiteMarks"]
+
+
+@dataclass(frozen=True)
+class DropSiteMarks(Pass):
+    """Redirect the users of each mark to the value; note the site on the value for readers and ``verify``."""
+
+    name: ClassVar[str] = "drop-site-marks"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.READS_LOWERED})
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.NO_DEAD_NODES})
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        report = PassReport()
+        for mark in list(site_nodes(program.graph)):
+            value, site, port, evaluation = mark.args
+            value.meta["sites"] = (*value.meta.get("sites", ()), (evaluation, site, port))
+            mark.replace_all_uses_with(value)
+            program.graph.erase_node(mark)
+            report.rewrites += 1
+        return report

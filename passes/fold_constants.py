@@ -1,0 +1,114 @@
+"""Compute at compile time what depends on weights and timesteps only.
+
+    emb = linear(sin(t7), W); h = mul(x, emb)   ->   h = mul(x, _folded_7)
+
+Only small values are kept; the weights themselves and views of them stay references. The recipe is kept beside the
+values, so that ``refresh`` can make them again after the weights changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Node
+
+from l2c_compile.graph import FoldedConstants, LoopGraph, ProgramGraph, draws_random_numbers, num_bytes
+from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.verify import Fact
+
+__all__ = ["FoldConstants"]
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace small values that depend on no input by buffers."""
+
+    max_bytes: int = 2**20
+    """Size in bytes above which a value is computed in every call instead of kept."""
+
+    name: ClassVar[str] = "fold-constants"
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        if not isinstance(program, LoopGraph):
+            raise TypeError("constants are folded in the loop graph")
+        report = PassReport()
+        constant = _constant_nodes(program.graph)
+        chosen = []
+        for node in program.graph.nodes:
+            if node not in constant or node.op == "get_attr" or all(user in constant for user in node.users):
+                continue
+            reason = self._why_not(node, constant)
+            if reason is None:
+                chosen.append(node)
+            else:
+                report.left_alone[node.name] = reason
+        if chosen:
+            recipe = _recipe(chosen)
+            values = make_constants(program, recipe)
+            names = [program.new_constant(value, "_folded") for value in values]
+            for node, name in zip(chosen, names, strict=True):
+                with program.graph.inserting_before(node):
+                    folded = program.graph.create_node("get_attr", name)
+                folded.meta = {"val": node.meta["val"]}
+                node.replace_all_uses_with(folded)
+            weights = tuple(str(n.target) for n in recipe.find_nodes(op="get_attr") if str(n.target).startswith("denoiser."))
+            program.folded.append(FoldedConstants(recipe, tuple(names), weights))
+            report.rewrites = len(chosen)
+        return report
+
+    def _why_not(self, node: Node, constant: set[Node]) -> str | None:
+        if not isinstance(node.meta.get("val"), Tensor):
+            return "is not a tensor"
+        if _is_view_of_weight(node):
+            return "is a view of a weight"
+        if num_bytes(node) > self.max_bytes:
+            return f"{num_bytes(node)} bytes, more than {self.max_bytes}"
+        if any(user.op == "output" for user in node.users):
+            return "is returned by the loop: the caller may write into it"
+        return None
+
+
+def make_constants(program: LoopGraph, recipe: fx.Graph) -> list[Tensor]:
+    """Run a recipe on the weights as they are and return its values, each with memory of its own."""
+    with torch.no_grad():
+        values = fx.Interpreter(program.root, garbage_collect_values=True, graph=recipe).run()
+    return [value.clone() if value._is_view() else value for value in values]
+
+
+def _constant_nodes(graph: fx.Graph) -> set[Node]:
+    constant: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            constant.add(node)
+        elif node.op == "call_function" and not draws_random_numbers(node):
+            if all(argument in constant for argument in node.all_input_nodes):
+                constant.add(node)
+    return constant
+
+
+def _is_view_of_weight(node: Node) -> bool:
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
+
+
+def _recipe(chosen: list[Node]) -> fx.Graph:
+    """Return the graph that makes the values of ``chosen`` from the weights, in the order of the original graph."""
+    wanted: set[Node] = set()
+    stack = list(chosen)
+    while stack:
+        node = stack.pop()
+        if node not in wanted:
+            wanted.add(node)
+            stack.extend(node.all_input_nodes)
+    recipe = fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in chosen[0].graph.nodes:
+        if node in wanted:
+            copies[node] = recipe.node_copy(node, copies.__getitem__)
+    recipe.output(tuple(copies[node] for node in chosen))
+    return recipe

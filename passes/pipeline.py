@@ -1,0 +1,42 @@
+"""The order of the passes, one reason a line; start here."""
+
+from __future__ import annotations
+
+from l2c_compile.passes.base import Pipeline
+from l2c_compile.passes.bind_times import BindTimes
+from l2c_compile.passes.drop_dead import DropDead
+from l2c_compile.passes.drop_no_ops import DropNoOps
+from l2c_compile.passes.drop_site_marks import DropSiteMarks
+from l2c_compile.passes.fold_constants import FoldConstants
+from l2c_compile.passes.lower_cache_reads import LowerCacheReads
+from l2c_compile.passes.merge_common import MergeCommon
+from l2c_compile.passes.read_reused_sites import ReadReusedSites
+from l2c_compile.verify import Fact
+
+__all__ = ["EVALUATION", "LOOP"]
+
+EVALUATION = Pipeline(
+    (
+        DropNoOps(),  # first: fewer nodes for everything after, here once instead of once an evaluation
+        MergeCommon(),  # copies are gone, so equal computations look equal
+        DropDead(),
+        BindTimes(),  # last: unroll reads the notes
+    ),
+    assumes=frozenset({Fact.SITES_MARKED}),
+)
+"""Runs on each evaluation graph before it is unrolled."""
+
+LOOP = Pipeline(
+    (
+        ReadReusedSites(),  # first: it decides what is still needed
+        DropDead(),  # right after: every later pass sees only live work
+        LowerCacheReads(),  # the rules become arithmetic
+        DropSiteMarks(),  # nothing cuts any more, so the marks only stand in the way
+        DropNoOps(),  # the loop's own copies
+        MergeCommon(),  # evaluations may turn out to share work once their differences are cut
+        FoldConstants(),  # what is left over timesteps and weights only
+        DropDead(),
+    ),
+    assumes=frozenset({Fact.SITES_MARKED}),
+)
+"""Runs on the loop graph."""

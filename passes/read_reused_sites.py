@@ -1,0 +1,124 @@
+"""Cut each reused site: its users get a cache read instead of its own value.
+
+    f = site(linear(m, w), "blocks.3.attn", 0, 7)      r = cache_read([f5], "blocks.3.attn", 0, 7, [5], hold)
+    y = add(x, mul(gate, f))                      ->   y = add(x, mul(gate, r))
+
+What only fed the site dies in ``DropDead``. For a site of kind "delta" the cached value is out - in at the source, and
+the users get in + cached.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Node
+
+from l2c_compile.errors import ScheduleError
+from l2c_compile.graph import CACHE_READ, INPUT_PORT, LoopGraph, ProgramGraph, site_nodes
+from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.schedule import Reuse
+from l2c_compile.sites import Site
+from l2c_compile.verify import Fact
+
+__all__ = ["ReadReusedSites"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ReadReusedSites(Pass):
+    """Redirect the users of every site that the schedule reuses to a ``l2c::cache_read``."""
+
+    name: ClassVar[str] = "read-reused-sites"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED})
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.READS_CACHE})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        if not isinstance(program, LoopGraph):
+            raise TypeError("only a loop graph has evaluations to read from")
+        return _Cutter(program).run()
+
+
+class _Cutter:
+    def __init__(self, program: LoopGraph) -> None:
+        self.graph: fx.Graph = program.graph
+        self.schedule = program.schedule
+        # What the site holds after each evaluation: its own value, or the value that was read in its place.
+        self.held: dict[tuple[int, str, int], Node] = {}
+        self.ports: dict[tuple[int, str], list[int]] = {}
+        self.deltas: dict[Node, Node] = {}
+        for node in site_nodes(self.graph):
+            _, name, port, evaluation = node.args
+            self.held[evaluation, name, port] = node
+            if port != INPUT_PORT:
+                self.ports.setdefault((evaluation, name), []).append(port)
+
+    def run(self) -> PassReport:
+        report = PassReport()
+        # In execution order, so that a rule which reads an earlier read finds it in place.
+        for (evaluation, site), reuse in sorted(self.schedule.reuses.items(), key=lambda item: item[0][0]):
+            for port in self.ports[evaluation, str(site)]:
+                self._cut(evaluation, site, port, reuse)
+                report.rewrites += 1
+        return report
+
+    def _cut(self, evaluation: int, site: Site, port: int, reuse: Reuse) -> None:
+        own = self.held[evaluation, str(site), port]
+        if site.kind == "delta" and len(self.ports[evaluation, str(site)]) > 1:
+            raise ScheduleError(
+                f"site '{site}', evaluation {evaluation}: its module returns several tensors, so its change (out - in) is"
+                " not defined; reuse its output instead"
+            )
+        history = []
+        for source in reuse.sources:
+            value = self.held.get((source, str(site), port))
+            self._check_same_form(evaluation, site, own, source, value)
+            history.append(value if site.kind == "out" else self._delta(value, source, site))
+        inputs: list[Node] = []
+        current = self.held.get((evaluation, str(site), INPUT_PORT))
+        if reuse.rule.needs_input:
+            inputs = [self.held[source, str(site), INPUT_PORT] for source in reuse.sources]
+        with self.graph.inserting_before(own):
+            read = self.graph.call_function(
+                CACHE_READ,
+                (
+                    history,
+                    inputs,
+                    current if reuse.rule.needs_input else None,
+                    str(site),
+                    port,
+                    evaluation,
+                    list(reuse.sources),
+                    json.dumps(reuse.rule.to_dict()),
+                ),
+            )
+            value = read
+            if site.kind == "delta":
+                value = self.graph.call_function(aten.add.Tensor, (current, read))
+        for node in (read, value):
+            node.meta.update(val=own.meta["val"], evaluation=evaluation)
+        own.replace_all_uses_with(value)
+        self.held[evaluation, str(site), port] = value
+
+    def _delta(self, out: Node, source: int, site: Site) -> Node:
+        if out not in self.deltas:
+            before = self.held[source, str(site), INPUT_PORT]
+            with self.graph.inserting_after(out):
+                delta = self.graph.call_function(aten.sub.Tensor, (out, before))
+            delta.meta.update(val=out.meta["val"], evaluation=source)
+            self.deltas[out] = delta
+        return self.deltas[out]
+
+    def _check_same_form(self, evaluation: int, site: Site, own: Node, source: int, value: Node | None) -> None:
+        wanted, got = own.meta["val"], None if value is None else value.meta["val"]
+        if not isinstance(got, Tensor) or (got.shape, got.dtype, got.device) != (wanted.shape, wanted.dtype, wanted.device):
+            shape = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype} on {got.device}"
+            raise ScheduleError(
+                f"site '{site}', evaluation {evaluation}: reuses evaluation {source}, where it holds {shape}, but needs"
+                f" {tuple(wanted.shape)} {wanted.dtype} on {wanted.device}; choose a source with equal batch and shape"
+            )
