@@ -1,0 +1,141 @@
+"""Reading and writing of small JSON documents that may come from strangers: strict, bounded, atomic."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from l2c_compile.errors import FileFormatError
+
+__all__ = ["MAX_JSON_BYTES", "frozen_json", "parse_json", "plain_json", "read_bytes", "write_atomically"]
+
+MAX_JSON_BYTES = 4 * 2**20
+"""The largest JSON document read: 1000 evaluations x 1000 sites fit, and parsing it stays within a second."""
+
+_MAX_DEPTH = 32
+
+
+def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
+    """Return the content of a file of at most ``max_bytes``.
+
+    Raises:
+        FileFormatError: If the file is larger.
+        OSError: If it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise FileFormatError(f"{os.fspath(path)} wants at most {max_bytes} bytes to be read, has more")
+    return data
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+    """
+    target = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner alone; a saved schedule gets the mode that open() would have given it.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def parse_json(text: str | bytes) -> dict[str, object]:
+    """Parse a JSON object. NaN, infinities, duplicate keys, deep nesting and other top-level values are errors.
+
+    Raises:
+        FileFormatError: If ``text`` is not such a document, or longer than ``MAX_JSON_BYTES``.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise FileFormatError(f"JSON wants at most {MAX_JSON_BYTES} bytes, got {len(text)}")
+    try:
+        document = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
+    except FileFormatError:
+        raise
+    except RecursionError:
+        raise FileFormatError("JSON is nested too deeply") from None
+    except ValueError as error:
+        raise FileFormatError(f"not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise FileFormatError(f"JSON wants an object at the top, got {type(document).__name__}")
+    return document
+
+
+def frozen_json(value: Mapping[str, object], what: str) -> Mapping[str, object]:
+    """Return a read-only copy of a JSON object: lists as tuples, objects as read-only mappings.
+
+    Raises:
+        FileFormatError: If something in it has no JSON form; the message starts with ``what``.
+    """
+    if not isinstance(value, Mapping):
+        raise FileFormatError(f"{what} wants a JSON object, got {type(value).__name__}")
+    frozen = _frozen(value, what, _MAX_DEPTH)
+    assert isinstance(frozen, Mapping)
+    return frozen
+
+
+def plain_json(value: object) -> object:
+    """Return what ``frozen_json`` made as dicts and lists, which ``json.dumps`` takes."""
+    if isinstance(value, Mapping):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [plain_json(item) for item in value]
+    return value
+
+
+def _frozen(value: object, what: str, depth: int) -> object:
+    if depth == 0:
+        raise FileFormatError(f"{what} is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise FileFormatError(f"{what} wants text as keys, got {key!r:.80}")
+        return MappingProxyType({key: _frozen(item, what, depth - 1) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item, what, depth - 1) for item in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FileFormatError(f"{what} wants finite numbers, got {value}")
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise FileFormatError(f"{what} wants JSON values, got {type(value).__name__}")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise FileFormatError(f"JSON has the key {twice!r:.80} twice in one object")
+    return result
+
+
+def _refuse_constant(name: str) -> float:
+    raise FileFormatError(f"JSON wants finite numbers, got {name}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise FileFormatError(f"JSON wants finite numbers, got {text:.80}")
+    return number
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
