@@ -91,7 +91,7 @@ def capture(denoiser: nn.Module, signature: CallSignature, sites: Sequence[Site]
         CaptureError: the denoiser cannot be exported, changes its buffers or inputs in place, or draws random numbers.
     """
     flat = _FlatCall(denoiser, signature)
-    with FakeTensorMode() as fake_mode:
+    with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
     try:
         with torch.no_grad(), _marking(denoiser, sites):
@@ -105,13 +105,22 @@ def capture(denoiser: nn.Module, signature: CallSignature, sites: Sequence[Site]
             f" ({type(error).__name__}: {_first_line(error)}); remove what depends on tensor values or leaves torch from"
             " its forward, or put that part into the loop"
         ) from error
-    del fake_mode
-    if flat.out_spec is None:
+    if flat.returned.spec is None:
         raise AssertionError("torch.export did not run the denoiser")
     _reject_effects(denoiser, program)
     evaluation = _to_evaluation_graph(flat, program, tuple(sites))
     _check_all_marked(denoiser, evaluation)
     return evaluation
+
+
+_TENSOR = object()
+
+
+class _Returned:
+    """What the denoiser returned, for after the export: attributes of a module do not survive it."""
+
+    spec: TreeSpec | None = None
+    leaves: Sequence[object] = ()
 
 
 class _FlatCall(nn.Module):
@@ -121,14 +130,14 @@ class _FlatCall(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self._signature = signature
-        self.out_spec: TreeSpec | None = None
-        self.out_leaves: list[object] = []
-        self.train(denoiser.training)
+        self.returned = _Returned()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self._signature.unflatten(tensors)
-        self.out_leaves, self.out_spec = tree_flatten(self.denoiser(*args, **kwargs))
-        return [leaf for leaf in self.out_leaves if isinstance(leaf, Tensor)]
+        leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
+        # Not the tensors themselves: export takes those for state of the module.
+        self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 @contextmanager
@@ -223,10 +232,9 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = dict(node.meta)
-    # Non-strict export reports the fake tensors of its own run in the graph, not those that our forward saw.
     tensors = iter(n.meta["val"] for n in graph.output_node().args[0])  # type: ignore[union-attr]
-    leaves = tuple(next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in flat.out_leaves)
-    return EvaluationGraph(graph=graph, root=root, sites=sites, out_spec=flat.out_spec, out_leaves=leaves)
+    leaves = tuple(next(tensors) if leaf is _TENSOR else leaf for leaf in flat.returned.leaves)
+    return EvaluationGraph(graph=graph, root=root, sites=sites, out_spec=flat.returned.spec, out_leaves=leaves)
 
 
 def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph) -> None:

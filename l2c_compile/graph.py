@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from torch.fx.node import Argument, Node
 from torch.utils._pytree import TreeSpec
 
 from l2c_compile.rules import Reading, rule_from_dict
-from l2c_compile.schedule import CacheSchedule
+from l2c_compile.schedule import CacheSchedule, Reuse
 from l2c_compile.sites import Site
 
 __all__ = [
@@ -165,6 +166,13 @@ class LoopGraph(ProgramGraph):
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
     folded: list[FoldedConstants] = field(default_factory=list)
 
+    def reads(self) -> Iterator[tuple[int, Site, Reuse]]:
+        """Yield (evaluation, site, entry) for every reuse that takes effect, in execution order."""
+        for evaluation, site in sorted(self.schedule.reuses, key=operator.itemgetter(0)):
+            reuse = self.schedule.active(evaluation, site)
+            if reuse is not None:
+                yield evaluation, site, reuse
+
     def new_constant(self, value: Tensor, prefix: str = "_constant") -> str:
         """Store ``value`` as a buffer of the root under a fresh name and return the name."""
         number = len(self.root._buffers)
@@ -185,11 +193,22 @@ def site_nodes(graph: fx.Graph) -> Iterator[Node]:
 
 def draws_random_numbers(node: Node) -> bool:
     """Tell whether the node draws from a random number generator, so that it may be neither removed nor merged."""
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-    )
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    # Attention and dropout can draw, but do not at rate 0 or outside training.
+    given = _arguments(node)
+    return given.get("dropout_p") != 0 and given.get("train") is not False
+
+
+def _arguments(node: Node) -> dict[str, Argument]:
+    """Return the node's arguments by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given.update(zip((argument.name for argument in schema), node.args, strict=False))
+    given.update(node.kwargs)
+    return given
 
 
 def num_bytes(node: Node) -> int:

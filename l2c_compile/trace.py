@@ -27,7 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from l2c_compile.capture import CallSignature, TensorSpec
 from l2c_compile.errors import L2CError, LoopTraceError
-from l2c_compile.graph import EvaluationGraph
+from l2c_compile.graph import Dependency, EvaluationGraph, ProgramGraph, draws_random_numbers
 
 __all__ = ["Loop", "LoopSkeleton", "trace_loop"]
 
@@ -47,16 +47,17 @@ class EvaluationCall:
 
 
 @dataclass
-class LoopSkeleton:
+class LoopSkeleton(ProgramGraph):
     """The loop without its evaluations.
 
     ``graph`` is functional ATen. Its placeholders are the loop's tensor inputs, its constants, then the outputs of
     evaluation 0, 1, ...; its output is the list of tensor arguments of evaluation 0, 1, ..., then the loop's result.
     """
 
-    graph: fx.Graph
     calls: list[EvaluationCall]
     num_inputs: int
+    num_noise: int
+    """How many of the inputs, the first ones, are the noise; the others are conditions."""
     constants: dict[str, Tensor]
     """By name; a name that begins with ``denoiser.`` is the path of a weight."""
     out_spec: TreeSpec
@@ -86,6 +87,33 @@ class LoopSkeleton:
         """Return the flat result of the loop."""
         results = list(self.graph.output_node().args[0])  # type: ignore[arg-type]
         return results[len(results) - self.num_outputs :]
+
+    def note_dependencies(self) -> None:
+        """Write ``meta["depends"]`` on the inputs of every evaluation graph: what the loop feeds them with.
+
+        An input that several evaluations share has what any of them needs; a constant that differs between the
+        evaluations of one graph is a timestep.
+        """
+        depends: dict[Node, frozenset[Dependency]] = {}
+        for node in self.constant_nodes():
+            depends[node] = frozenset()
+        for position, node in enumerate(self.input_nodes()):
+            depends[node] = frozenset({Dependency.LATENT if position < self.num_noise else Dependency.CONDITION})
+        for nodes in self.output_nodes():
+            depends.update(dict.fromkeys(nodes, frozenset({Dependency.LATENT})))
+        for node in self.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                own = frozenset({Dependency.LATENT}) if draws_random_numbers(node) else frozenset()
+                depends[node] = own.union(*(depends[argument] for argument in node.all_input_nodes))
+
+        fed: dict[Node, set[Node]] = {}
+        for call, arguments in zip(self.calls, self.argument_nodes(), strict=True):
+            for node, argument in zip(call.graph.graph.find_nodes(op="placeholder"), arguments, strict=True):
+                fed.setdefault(node, set()).add(argument)
+        for node, feeding in fed.items():
+            varies = sum(not depends[argument] for argument in feeding) > 1
+            own = frozenset({Dependency.TIME}) if varies else frozenset()
+            node.meta["depends"] = own.union(*(depends[argument] for argument in feeding))
 
     def _placeholders(self) -> list[Node]:
         return list(self.graph.find_nodes(op="placeholder"))
@@ -204,6 +232,7 @@ class LoopTracer(fx.Tracer):
         self.calls: list[EvaluationCall] = []
         self.inputs: list[LoopProxy] = []
         self.constants: dict[str, Tensor] = {}
+        self.num_noise = 0
         self.out_spec: TreeSpec | None = None
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.capturing = False
@@ -215,7 +244,9 @@ class LoopTracer(fx.Tracer):
         self.root = nn.Module()
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs = {}
-        noise, conditions = tree_map(self._make_input, (noise, dict(conditions)))
+        noise = tree_map(self._make_input, noise)
+        self.num_noise = len(self.inputs)
+        conditions = tree_map(self._make_input, dict(conditions))
         with torch.no_grad(), _RecordRandomDraws(self):
             try:
                 result = loop(_Leaf(self), noise, **conditions)
@@ -452,8 +483,10 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
         raise AssertionError("the loop was not run")
     return LoopSkeleton(
         graph=module.graph,
+        root=nn.Module(),
         calls=tracer.calls,
         num_inputs=len(tracer.inputs),
+        num_noise=tracer.num_noise,
         constants=tracer.constants,
         out_spec=tracer.out_spec,
         num_outputs=tracer.out_spec.num_leaves,

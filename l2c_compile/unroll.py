@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx, nn
 from torch.fx.node import Node
 
@@ -74,7 +75,7 @@ class _Unroller:
                         evaluate_up_to(owners[argument])
                 values[node] = self.graph.node_copy(node, values.__getitem__)
         evaluate_up_to(len(pending) - 1)
-        results = [values[r] if isinstance(r, Node) else r for r in skeleton.result_nodes()]
+        results = [self._own(values[r]) if isinstance(r, Node) else r for r in skeleton.result_nodes()]
         self.graph.output(results)
         return LoopGraph(
             graph=self.graph,
@@ -83,6 +84,14 @@ class _Unroller:
             num_evaluations=len(skeleton.calls),
             out_spec=skeleton.out_spec,
         )
+
+    def _own(self, result: Node) -> Node:
+        """Return a node for a result of the loop that shares no memory with an input or a weight."""
+        if result.op not in ("placeholder", "get_attr"):
+            return result
+        copy = self.graph.call_function(torch.ops.aten.clone.default, (result,))
+        copy.meta = {"val": result.meta["val"]}
+        return copy
 
     def _evaluate(self, evaluation: int, arguments: Sequence[Node]) -> list[Node]:
         """Copy one evaluation graph to the end of the loop graph; return the nodes of its outputs."""

@@ -64,7 +64,7 @@ def _sites_marked(program: ProgramGraph) -> None:
         seen.add(key)
     if isinstance(program, LoopGraph):
         marked = {(site, evaluation) for site, _, evaluation in seen}
-        for (evaluation, site), reuse in program.schedule.reuses.items():
+        for evaluation, site, reuse in program.reads():
             for e in (evaluation, *reuse.sources):
                 if (str(site), e) not in marked:
                     raise VerificationError(f"site '{site}' is not marked in evaluation {e}")
@@ -80,7 +80,7 @@ def _times_bound(program: ProgramGraph) -> None:
 def _reads_cache(program: ProgramGraph) -> None:
     if not isinstance(program, LoopGraph):
         return
-    reused = {(str(site), e): reuse for (e, site), reuse in program.schedule.reuses.items()}
+    reused = {(str(site), e): reuse for e, site, reuse in program.reads()}
     for node in program.graph.nodes:
         if node.target is SITE:
             _, site, port, evaluation = node.args

@@ -25,18 +25,20 @@ aten = torch.ops.aten
 
 _COPIES = frozenset(
     {aten.clone, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.contiguous, aten._to_copy}
-    | {aten.to, aten.dropout, aten.native_dropout}
+    | {aten.to, aten.dropout}
 )
 _VIEWS = frozenset(
     {aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.slice, aten.permute, aten.transpose, aten.t}
     | {aten.squeeze, aten.unsqueeze, aten.flatten, aten.unflatten, aten.movedim, aten.narrow}
 )
-_ASSERTIONS = frozenset({aten._assert_tensor_metadata, aten._assert_scalar, aten._assert_async})
 
 
 @dataclass(frozen=True)
 class DropNoOps(Pass):
     """Redirect the users of no-ops to their argument; the no-ops die in ``DropDead``."""
+
+    keep_returned: bool = True
+    """Leave a copy of an input or a weight that the graph returns: the caller may write into what it gets."""
 
     name: ClassVar[str] = "drop-no-ops"
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
@@ -45,12 +47,8 @@ class DropNoOps(Pass):
         report = PassReport()
         for node in list(program.graph.nodes):
             packet = getattr(node.target, "overloadpacket", None)
-            if packet in _ASSERTIONS:
-                # Shapes and dtypes are static here: the assertion was decided when the graph was captured.
-                program.graph.erase_node(node)
-                report.rewrites += 1
-            elif packet in _COPIES or packet in _VIEWS:
-                reason = _why_not(node)
+            if packet in _COPIES or packet in _VIEWS:
+                reason = self._why_not(node)
                 if reason is None:
                     node.replace_all_uses_with(node.args[0])
                     report.rewrites += 1
@@ -58,24 +56,24 @@ class DropNoOps(Pass):
                     report.left_alone[node.name] = reason
         return report
 
-
-def _why_not(node: Node) -> str | None:
-    source = node.args[0]
-    before, after = source.meta.get("val") if isinstance(source, Node) else None, node.meta.get("val")
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return "the graph does not say what it returns"
-    if before.shape != after.shape or before.dtype != after.dtype or before.device != after.device:
-        return "changes shape, dtype or device"
-    if before.stride() != after.stride():
-        return "changes the memory layout"
-    packet = node.target.overloadpacket
-    if packet in _VIEWS and before.storage_offset() != after.storage_offset():
-        return "starts elsewhere in its storage"
-    if packet in (aten.dropout, aten.native_dropout) and node.args[2] and node.args[1]:
-        return "drops elements"
-    if isinstance(source, Node) and source.op in ("placeholder", "get_attr") and _is_returned(node):
-        return "keeps the result from sharing memory with an input or a weight"
-    return None
+    def _why_not(self, node: Node) -> str | None:
+        source = node.args[0]
+        before = source.meta.get("val") if isinstance(source, Node) else None
+        after = node.meta.get("val")
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            return "the graph does not say what it returns"
+        if before.shape != after.shape or before.dtype != after.dtype or before.device != after.device:
+            return "changes shape, dtype or device"
+        if before.stride() != after.stride():
+            return "changes the memory layout"
+        packet = node.target.overloadpacket
+        if packet in _VIEWS and before.storage_offset() != after.storage_offset():
+            return "starts elsewhere in its storage"
+        if packet is aten.dropout and node.args[1] and node.args[2]:
+            return "drops elements"
+        if self.keep_returned and source.op in ("placeholder", "get_attr") and _is_returned(node):
+            return "keeps the result from sharing memory with an input or a weight"
+        return None
 
 
 def _is_returned(node: Node) -> bool:

@@ -22,7 +22,7 @@ class DropSiteMarks(Pass):
     name: ClassVar[str] = "drop-site-marks"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.READS_LOWERED})
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.NO_DEAD_NODES})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         report = PassReport()

@@ -36,6 +36,8 @@ class MergeCommon(Pass):
             # Earlier nodes have been redirected already, so equal arguments are equal nodes by now.
             original = first.setdefault(expression(node), node)
             if original is not node:
+                if "sites" in node.meta:
+                    original.meta["sites"] = (*original.meta.get("sites", ()), *node.meta["sites"])
                 node.replace_all_uses_with(original)
                 report.rewrites += 1
         return report

@@ -13,7 +13,16 @@ from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.verify import Fact
 
-__all__ = ["EVALUATION", "LOOP"]
+__all__ = ["EVALUATION", "LOOP", "SKELETON"]
+
+SKELETON = Pipeline(
+    (
+        DropNoOps(keep_returned=False),  # tracing copies what it passes to the denoiser
+        MergeCommon(),  # evaluations that get the same value get the same node: unroll shares by node
+        DropDead(),
+    )
+)
+"""Runs on the loop without its evaluations, before they are put in."""
 
 EVALUATION = Pipeline(
     (

@@ -36,7 +36,7 @@ class ReadReusedSites(Pass):
     name: ClassVar[str] = "read-reused-sites"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED})
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.READS_CACHE})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.NO_DEAD_NODES})
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         if not isinstance(program, LoopGraph):
@@ -47,7 +47,7 @@ class ReadReusedSites(Pass):
 class _Cutter:
     def __init__(self, program: LoopGraph) -> None:
         self.graph: fx.Graph = program.graph
-        self.schedule = program.schedule
+        self.program = program
         # What the site holds after each evaluation: its own value, or the value that was read in its place.
         self.held: dict[tuple[int, str, int], Node] = {}
         self.ports: dict[tuple[int, str], list[int]] = {}
@@ -61,7 +61,7 @@ class _Cutter:
     def run(self) -> PassReport:
         report = PassReport()
         # In execution order, so that a rule which reads an earlier read finds it in place.
-        for (evaluation, site), reuse in sorted(self.schedule.reuses.items(), key=lambda item: item[0][0]):
+        for evaluation, site, reuse in self.program.reads():
             for port in self.ports[evaluation, str(site)]:
                 self._cut(evaluation, site, port, reuse)
                 report.rewrites += 1

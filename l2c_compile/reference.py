@@ -1,0 +1,153 @@
+"""The oracle: run the loop eagerly and apply the schedule by wrapping the forward of each site's module.
+
+Short, obvious and slow, and shares nothing with the compiler but the vocabulary (sites, schedule, rules). Every
+compiled sampler is judged against it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from l2c_compile.errors import ScheduleError
+from l2c_compile.rules import Reading
+from l2c_compile.schedule import CacheSchedule, Reuse
+from l2c_compile.sites import Site
+
+__all__ = ["Recorder", "run_reference"]
+
+Recorder = Callable[[int, Site, int, Tensor], None]
+"""Told (evaluation, site, port, value) for every computed value of a site."""
+
+
+@torch.no_grad()
+def run_reference(
+    denoiser: nn.Module,
+    loop: Callable[..., object],
+    schedule: CacheSchedule,
+    noise: object,
+    conditions: Mapping[str, object],
+    *,
+    record: Recorder | None = None,
+) -> object:
+    """Return what ``loop(denoiser, noise, **conditions)`` gives when ``schedule`` decides what is computed.
+
+    A reused module does not run. Where a run of modules is reused, its modules run and the result is replaced.
+
+    Args:
+        denoiser: restored when this returns or raises.
+        loop: the sampler.
+        schedule: resolved, without patterns.
+        noise: first argument of the loop.
+        conditions: keyword arguments of the loop.
+        record: told every computed value, for finding where two runs part.
+
+    Raises:
+        ScheduleError: the loop does not perform as many evaluations as the schedule has.
+    """
+    state = _State(denoiser, schedule, record)
+    with state.installed():
+        result = loop(denoiser, noise, **conditions)
+    if state.evaluation + 1 != schedule.num_evaluations:
+        raise ScheduleError(
+            f"the schedule is for {schedule.num_evaluations} evaluations, the loop performed {state.evaluation + 1}"
+        )
+    return result
+
+
+class _State:
+    def __init__(self, denoiser: nn.Module, schedule: CacheSchedule, record: Recorder | None) -> None:
+        self.denoiser = denoiser
+        self.schedule = schedule
+        self.record = record
+        self.evaluation = -1
+        self.calls: Counter[str] = Counter()
+        self.outputs: dict[tuple[int, Site], object] = {}
+        self.inputs: dict[tuple[int, Site], Tensor] = {}
+        self.read_later = {
+            (source, site)
+            for (e, site), reuse in schedule.reuses.items()
+            if schedule.active(e, site) is not None
+            for source in reuse.sources
+        }
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            undo.callback(self.denoiser.register_forward_pre_hook(self._begin_evaluation).remove)
+            for path in dict.fromkeys(p for s in self.schedule.sites for p in (s.path, s.last or s.path)):
+                module = self.denoiser.get_submodule(path)
+                had_own, original = "forward" in module.__dict__, module.forward
+                module.forward = self._wrap(path, original)  # type: ignore[method-assign]
+                undo.callback(setattr if had_own else _delete, module, "forward", original)
+            yield
+
+    def _begin_evaluation(self, module: nn.Module, args: object) -> None:
+        self.evaluation += 1
+        self.calls.clear()
+        if self.evaluation >= self.schedule.num_evaluations:
+            raise ScheduleError(
+                f"the schedule is for {self.schedule.num_evaluations} evaluations, the loop performs more"
+            )
+
+    def _wrap(self, path: str, original: Callable[..., object]) -> Callable[..., object]:
+        begins = [site for site in self.schedule.sites if site.path == path]
+        ends = [site for site in self.schedule.sites if (site.last or site.path) == path]
+
+        def forward(*args: object, **kwargs: object) -> object:
+            e, call = self.evaluation, self.calls[path]
+            self.calls[path] += 1
+            for site in begins:
+                if site.call == call and args and isinstance(args[0], Tensor):
+                    self.inputs[e, site] = args[0].clone()
+            here = [site for site in ends if site.call == call]
+            skipped = any(site.last is None and self.schedule.active(e, site) for site in here)
+            output = None if skipped else original(*args, **kwargs)
+            for site in here:
+                reuse = self.schedule.active(e, site)
+                if reuse is not None:
+                    output = self._reuse(site, reuse)
+                elif self.schedule.computes(e, site):
+                    self._note(site, output)
+                if (e, site) in self.read_later:
+                    self.outputs[e, site] = tree_map(_copy, self._cached_part(site, output))
+            return output
+
+        return forward
+
+    def _cached_part(self, site: Site, output: object) -> object:
+        if site.kind == "out":
+            return output
+        assert isinstance(output, Tensor)
+        return output - self.inputs[self.evaluation, site]
+
+    def _reuse(self, site: Site, reuse: Reuse) -> object:
+        flat, spec = zip(*(tree_flatten(self.outputs[source, site]) for source in reuse.sources), strict=True)
+        inputs = tuple(self.inputs[source, site] for source in reuse.sources) if reuse.rule.needs_input else ()
+        current = self.inputs[self.evaluation, site] if reuse.rule.needs_input else None
+        values = [
+            _copy(reuse.rule.combine(Reading(history, inputs, current))) if isinstance(history[0], Tensor) else history[0]
+            for history in zip(*flat, strict=True)
+        ]
+        value = tree_unflatten(values, spec[0])
+        return value if site.kind == "out" else self.inputs[self.evaluation, site] + value
+
+    def _note(self, site: Site, output: object) -> None:
+        if self.record is not None:
+            for port, leaf in enumerate(tree_flatten(output)[0]):
+                if isinstance(leaf, Tensor):
+                    self.record(self.evaluation, site, port, leaf)
+
+
+def _copy(value: object) -> object:
+    # Whoever gets the original may write into it.
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _delete(module: nn.Module, name: str, original: object) -> None:
+    delattr(module, name)
