@@ -1,0 +1,33 @@
+# Needs Python 3.10 or later and make; everything else is installed into .venv.
+PYTHON ?= python3
+
+TORCH := torch==2.13.0
+INSTALLED := .venv/installed
+
+# tests/unit/test_x.py and tests/property/test_x.py for every kernels/x.py: run a second time, through the interpreter.
+KERNEL_TESTS := $(wildcard $(foreach folder,unit property,$(patsubst kernels/%.py,tests/$(folder)/test_%.py,$(wildcard kernels/*.py))))
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	.venv/bin/l2c demo --out out/demo
+
+# One thread a worker: two workers that each take every core are slower than one.
+test: lint
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	$(if $(KERNEL_TESTS),TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 $(KERNEL_TESTS))
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	! grep -rn make_block_ptr --include='*.py' l2c_compile kernels passes bench
+
+# torch is named next to the constraints: with both, pip can neither take a newer one nor keep an older one.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The bench harness: ``python -m bench NAME``. To add a case, read ``cases.py``."""

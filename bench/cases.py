@@ -1,0 +1,99 @@
+"""What can be run, as data: a name and the function behind it.
+
+To add a case, write ``bench/my_case.py`` and one line in ``CASES``. The first line of the module docstring is what
+``python -m bench --help`` shows. The module is imported only when its case runs, so it may import anything, and a
+broken one stops nobody else::
+
+    '''Time the compiled loop against the eager one.'''
+
+    def run(args: Sequence[str], progress: Progress) -> list[Row]:
+        task = progress.add_task("compiled vs eager", total=20)
+        timings = compare({"eager": eager, "compiled": compiled}, rounds=20, warmup=3,
+                          on_round=lambda: progress.advance(task))
+        speedup = ratio(timings["eager"], timings["compiled"])
+        return [
+            Row.timed("eager", timings["eager"], {"steps": 20}),
+            Row.timed("compiled", timings["compiled"], {"steps": 20}),
+            Row.ratio("speedup", speedup, {"steps": 20}),
+        ]
+
+- ``args`` is whatever follows the name on the command line and is no option of the harness, options of the case
+  included: ``python -m bench golden a.pt b.pt --threads 2`` gives ``["a.pt", "b.pt", "--threads", "2"]``. A case that
+  takes none refuses any with ``no_arguments(args)``.
+- ``progress`` is running; add a task and advance it. Print nothing: the table comes from the rows.
+- A ``Row`` says what was measured and under which conditions. The harness adds the name of the case, the machine, the
+  versions, the commit and the date. A target in ``targets.toml`` finds a row by case, metric and conditions.
+- Include the side that loses: an uncached ``torch.compile``, fewer steps, a size at which we do not help.
+- A user's mistake (a missing file, a wrong argument) is an ``L2CError``; the harness prints it and exits with 2.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from rich.progress import Progress
+
+from bench.report import Row
+from l2c_compile.errors import L2CError, nearest
+
+__all__ = ["CASES", "BenchError", "Run", "load", "no_arguments", "summary"]
+
+Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
+
+CASES: dict[str, str] = {
+    "golden": "bench.golden:run",
+    "removed-shares": "bench.removed_shares:run",
+    "trace-time": "bench.trace_time:run",
+}
+
+
+class BenchError(L2CError, ValueError):
+    """A bench that cannot run as it was asked to."""
+
+
+def load(name: str) -> Run:
+    """Import the module of a case and return its function.
+
+    Raises:
+        BenchError: The name is unknown, the module is missing, or something it imports is.
+    """
+    if name not in CASES:
+        raise BenchError(f"no bench named {name!r}: {nearest(name, CASES) or 'known: ' + ', '.join(sorted(CASES))}")
+    module_name, function_name = CASES[name].split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name == module_name:
+            raise BenchError(f"bench {name!r} wants the module {module_name}, which does not exist") from error
+        advice = "pip install -e '.[dev]' has all of them"
+        raise BenchError(f"bench {name!r} wants {error.name!r}, which is not installed; {advice}") from error
+    run: Run = getattr(module, function_name)
+    return run
+
+
+def summary(name: str) -> str:
+    """Return the first line of the docstring of a case, read from its file without importing it."""
+    module_name = CASES[name].split(":")[0]
+    spec = importlib.util.find_spec(module_name)
+    if spec is None or spec.origin is None:
+        return f"({module_name} does not exist)"
+    try:
+        docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    except SyntaxError:
+        return f"({module_name} does not parse)"
+    return docstring.splitlines()[0] if docstring else ""
+
+
+def no_arguments(args: Sequence[str]) -> None:
+    """Refuse arguments on behalf of a case that takes none.
+
+    Raises:
+        BenchError: There are some.
+    """
+    if args:
+        raise BenchError(f"this bench takes no arguments, got {' '.join(args)}")
