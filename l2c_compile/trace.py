@@ -356,8 +356,9 @@ class LoopTracer(fx.Tracer):
         """Return a node for a concrete tensor of the loop, as it is at this moment."""
         weight = self.weight_paths.get(id(tensor))
         # A loop may go on writing into its own tensors, so the graph holds a copy: one for each state it has seen.
-        # Keeping the original keeps its address from being used again.
-        state = weight or (tensor.data_ptr(), TensorSpec.of(tensor), tensor._version)
+        # Keeping the original keeps its id from being used again.
+        version = len(self._snapshots) if tensor.is_inference() else tensor._version
+        state = weight or (id(tensor), version)
         if state not in self._snapshots:
             name = weight or f"_loop_constant_{len(self.constants)}"
             self.constants[name] = tensor if weight else tensor.detach().clone()
