@@ -9,6 +9,7 @@ __all__ = [
     "CaptureError",
     "FileFormatError",
     "L2CError",
+    "LoopError",
     "LoopTraceError",
     "PassFailed",
     "ScheduleError",
@@ -33,6 +34,10 @@ class UnknownSiteError(ScheduleError):
 
 class FileFormatError(L2CError, ValueError):
     """A file that is truncated, malicious, of a newer schema, or not of the form its reader knows."""
+
+
+class LoopError(L2CError, ValueError):
+    """A sampling loop with settings that make no sense, or called with conditions that do not fit them."""
 
 
 class LoopTraceError(L2CError, ValueError):

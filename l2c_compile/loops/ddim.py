@@ -1,0 +1,77 @@
+"""DDIM: Song et al., "Denoising Diffusion Implicit Models" (arXiv 2010.02502).
+
+Equation 12 is linear: one step is ``keep * x + change * predicted_noise + fresh * drawn_noise``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from l2c_compile.errors import LoopError
+from l2c_compile.loops.base import Loop, check_count, check_number
+from l2c_compile.loops.guidance import Denoiser, Guidance
+from l2c_compile.loops.noise_schedules import LINEAR_BETAS, BetaSchedule, Spacing, respaced_timesteps
+
+__all__ = ["DDIM"]
+
+
+@dataclass(frozen=True)
+class DDIM(Loop):
+    """DDIM over a trained beta schedule, for models that predict noise and take timesteps 0..N-1.
+
+    Raises:
+        LoopError: A field makes no sense.
+    """
+
+    name: ClassVar[str] = "ddim"
+
+    steps: int
+    """Number of sampler steps."""
+    eta: float = 0.0
+    """0 is deterministic, 1 has the variance of DDPM. Above 0 every step but the last draws ``torch.randn_like``."""
+    spacing: Spacing = "linspace"
+    """Which timesteps to visit; see ``respaced_timesteps``."""
+    betas: BetaSchedule = LINEAR_BETAS
+    """The schedule that the model was trained with."""
+    guidance: Guidance | None = None
+    """Classifier-free guidance, if any."""
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_number("eta", self.eta, at_least=0.0)
+        self._check_parts()
+        self._coefficients()
+
+    def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
+        """Sample; see ``Loop``."""
+        x = noise
+        for timestep, (keep, change, fresh) in zip(self.network_timesteps, self._coefficients(), strict=True):
+            x = keep * x + change * self._predict(denoiser, x, timestep, conditions)
+            if fresh > 0.0:
+                x = x + fresh * torch.randn_like(x)
+        return x
+
+    @property
+    def network_timesteps(self) -> tuple[int, ...]:
+        """The timestep of each guided prediction, in execution order."""
+        return respaced_timesteps(self.betas.num_timesteps, self.steps, self.spacing)[::-1]
+
+    def _coefficients(self) -> list[tuple[float, float, float]]:
+        """Return the factors of the latent, of the predicted and of the fresh noise, in execution order."""
+        alphas_bar = self.betas.alphas_bar()
+        levels = [float(alphas_bar[t]) for t in self.network_timesteps] + [1.0]
+        coefficients = []
+        for now, then in itertools.pairwise(levels):
+            variance = self.eta**2 * (1.0 - then) / (1.0 - now) * (1.0 - now / then)
+            if variance > 1.0 - then:
+                raise LoopError(f"eta {self.eta} adds more noise than a step may leave; use a smaller eta")
+            keep = math.sqrt(then / now)
+            change = math.sqrt(1.0 - then - variance) - keep * math.sqrt(1.0 - now)
+            coefficients.append((keep, change, math.sqrt(variance)))
+        return coefficients

@@ -1,0 +1,98 @@
+"""The trained digits model and its judge, shipped with the package for examples and tests.
+
+Both are made by ``bench/train_digits.py`` and ``bench/train_digit_classifier.py`` from scikit-learn's 8 x 8 digits.
+
+Shapes: B batch, C channels, H height, W width, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from l2c_compile.errors import FileFormatError
+from l2c_compile.models.dit import DiT
+
+__all__ = ["DigitClassifier", "load_digit_classifier", "load_digits_dit"]
+
+
+class DigitClassifier(nn.Module):
+    """Small convolutional classifier of 8 x 8 digits.
+
+    Args:
+        width: Channels of the two convolutions.
+        feature_dim: Width of the layer before the logits.
+    """
+
+    def __init__(self, *, width: int = 32, feature_dim: int = 64) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+        )
+        self.hidden = nn.Linear(16 * width, feature_dim)
+        self.head = nn.Linear(feature_dim, 10)
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """Return the activations before the logits, shape (B, D), for distances between sets of images.
+
+        Args:
+            x_BCHW: Images, shape (B, 1, 8, 8), in [-1, 1].
+        """
+        return torch.relu(self.hidden(self.convolutions(x_BCHW)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return logits, shape (B, 10).
+
+        Args:
+            x_BCHW: Images, shape (B, 1, 8, 8), in [-1, 1].
+        """
+        result: Tensor = self.head(self.features(x_BCHW))
+        return result
+
+
+def load_digits_dit() -> DiT:
+    """Return the trained digits model: float32, on the CPU, in evaluation mode.
+
+    It takes (B, 1, 8, 8) latents, timesteps 0..999 of the linear beta schedule and labels 0..9; 10 is the null class.
+
+    Raises:
+        FileFormatError: The installed file is damaged.
+    """
+    weights, config = _read("digits_dit.safetensors")
+    model = DiT(**config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def load_digit_classifier() -> DigitClassifier:
+    """Return the trained digit classifier: float32, on the CPU, in evaluation mode.
+
+    Raises:
+        FileFormatError: The installed file is damaged.
+    """
+    weights, config = _read("digit_classifier.safetensors")
+    model = DigitClassifier(**config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a packaged file and the constructor arguments from its metadata."""
+    with resources.as_file(resources.files("l2c_compile") / "data" / name) as path:
+        try:
+            with safe_open(path, framework="pt") as file:
+                config = json.loads(file.metadata()["config"])
+                return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise FileFormatError(f"l2c_compile/data/{name} is damaged ({error}); install the package again") from error
