@@ -161,10 +161,16 @@ class LoopGraph(ProgramGraph):
     """A whole sampling loop, unrolled."""
 
     schedule: CacheSchedule
-    num_evaluations: int
+    forms: list[EvaluationGraph]
+    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one."""
     out_spec: TreeSpec
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
     folded: list[FoldedConstants] = field(default_factory=list)
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often the loop calls the denoiser."""
+        return len(self.forms)
 
     def reads(self) -> Iterator[tuple[int, Site, Reuse]]:
         """Yield (evaluation, site, entry) for every reuse that takes effect, in execution order."""

@@ -81,7 +81,7 @@ class _Unroller:
             graph=self.graph,
             root=self.root,
             schedule=self.schedule,
-            num_evaluations=len(skeleton.calls),
+            forms=[call.graph for call in skeleton.calls],
             out_spec=skeleton.out_spec,
         )
 

@@ -1,0 +1,281 @@
+"""l2c_compile(): from a denoiser and a schedule to one static graph that runs; start here.
+
+The flow is ``build_loop_graph``, one line a stage. ``CompiledSampler`` keeps one ``Program`` for each form of input.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from l2c_compile.backend import EAGER, check_backend, lower_to_backend
+from l2c_compile.capture import CallSignature, TensorSpec, capture, check_sites_exist
+from l2c_compile.comparison import VerifyReport, compare_with_reference
+from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
+from l2c_compile.graph import EvaluationGraph, LoopGraph
+from l2c_compile.loops import loop_from_dict
+from l2c_compile.passes.base import PassRun
+from l2c_compile.passes.fold_constants import make_constants
+from l2c_compile.passes.pipeline import EVALUATION, LOOP, SKELETON
+from l2c_compile.router import Router
+from l2c_compile.schedule import CacheSchedule
+from l2c_compile.summary import Summary, summarize
+from l2c_compile.trace import Loop, trace_loop
+from l2c_compile.unroll import unroll
+
+__all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile"]
+
+Progress = Callable[[str], None]
+"""Told what the compiler is about to do, in a few words."""
+
+
+def l2c_compile(
+    model: nn.Module,
+    router: Router | CacheSchedule,
+    loop: Loop | None = None,
+    *,
+    backend: str | Callable[..., object] = EAGER,
+    threshold: float | None = None,
+    progress: Progress | None = None,
+) -> CompiledSampler:
+    """Compile a sampling loop and its cache schedule into one static graph.
+
+    Nothing is captured yet: the first call does that, and every call with another form of input (shape, strides, dtype,
+    device, or a Python value among the conditions) does it again for that form, like ``torch.compile``.
+
+    Args:
+        model: the denoiser. Its weights are shared, not copied.
+        router: which sites are reused in which evaluations.
+        loop: ``loop(denoiser, noise, **conditions) -> latent``; None takes the loop that the router was made for.
+        backend: what runs the graph: "eager", "aot_eager", "inductor" or any other that ``torch.compile`` takes.
+        threshold: scores above it are computed; None takes the router's own. Only for a ``Router``.
+        progress: told each stage of a capture before it begins.
+
+    Returns:
+        An ``nn.Module`` to be called as ``sampler(noise, **conditions)``.
+
+    Raises:
+        UnknownSiteError: the schedule names a module that ``model`` does not have.
+        ScheduleError: there is no loop, or a threshold for a schedule that needs none.
+        BackendError: torch.compile knows no such backend.
+    """
+    if isinstance(router, Router):
+        schedule = router.schedule(threshold)
+    elif isinstance(router, CacheSchedule):
+        schedule = router
+        if threshold is not None:
+            raise ScheduleError("a schedule has no scores for a threshold to cut; give the router it came from")
+    else:
+        raise ScheduleError(
+            f"l2c_compile wants a Router or a CacheSchedule, got {type(router).__name__};"
+            " load_schedule_file reads one from a file"
+        )
+    if loop is None:
+        if schedule.loop is None:
+            raise ScheduleError("the schedule does not say which loop it was made for; give one: l2c_compile(model, s, loop)")
+        loop = loop_from_dict(schedule.loop)
+    check_backend(backend)
+    schedule = schedule.resolve([path for path, _ in model.named_modules()])
+    check_sites_exist(model, schedule.sites)
+    return CompiledSampler(model, schedule, loop, backend, progress)
+
+
+def build_loop_graph(
+    denoiser: nn.Module,
+    loop: Loop,
+    schedule: CacheSchedule,
+    noise: object,
+    conditions: Mapping[str, object],
+    progress: Progress | None = None,
+) -> tuple[LoopGraph, list[PassRun]]:
+    """Return the loop as one static graph, and what the passes did."""
+    say = progress or (lambda what: None)
+    evaluations: dict[CallSignature, EvaluationGraph] = {}
+
+    def capture_call(signature: CallSignature) -> EvaluationGraph:
+        if signature not in evaluations:
+            say(f"capture form {len(evaluations)} of an evaluation")
+            evaluations[signature] = capture(denoiser, signature, schedule.sites)
+        return evaluations[signature]
+
+    say("trace the loop")
+    skeleton = trace_loop(loop, denoiser, noise, conditions, capture_call)
+    _check_num_evaluations(schedule, len(skeleton.calls))
+    say("simplify")
+    SKELETON.run(skeleton)
+    skeleton.note_dependencies()
+    for evaluation in evaluations.values():
+        EVALUATION.run(evaluation)
+    say(f"unroll {len(skeleton.calls)} evaluations")
+    graph = unroll(skeleton, denoiser, schedule)
+    runs = LOOP.run(graph, on_pass=lambda name: say(f"pass {name}"))
+    return graph, runs
+
+
+def _check_num_evaluations(schedule: CacheSchedule, performed: int) -> None:
+    if schedule.num_evaluations != performed:
+        raise ScheduleError(
+            f"the schedule is for {schedule.num_evaluations} evaluations, but the loop calls the denoiser {performed}"
+            " times; use a schedule made for this loop (guidance in separate calls counts each of them)"
+        )
+
+
+@dataclass
+class Program:
+    """The compiled loop for one form of input."""
+
+    graph: LoopGraph
+    passes: list[PassRun]
+    module: fx.GraphModule
+    run: Callable[..., object]
+    """The module, through the backend."""
+    versions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Identity and version of the weights that constants were folded from, when they were folded."""
+
+
+class CompiledSampler(nn.Module):
+    """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.
+
+    Holds no state between calls. Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
+    ``load_state_dict`` reach its weights; after changing weights in place call ``refresh``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: CacheSchedule,
+        loop: Loop,
+        backend: str | Callable[..., object] = EAGER,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+        self.loop = loop
+        self.backend = backend
+        self.training = model.training
+        self._progress = progress
+        self._programs: dict[object, Program] = {}
+        self._latest: Program | None = None
+        self._lock = threading.RLock()
+
+    def forward(self, noise: object, **conditions: object) -> object:
+        """Sample.
+
+        Args:
+            noise: what the loop takes as its first argument: a tensor, or nested containers of tensors.
+            **conditions: the loop's keyword arguments. Tensors are inputs of the graph; anything else is static.
+
+        Raises:
+            StaleConstantsError: weights changed since constants were folded from them.
+            CaptureError, LoopTraceError, ScheduleError: see ``capture``.
+        """
+        program = self.capture(noise, **conditions)
+        _check_fresh(program)
+        with torch.no_grad():
+            leaves = program.run(*_tensors((noise, conditions)))
+        return tree_unflatten(list(leaves), program.graph.out_spec)  # type: ignore[call-overload]
+
+    def capture(self, noise: object, **conditions: object) -> Program:
+        """Return the program for this form of input, building it if there is none yet; nothing is sampled."""
+        form = self._form(noise, conditions)
+        program = self._programs.get(form)
+        if program is None:
+            with self._lock:
+                program = self._programs.get(form)
+                if program is None:
+                    program = self._build(noise, conditions)
+                    self._programs[form] = program
+        self._latest = program
+        return program
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The static graph of the latest form of input: flat tensors in, flat list of results out."""
+        return self._current().module
+
+    def print_readable(self) -> str:
+        """Print the code of the latest static graph and return it."""
+        return self.graph_module.print_readable()
+
+    def summary(self) -> Summary:
+        """Return what is computed, read and kept in each evaluation of the latest static graph; printable."""
+        return summarize(self._current().graph)
+
+    def verify(self, noise: object, **conditions: object) -> VerifyReport:
+        """Run compiled and reference on equal inputs and equal random numbers, and compare them."""
+        program = self.capture(noise, **conditions)
+        _check_fresh(program)
+        return compare_with_reference(
+            self.model, self.loop, self.schedule, program.module, program.run, noise, conditions
+        )
+
+    def refresh(self) -> None:
+        """Fold the constants again after weights changed."""
+        for program in self._programs.values():
+            for folded in program.graph.folded:
+                for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
+                    getattr(program.module, name).copy_(value)
+            program.versions = _weight_versions(program.graph)
+
+    def _build(self, noise: object, conditions: Mapping[str, object]) -> Program:
+        self._check_devices(noise, conditions)
+        graph, passes = build_loop_graph(
+            self.model, self.loop, self.schedule, noise, conditions, self._progress
+        )
+        module = graph.module()
+        run = lower_to_backend(module, self.backend)
+        return Program(graph, passes, module, run, _weight_versions(graph))
+
+    def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
+        """Return what a program is specialised on."""
+        leaves, spec = tree_flatten((noise, dict(conditions)))
+        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+        weights = frozenset((w.dtype, w.device) for w in self.model.parameters())
+        form = (spec, described, weights, self.model.training)
+        try:
+            hash(form)
+        except TypeError as error:
+            raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
+        return form
+
+    def _check_devices(self, noise: object, conditions: Mapping[str, object]) -> None:
+        weights = {w.device for w in self.model.parameters()}
+        given = {x.device for x in _tensors((noise, dict(conditions)))}
+        if len(weights) == 1 and not given <= weights:
+            (device,) = weights
+            stray = ", ".join(sorted(str(d) for d in given - weights))
+            raise ScheduleError(f"the denoiser is on {device}, an input on {stray}; move the inputs there with .to('{device}')")
+
+    def _current(self) -> Program:
+        if self._latest is None:
+            raise L2CError("nothing is compiled yet; call the sampler, or sampler.capture(noise, **conditions), first")
+        return self._latest
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int]]:
+    return {path: _version(graph.root, path) for folded in graph.folded for path in folded.weights}
+
+
+def _version(root: nn.Module, path: str) -> tuple[int, int]:
+    owner, _, name = path.rpartition(".")
+    weight = getattr(root.get_submodule(owner), name)
+    return id(weight), 0 if weight.is_inference() else weight._version
+
+
+def _check_fresh(program: Program) -> None:
+    for path, version in program.versions.items():
+        if _version(program.graph.root, path) != version:
+            raise StaleConstantsError(
+                f"weight '{path.removeprefix('denoiser.')}' changed since constants were folded from it; call refresh()"
+            )
+

@@ -1,0 +1,138 @@
+"""Compare a compiled loop with the reference, and find where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+from torch.utils._pytree import tree_flatten
+
+from l2c_compile.reference import run_reference
+from l2c_compile.schedule import CacheSchedule
+from l2c_compile.sites import Site
+
+__all__ = ["Difference", "VerifyReport", "compare_with_reference"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first site whose value is not the reference's."""
+
+    evaluation: int
+    site: str
+    port: int
+    max_error: float
+
+    def __str__(self) -> str:
+        return f"site '{self.site}' of evaluation {self.evaluation} differs by {self.max_error:.3g}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How far a compiled loop is from the reference."""
+
+    max_error: float
+    """max |compiled - reference|"""
+    relative_error: float
+    """max |compiled - reference| / max |reference|"""
+    num_compared_sites: int
+    """Computed site values that were compared one by one; 0 if the results agree bit for bit."""
+    first_difference: Difference | None
+    """Of the site values of the static graph run in eager mode, the first that is not equal bit for bit."""
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether every bit of the result is the reference's."""
+        return self.max_error == 0.0
+
+    def __str__(self) -> str:
+        if self.bitwise:
+            return "equal to the reference bit for bit"
+        where = self.first_difference or "no site of the static graph differs: the backend rounds differently"
+        return f"max error {self.max_error:.3g}, relative {self.relative_error:.3g}; {where}"
+
+
+def compare_with_reference(
+    denoiser: nn.Module,
+    loop: Callable[..., object],
+    schedule: CacheSchedule,
+    module: fx.GraphModule,
+    run: Callable[..., object],
+    noise: object,
+    conditions: Mapping[str, object],
+) -> VerifyReport:
+    """Run ``run`` and the reference from the same random state; on a difference, compare site by site.
+
+    Args:
+        denoiser: as compiled.
+        loop: as compiled.
+        schedule: resolved.
+        module: the static graph, its nodes marked with the sites they hold (``DropSiteMarks``).
+        run: what is judged: the static graph through its backend.
+        noise: as given to the sampler.
+        conditions: as given to the sampler.
+    """
+    inputs = [leaf for leaf in tree_flatten((noise, dict(conditions)))[0] if isinstance(leaf, Tensor)]
+    with torch.no_grad():
+        with _same_random_numbers(inputs):
+            compiled = run(*inputs)
+        with _same_random_numbers(inputs):
+            expected = run_reference(denoiser, loop, schedule, noise, conditions)
+        results = [x for x in tree_flatten(expected)[0] if isinstance(x, Tensor)]
+        max_error, relative_error = _errors([x for x in compiled if isinstance(x, Tensor)], results)  # type: ignore[attr-defined]
+        if max_error == 0.0:
+            return VerifyReport(0.0, 0.0, 0, None)
+        values: dict[tuple[int, str, int], Tensor] = {}
+
+        def record(evaluation: int, site: Site, port: int, value: Tensor) -> None:
+            values[evaluation, str(site), port] = value.clone()
+
+        with _same_random_numbers(inputs):
+            run_reference(denoiser, loop, schedule, noise, conditions, record=record)
+        watcher = _Watcher(module, values)
+        with _same_random_numbers(inputs):
+            watcher.run(*inputs)
+    return VerifyReport(max_error, relative_error, watcher.num_compared, watcher.first)
+
+
+class _Watcher(fx.Interpreter):
+    """Runs the static graph and compares the sites on its way."""
+
+    def __init__(self, module: fx.GraphModule, expected: Mapping[tuple[int, str, int], Tensor]) -> None:
+        super().__init__(module)
+        self.expected = expected
+        self.num_compared = 0
+        self.first: Difference | None = None
+
+    def run_node(self, n: Node) -> object:
+        value = super().run_node(n)
+        for key in n.meta.get("sites", ()) if self.first is None else ():
+            wanted = self.expected.get(key)
+            if wanted is not None and isinstance(value, Tensor):
+                self.num_compared += 1
+                error, _ = _errors([value], [wanted])
+                if error != 0.0:
+                    evaluation, site, port = key
+                    self.first = Difference(evaluation, site, port, error)
+        return value
+
+
+def _same_random_numbers(inputs: list[Tensor]) -> torch.random.fork_rng:  # type: ignore[valid-type]
+    devices = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
+    return torch.random.fork_rng(devices=devices)
+
+
+def _errors(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
+    """Return the largest absolute error, and that over the largest magnitude; infinite if either is not finite."""
+    worst = scale = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        if torch.equal(a, b) or a.numel() == 0:
+            scale = max(scale, float(b.abs().max()) if b.numel() else 0.0)
+            continue
+        error = float((a.double() - b.double()).abs().max())
+        worst = max(worst, error if error == error else float("inf"))
+        scale = max(scale, float(b.double().abs().max()))
+    return worst, (worst / scale if scale else (float("inf") if worst else 0.0))

@@ -1,0 +1,147 @@
+"""What a static graph computes, reads and keeps, evaluation by evaluation."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from l2c_compile.cost import MultiplyAdds
+from l2c_compile.graph import LoopGraph, evaluation_of, num_bytes, site_nodes
+from l2c_compile.liveness import CacheLiveness, cache_liveness
+from l2c_compile.sites import Site
+
+__all__ = ["EvaluationSummary", "Summary", "summarize"]
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """One row of a summary."""
+
+    evaluation: int
+    num_computed: int
+    """Sites that run."""
+    num_read: int
+    """Sites read from the cache."""
+    sources: tuple[int, ...]
+    """The evaluations they are read from, newest first."""
+    multiply_adds: int
+    """What is left to do here."""
+    multiply_adds_uncached: int
+    """What the denoiser does in one full evaluation of this form."""
+    cache_bytes: int
+    """Cached site values alive during this evaluation."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a static graph computes, reads and keeps. Print it."""
+
+    rows: tuple[EvaluationSummary, ...]
+    num_sites: int
+    shared_multiply_adds: int
+    """Work outside the evaluations: the loop's own, and what several evaluations share."""
+    cache: CacheLiveness
+
+    @property
+    def multiply_adds_kept(self) -> float:
+        """Multiply-adds of the static graph over those of the loop without caching."""
+        full = sum(row.multiply_adds_uncached for row in self.rows)
+        left = sum(row.multiply_adds for row in self.rows) + self.shared_multiply_adds
+        return left / full if full else 1.0
+
+    @property
+    def computed_share(self) -> float:
+        """Share of (evaluation, site) that is computed."""
+        cells = len(self.rows) * self.num_sites
+        return sum(row.num_computed for row in self.rows) / cells if cells else 1.0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title="evaluations in execution order", title_justify="left")
+        for heading in ("evaluation", "computed", "read", "from", "multiply-adds", "kept", "cache"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(
+                str(row.evaluation),
+                f"{row.num_computed}/{self.num_sites}",
+                str(row.num_read),
+                _sources(row.sources),
+                _count(row.multiply_adds),
+                f"{row.multiply_adds / max(1, row.multiply_adds_uncached):.0%}",
+                _bytes(row.cache_bytes),
+            )
+        yield table
+        yield (
+            f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept; "
+            f"cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
+        )
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=110).print(self)
+        return text.getvalue()
+
+
+def summarize(graph: LoopGraph) -> Summary:
+    """Price a loop graph after the passes."""
+    count = MultiplyAdds()
+    left = [0] * graph.num_evaluations
+    shared = 0
+    for node in graph.graph.nodes:
+        evaluation = evaluation_of(node)
+        if evaluation is None:
+            shared += count.of(node)
+        else:
+            left[evaluation] += count.of(node)
+    full = [count.total(graph.forms[e].graph.nodes) for e in range(graph.num_evaluations)]
+    cache = cache_liveness(graph.schedule, _site_bytes(graph))
+    rows = []
+    computed = graph.schedule.computed_per_evaluation()
+    reads: list[list[tuple[int, ...]]] = [[] for _ in computed]
+    for evaluation, _, reuse in graph.reads():
+        reads[evaluation].append(reuse.sources)
+    for e, num_computed in enumerate(computed):
+        sources = sorted({source for entry in reads[e] for source in entry}, reverse=True)
+        rows.append(
+            EvaluationSummary(
+                e, num_computed, len(reads[e]), tuple(sources), left[e], full[e], cache.bytes_per_evaluation[e]
+            )
+        )
+    return Summary(tuple(rows), len(graph.schedule.sites), shared, cache)
+
+
+def _site_bytes(graph: LoopGraph) -> dict[tuple[int, Site], int]:
+    by_name = {str(site): site for site in graph.schedule.sites}
+    bytes_of_form: dict[int, dict[Site, int]] = {}
+    for form in graph.forms:
+        if id(form) not in bytes_of_form:
+            sizes: dict[Site, int] = {}
+            for mark in site_nodes(form.graph):
+                if mark.args[2] >= 0:
+                    site = by_name[mark.args[1]]
+                    sizes[site] = sizes.get(site, 0) + num_bytes(mark)
+            bytes_of_form[id(form)] = sizes
+    return {(e, site): size for e, form in enumerate(graph.forms) for site, size in bytes_of_form[id(form)].items()}
+
+
+def _sources(sources: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, sources[:4]))
+    return shown + (", ..." if len(sources) > 4 else "")
+
+
+def _count(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
