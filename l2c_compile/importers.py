@@ -257,6 +257,10 @@ def _import_pickle(path: str | os.PathLike[str], family: Family | None) -> Route
 
 
 def _import_json(text: bytes) -> CacheSchedule:
+    if not text.lstrip(b" \t\r\n").startswith(b"{"):
+        raise FileFormatError(
+            "the file has no known form: neither a safetensors, nor a file of torch.save, nor a JSON object"
+        )
     document = parse_json(text)
     if document.get("format") == SCHEDULE_FORMAT:
         return CacheSchedule.from_json(text)
