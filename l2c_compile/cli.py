@@ -1,0 +1,63 @@
+"""The command ``l2c``. Each command's body lives in a module of its own; here are only names, options and errors."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from l2c_compile.errors import L2CError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class _Family(str, Enum):
+    dit = "dit"
+    uvit = "uvit"
+    harmonica = "harmonica"
+
+
+@app.callback()
+def _l2c() -> None:
+    """Compile the sampling loop of a diffusion model, caches included, into one static graph."""
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A schedule or router.")],
+    threshold: Annotated[
+        float | None, typer.Option(metavar="T", help="For routers: compute where the score is above T.")
+    ] = None,
+    family: Annotated[_Family | None, typer.Option(help="For pickles: which project wrote it.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture as well.")] = None,
+    evaluations: Annotated[bool, typer.Option("--evaluations", help="List the evaluations one by one.")] = False,
+) -> None:
+    """Show what a schedule or router file computes and reuses."""
+    # Imported here: `l2c --help` should not wait for torch.
+    from rich.console import Console
+
+    from l2c_compile.inspection import inspect_file
+
+    inspect_file(
+        file,
+        Console(),
+        threshold=threshold,
+        family=None if family is None else family.value,
+        png=png,
+        evaluations=evaluations,
+    )
+
+
+def main() -> None:
+    """Run ``l2c``. An error of ours is one line on stderr and exit code 1, without a traceback."""
+    try:
+        app()
+    except (L2CError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"l2c: error: {message}", file=sys.stderr)
+        sys.exit(1)
