@@ -61,7 +61,9 @@ def _uvit(record: Mapping[str, Any]) -> tuple[nn.Module, Loop, CacheSchedule]:
     model = UViT(**record["config"]).eval()
     model.load_state_dict(record["state_dict"])
     guidance = Guidance(scale=record["cfg_scale"], null={"y": record["null_label"]}, batched=False, base="cond")
-    loop = DPMSolver(evaluations=record["nfe"], order=2, betas=STABLE_DIFFUSION_BETAS, first_timestep=1, guidance=guidance)
+    loop = DPMSolver(
+        evaluations=record["nfe"], order=2, betas=STABLE_DIFFUSION_BETAS, first_timestep=1, guidance=guidance
+    )
     _check_timesteps("eval_timesteps", loop.network_timesteps, record["eval_timesteps"])
     return model, loop, import_l2c_uvit(record["routers"], record["threshold"], branches=2).schedule()
 
@@ -83,4 +85,4 @@ def _check_timesteps(name: str, ours: Sequence[float], theirs: Sequence[float]) 
 
 def _error(sampler: CompiledSampler, noise: Tensor, conditions: Mapping[str, Tensor], expected: Tensor) -> float:
     result = sampler(noise, **conditions)
-    return float((result - expected).abs().max() / expected.abs().max())  # type: ignore[operator]
+    return float((result - expected).abs().max() / expected.abs().max())

@@ -77,7 +77,9 @@ def l2c_compile(
         )
     if loop is None:
         if schedule.loop is None:
-            raise ScheduleError("the schedule does not say which loop it was made for; give one: l2c_compile(model, s, loop)")
+            raise ScheduleError(
+                "the schedule does not say which loop it was made for; give one: l2c_compile(model, s, loop)"
+            )
         loop = loop_from_dict(schedule.loop)
     check_backend(backend)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
@@ -225,9 +227,7 @@ class CompiledSampler(nn.Module):
 
     def _build(self, noise: object, conditions: Mapping[str, object]) -> Program:
         self._check_devices(noise, conditions)
-        graph, passes = build_loop_graph(
-            self.model, self.loop, self.schedule, noise, conditions, self._progress
-        )
+        graph, passes = build_loop_graph(self.model, self.loop, self.schedule, noise, conditions, self._progress)
         module = graph.module()
         run = lower_to_backend(module, self.backend)
         return Program(graph, passes, module, run, _weight_versions(graph))
@@ -250,7 +250,9 @@ class CompiledSampler(nn.Module):
         if len(weights) == 1 and not given <= weights:
             (device,) = weights
             stray = ", ".join(sorted(str(d) for d in given - weights))
-            raise ScheduleError(f"the denoiser is on {device}, an input on {stray}; move the inputs there with .to('{device}')")
+            raise ScheduleError(
+                f"the denoiser is on {device}, an input on {stray}; move the inputs there with .to('{device}')"
+            )
 
     def _current(self) -> Program:
         if self._latest is None:
@@ -278,4 +280,3 @@ def _check_fresh(program: Program) -> None:
             raise StaleConstantsError(
                 f"weight '{path.removeprefix('denoiser.')}' changed since constants were folded from it; call refresh()"
             )
-

@@ -1,8 +1,8 @@
 """Capture one evaluation of the denoiser as a functional ATen graph that knows its sites.
 
-``torch.export`` (non-strict) runs the denoiser's own Python on fake tensors. Forward hooks, present only meanwhile, pass
-every site's value through the identity op ``l2c::site``, so a site is found exactly, whatever the module's class, and
-also when the module returns a tuple, returns its input, or is called twice.
+``torch.export`` (non-strict) runs the denoiser's own Python on fake tensors. Forward hooks, present only meanwhile,
+pass every site's value through the identity op ``l2c::site``, so a site is found exactly, whatever the module's class,
+and also when the module returns a tuple, returns its input, or is called twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from l2c_compile.errors import CaptureError, UnknownSiteError, nearest
-from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, site_nodes
+from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, output_list, site_marks
 from l2c_compile.sites import Site
 
 __all__ = ["CallSignature", "TensorSpec", "capture", "check_sites_exist"]
@@ -102,8 +102,8 @@ def capture(denoiser: nn.Module, signature: CallSignature, sites: Sequence[Site]
     except Exception as error:  # torch.export raises whatever the model's own Python raises
         raise CaptureError(
             f"torch.export cannot capture one evaluation of {type(denoiser).__name__}"
-            f" ({type(error).__name__}: {_first_line(error)}); remove what depends on tensor values or leaves torch from"
-            " its forward, or put that part into the loop"
+            f" ({type(error).__name__}: {_first_line(error)}); remove what depends on tensor values or leaves torch"
+            " from its forward, or put that part into the loop"
         ) from error
     if flat.returned.spec is None:
         raise AssertionError("torch.export did not run the denoiser")
@@ -191,15 +191,17 @@ def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:
     for output in program.graph_signature.output_specs:
         if output.kind is OutputKind.BUFFER_MUTATION:
             buffer = str(output.target).removeprefix("denoiser.")
-            raise CaptureError(f"{name} changes its buffer '{buffer}' in every evaluation; call .eval() before compiling")
+            raise CaptureError(
+                f"{name} changes its buffer '{buffer}' in every evaluation; call .eval() before compiling"
+            )
         if output.kind is OutputKind.USER_INPUT_MUTATION:
             raise CaptureError(f"{name} changes its input '{output.target}' in place; let it clone that input first")
     for node in program.graph.nodes:
         if draws_random_numbers(node):
             path = _module_path(node)
             raise CaptureError(
-                f"{name} draws random numbers ({node.target}) in module '{path}'; call .eval() if it is dropout, or draw"
-                " them in the loop and pass them in"
+                f"{name} draws random numbers ({node.target}) in module '{path}'; call .eval() if it is dropout, or"
+                " draw them in the loop and pass them in"
             )
 
 
@@ -226,19 +228,21 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
                     root.register_buffer(constants[target], program.constants[target], persistent=False)
                 copies[node] = graph.get_attr(constants[target])
             else:
-                raise CaptureError(f"the exported denoiser takes an input of kind {spec.kind.name}, which is not supported")
+                raise CaptureError(
+                    f"the exported denoiser takes an input of kind {spec.kind.name}, which is not supported"
+                )
         elif node.op == "output":
-            copies[node] = graph.output([copies[n] for n in node.args[0]])
+            copies[node] = graph.output([copies[n] for n in output_list(program.graph) if isinstance(n, fx.Node)])
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = dict(node.meta)
-    tensors = iter(n.meta["val"] for n in graph.output_node().args[0])  # type: ignore[union-attr]
+    tensors = iter(n.meta["val"] for n in output_list(graph) if isinstance(n, fx.Node))
     leaves = tuple(next(tensors) if leaf is _TENSOR else leaf for leaf in flat.returned.leaves)
     return EvaluationGraph(graph=graph, root=root, sites=sites, out_spec=flat.returned.spec, out_leaves=leaves)
 
 
 def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph) -> None:
-    marked = {node.args[1] for node in site_nodes(evaluation.graph)}
+    marked = {mark.site for mark in site_marks(evaluation.graph)}
     for site in evaluation.sites:
         if str(site) not in marked:
             raise UnknownSiteError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -120,9 +121,10 @@ class _Watcher(fx.Interpreter):
         return value
 
 
-def _same_random_numbers(inputs: list[Tensor]) -> torch.random.fork_rng:  # type: ignore[valid-type]
+def _same_random_numbers(inputs: list[Tensor]) -> AbstractContextManager[None]:
     devices = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
-    return torch.random.fork_rng(devices=devices)
+    context: AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
+    return context
 
 
 def _errors(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:

@@ -55,7 +55,7 @@ def _count(node: Node) -> int:
         return 0
     with fake_mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
         node.target(*args, **kwargs)  # type: ignore[operator]
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def _fakes(argument: object) -> Iterable[torch._subclasses.FakeTensor]:

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Node
 from torch.utils._pytree import TreeSpec
 
-from l2c_compile.rules import Reading, rule_from_dict
+from l2c_compile.rules import Reading, Rule, rule_from_dict
 from l2c_compile.schedule import CacheSchedule, Reuse
 from l2c_compile.sites import Site
 
@@ -35,61 +35,61 @@ __all__ = [
     "INPUT_PORT",
     "SITE",
     "Binding",
+    "CacheRead",
     "Dependency",
     "EvaluationGraph",
     "Expression",
     "FoldedConstants",
     "LoopGraph",
     "ProgramGraph",
+    "SiteMark",
+    "cache_reads",
     "draws_random_numbers",
     "evaluation_of",
     "expression",
     "num_bytes",
-    "site_nodes",
+    "output_list",
+    "packet_of",
+    "site_marks",
 ]
 
 INPUT_PORT = -1
 """The port of a site's input, marked only where the site or its rule needs it."""
 
-_LIBRARY = torch.library.Library("l2c", "FRAGMENT")
-_LIBRARY.define("site(Tensor value, str site, int port, int evaluation) -> Tensor")
-_LIBRARY.define(
-    "cache_read(Tensor[] history, Tensor[] inputs, Tensor? current_input, str site, int port, int evaluation,"
-    " int[] sources, str rule) -> Tensor"
-)
 
-
+@torch.library.custom_op("l2c::site", mutates_args=())
 def _site(value: Tensor, site: str, port: int, evaluation: int) -> Tensor:
     # An op may not return its input, and the copy must keep the strides that the graph was captured with.
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
-def _fake_site(value: Tensor, site: str, port: int, evaluation: int) -> Tensor:
+@_site.register_fake
+def _(value: Tensor, site: str, port: int, evaluation: int) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
+@torch.library.custom_op("l2c::cache_read", mutates_args=())
 def _cache_read(
-    history: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    history: list[Tensor],
+    inputs: list[Tensor],
     current_input: Tensor | None,
     site: str,
     port: int,
     evaluation: int,
-    sources: Sequence[int],
+    sources: list[int],
     rule: str,
 ) -> Tensor:
     reading = Reading(history=tuple(history), inputs=tuple(inputs), current_input=current_input)
-    value = rule_from_dict(json.loads(rule)).combine(reading)
-    return _site(value, site, port, evaluation)
+    return rule_from_dict(json.loads(rule)).combine(reading).clone()
 
 
-_LIBRARY.impl("site", _site, "CompositeExplicitAutograd")
-_LIBRARY.impl("cache_read", _cache_read, "CompositeExplicitAutograd")
-torch.library.register_fake("l2c::site", _fake_site, lib=_LIBRARY)
-torch.library.register_fake("l2c::cache_read", _cache_read, lib=_LIBRARY)
+@_cache_read.register_fake
+def _(history: list[Tensor], *rest: object) -> Tensor:
+    return torch.empty_like(history[0])
 
-SITE = torch.ops.l2c.site.default
-CACHE_READ = torch.ops.l2c.cache_read.default
+
+SITE: torch._ops.OpOverload[..., Tensor] = torch.ops.l2c.site.default
+CACHE_READ: torch._ops.OpOverload[..., Tensor] = torch.ops.l2c.cache_read.default
 
 
 class Dependency(enum.Enum):
@@ -192,9 +192,67 @@ def evaluation_of(node: Node) -> int | None:
     return node.meta.get("evaluation")
 
 
-def site_nodes(graph: fx.Graph) -> Iterator[Node]:
-    """Yield the ``l2c::site`` nodes of a graph in order."""
-    return iter(graph.find_nodes(op="call_function", target=SITE))
+@dataclass(frozen=True)
+class SiteMark:
+    """An ``l2c::site`` node, its arguments by name."""
+
+    node: Node
+    value: Node
+    site: str
+    port: int
+    evaluation: int
+
+    @classmethod
+    def of(cls, node: Node) -> SiteMark:
+        """Read the node."""
+        return cls(node, *node.args)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class CacheRead:
+    """An ``l2c::cache_read`` node, its arguments by name."""
+
+    node: Node
+    history: Sequence[Node]
+    inputs: Sequence[Node]
+    current_input: Node | None
+    site: str
+    port: int
+    evaluation: int
+    sources: Sequence[int]
+    rule_json: str
+
+    @classmethod
+    def of(cls, node: Node) -> CacheRead:
+        """Read the node."""
+        return cls(node, *node.args)  # type: ignore[arg-type]
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that makes the value."""
+        return rule_from_dict(json.loads(self.rule_json))
+
+
+def site_marks(graph: fx.Graph) -> list[SiteMark]:
+    """Return the ``l2c::site`` nodes of a graph in order."""
+    return [SiteMark.of(node) for node in graph.find_nodes(op="call_function", target=SITE)]
+
+
+def cache_reads(graph: fx.Graph) -> list[CacheRead]:
+    """Return the ``l2c::cache_read`` nodes of a graph in order."""
+    return [CacheRead.of(node) for node in graph.find_nodes(op="call_function", target=CACHE_READ)]
+
+
+def output_list(graph: fx.Graph) -> list[Argument]:
+    """Return what a graph of ours returns: always a flat list."""
+    (results,) = graph.output_node().args
+    assert isinstance(results, (list, tuple))
+    return list(results)
+
+
+def packet_of(node: Node) -> object:
+    """Return the operator of a node whatever its overload (``aten.clone``), None where it calls no torch operator."""
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
 
 
 def draws_random_numbers(node: Node) -> bool:
@@ -205,7 +263,7 @@ def draws_random_numbers(node: Node) -> bool:
         return False
     # Attention and dropout can draw, but do not at rate 0 or outside training.
     given = _arguments(node)
-    return given.get("dropout_p") != 0 and given.get("train") is not False
+    return bool(given.get("dropout_p") != 0 and given.get("train") is not False)
 
 
 def _arguments(node: Node) -> dict[str, Argument]:

@@ -83,7 +83,7 @@ class _State:
             for path in dict.fromkeys(p for s in self.schedule.sites for p in (s.path, s.last or s.path)):
                 module = self.denoiser.get_submodule(path)
                 had_own, original = "forward" in module.__dict__, module.forward
-                module.forward = self._wrap(path, original)  # type: ignore[method-assign]
+                module.forward = self._wrap(path, original)
                 undo.callback(setattr if had_own else _delete, module, "forward", original)
             yield
 
@@ -131,7 +131,9 @@ class _State:
         inputs = tuple(self.inputs[source, site] for source in reuse.sources) if reuse.rule.needs_input else ()
         current = self.inputs[self.evaluation, site] if reuse.rule.needs_input else None
         values = [
-            _copy(reuse.rule.combine(Reading(history, inputs, current))) if isinstance(history[0], Tensor) else history[0]
+            _copy(reuse.rule.combine(Reading(history, inputs, current)))
+            if isinstance(history[0], Tensor)
+            else history[0]
             for history in zip(*flat, strict=True)
         ]
         value = tree_unflatten(values, spec[0])

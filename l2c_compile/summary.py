@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from l2c_compile.cost import MultiplyAdds
-from l2c_compile.graph import LoopGraph, evaluation_of, num_bytes, site_nodes
+from l2c_compile.graph import INPUT_PORT, LoopGraph, evaluation_of, num_bytes, site_marks
 from l2c_compile.liveness import CacheLiveness, cache_liveness
 from l2c_compile.sites import Site
 
@@ -74,8 +74,8 @@ class Summary:
             )
         yield table
         yield (
-            f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept; "
-            f"cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
+            f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept;"
+            f" cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
         )
 
     def __str__(self) -> str:
@@ -118,10 +118,10 @@ def _site_bytes(graph: LoopGraph) -> dict[tuple[int, Site], int]:
     for form in graph.forms:
         if id(form) not in bytes_of_form:
             sizes: dict[Site, int] = {}
-            for mark in site_nodes(form.graph):
-                if mark.args[2] >= 0:
-                    site = by_name[mark.args[1]]
-                    sizes[site] = sizes.get(site, 0) + num_bytes(mark)
+            for mark in site_marks(form.graph):
+                if mark.port != INPUT_PORT:
+                    site = by_name[mark.site]
+                    sizes[site] = sizes.get(site, 0) + num_bytes(mark.node)
             bytes_of_form[id(form)] = sizes
     return {(e, site): size for e, form in enumerate(graph.forms) for site, size in bytes_of_form[id(form)].items()}
 

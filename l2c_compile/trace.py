@@ -11,11 +11,13 @@ outputs of evaluation e are inputs of that graph and its arguments are outputs o
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +29,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from l2c_compile.capture import CallSignature, TensorSpec
 from l2c_compile.errors import L2CError, LoopTraceError
-from l2c_compile.graph import Dependency, EvaluationGraph, ProgramGraph, draws_random_numbers
+from l2c_compile.graph import Dependency, EvaluationGraph, ProgramGraph, draws_random_numbers, output_list
 
 __all__ = ["Loop", "LoopSkeleton", "trace_loop"]
 
@@ -81,11 +83,11 @@ class LoopSkeleton(ProgramGraph):
     def argument_nodes(self) -> list[list[Node]]:
         """Return, for each evaluation, the nodes of its tensor arguments."""
         sizes = [len(call.signature.tensor_specs()) for call in self.calls]
-        return _split(list(self.graph.output_node().args[0])[: sum(sizes)], sizes)  # type: ignore[arg-type]
+        return _split([n for n in output_list(self.graph)[: sum(sizes)] if isinstance(n, Node)], sizes)
 
     def result_nodes(self) -> list[Argument]:
         """Return the flat result of the loop."""
-        results = list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        results = output_list(self.graph)
         return results[len(results) - self.num_outputs :]
 
     def note_dependencies(self) -> None:
@@ -140,8 +142,8 @@ def trace_loop(
     """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise LoopTraceError(
-            "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's forward,"
-            " or cast the model"
+            "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's"
+            " forward, or cast the model"
         )
     tracer = LoopTracer(denoiser, capture_call)
     recorded = tracer.unroll(loop, noise, conditions)
@@ -157,21 +159,17 @@ class LoopProxy(fx.Proxy):
         super().__init__(node, tracer)
         self.fake = value
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         # Loops ask isinstance(x, torch.Tensor); the honest answer for what this stands for is yes.
         return type(self.fake) if not isinstance(self.fake, FakeTensor) else Tensor
 
-    def __getattr__(self, name: str) -> object:
-        if name in _STATIC_ATTRIBUTES:
-            return getattr(self.fake, name)
-        if name in _STATIC_METHODS:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the tensor has
+        if name in _STATIC_NAMES:
             return getattr(self.fake, name)
         if name in _VALUE_METHODS:
             raise self.tracer.untraceable(f"calls .{name}() on a value made from the latent")
-        if isinstance(self.fake, Tensor) and isinstance(getattr(torch.Tensor, name, None), property):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        if isinstance(self.fake, Tensor) and type(getattr(torch.Tensor, name, None)).__name__ == "getset_descriptor":
+        if isinstance(self.fake, Tensor) and inspect.isdatadescriptor(getattr(torch.Tensor, name, None)):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if not hasattr(self.fake, name):
             raise AttributeError(name)
@@ -197,7 +195,7 @@ class LoopProxy(fx.Proxy):
     def _no_value(self, *args: object) -> object:
         raise self.tracer.untraceable("turns a value made from the latent into a Python number")
 
-    __float__ = __int__ = __index__ = __complex__ = __array__ = _no_value  # type: ignore[assignment]
+    __float__ = __int__ = __index__ = __complex__ = __array__ = _no_value
 
     def __bool__(self) -> bool:
         raise self.tracer.untraceable("branches on a value made from the latent")
@@ -206,15 +204,17 @@ class LoopProxy(fx.Proxy):
         return id(self)
 
 
-_STATIC_ATTRIBUTES = frozenset(
-    "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized is_mps requires_grad itemsize nbytes"
-    " is_leaf names".split()
-)
-_STATIC_METHODS = frozenset(
-    "size dim numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex is_signed"
-    " get_device ndimension type keys".split()
-)
-_VALUE_METHODS = frozenset("item tolist numpy data_ptr untyped_storage storage __dlpack__".split())
+# fmt: off
+_STATIC_NAMES = frozenset({
+    # attributes
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mps",
+    "requires_grad", "itemsize", "nbytes", "is_leaf", "names",
+    # methods
+    "size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous", "is_complex",
+    "is_floating_point", "is_signed", "get_device", "ndimension", "type", "keys",
+})
+_VALUE_METHODS = frozenset({"item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
+# fmt: on
 
 _RANDOM_FUNCTIONS = frozenset(
     {torch.randn, torch.rand, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.poisson}
@@ -264,16 +264,16 @@ class LoopTracer(fx.Tracer):
         """Return the error for something the loop does at this moment that a static program cannot."""
         done = len(self.calls)
         return LoopTraceError(
-            f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {_NO_VALUES}: use torch.where,"
-            " clamp or another tensor operation, or compute it from the timesteps"
+            f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {_NO_VALUES}: use"
+            " torch.where, clamp or another tensor operation, or compute it from the timesteps"
         )
 
     # What fx.Tracer calls.
 
-    def proxy(self, node: Node) -> LoopProxy:  # noqa: D102
+    def proxy(self, node: Node) -> LoopProxy:
         return LoopProxy(node, self, node.meta["fake"])
 
-    def create_proxy(  # noqa: D102
+    def create_proxy(
         self,
         kind: str,
         target: Target,
@@ -293,11 +293,13 @@ class LoopTracer(fx.Tracer):
         node.meta["fake"] = self._fake_result(node)
         return self.proxy(node)
 
-    def create_arg(self, a: object) -> Argument:  # noqa: D102
+    def create_arg(self, a: object) -> Argument:
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, torch.Generator):
-            raise self.untraceable("passes a torch.Generator; draw from the default generator, or pass the noise as a condition")
+            raise self.untraceable(
+                "passes a torch.Generator; draw from the default generator, or pass the noise as a condition"
+            )
         if isinstance(a, Tensor):
             return self._constant(a)
         return super().create_arg(a)
@@ -317,7 +319,7 @@ class LoopTracer(fx.Tracer):
         self.calls.append(EvaluationCall(signature, graph))
         tensors = [self.create_arg(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         node = self.graph.create_node("call_module", "denoiser", (index, *tensors), {})
-        outputs = []
+        outputs: list[LoopProxy] = []
         for leaf in graph.out_leaves:
             if isinstance(leaf, Tensor):
                 getitem = self.graph.call_function(operator.getitem, (node, len(outputs)))
@@ -340,7 +342,9 @@ class LoopTracer(fx.Tracer):
         try:
             hash(leaf)
         except TypeError:
-            raise self.untraceable(f"gives the denoiser an argument of type {type(leaf).__name__}; give it a tensor") from None
+            raise self.untraceable(
+                f"gives the denoiser an argument of type {type(leaf).__name__}; give it a tensor"
+            ) from None
         return type(leaf), leaf
 
     def _make_input(self, leaf: object) -> object:
@@ -382,10 +386,10 @@ class _Leaf(nn.Module):
         object.__setattr__(self, "_tracer", tracer)
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        tracer: LoopTracer = self._tracer  # type: ignore[assignment]
+        tracer: LoopTracer = self._tracer
         return tracer.evaluate(args, kwargs)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the denoiser has
         return getattr(self.__dict__["_tracer"].denoiser, name)
 
 
@@ -396,8 +400,12 @@ class _RecordRandomDraws(TorchFunctionMode):
         super().__init__()
         self.tracer = tracer
 
-    def __torch_function__(  # noqa: D102
-        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
         if func in _RANDOM_FUNCTIONS and not self.tracer.capturing:
@@ -411,7 +419,7 @@ def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"denoiser.{path}", tensor
 
 
-def _execute(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+def _execute(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if not callable(node.target):
@@ -444,12 +452,14 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
     """Turn the recorded torch calls into one functional ATen graph, with the denoiser's outputs as inputs."""
     nodes = list(recorded.nodes)
     constant_names = list(tracer.constants)
-    outputs = [n for n in nodes if n.op == "call_function" and n.target is operator.getitem and _is_leaf_call(n.args[0])]
+    outputs = [
+        n for n in nodes if n.op == "call_function" and n.target is operator.getitem and _is_leaf_call(n.args[0])
+    ]
 
     def loop_arithmetic(inputs: list[Tensor], constants: list[Tensor], predictions: list[Tensor]) -> list[object]:
         # Clones keep a later write into an input, a constant or a prediction from reaching what was taken before it;
         # in a functional graph they cost nothing and the simplifier drops them.
-        values: dict[Node, object] = {}
+        values: dict[Node, Any] = {}
         input_values, prediction_values = iter(inputs), dict(zip(outputs, predictions, strict=True))
         by_name = dict(zip(constant_names, constants, strict=True))
         arguments: list[object] = []

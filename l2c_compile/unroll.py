@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Node
 
-from l2c_compile.graph import SITE, Binding, EvaluationGraph, Expression, LoopGraph, expression
+from l2c_compile.graph import SITE, Binding, EvaluationGraph, Expression, LoopGraph, expression, output_list
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.trace import LoopSkeleton
 
@@ -104,7 +104,7 @@ class _Unroller:
             elif node.op == "get_attr":
                 values[node] = self._evaluation_attribute(source, node)
             elif node.op == "output":
-                return [values[n] for n in node.args[0]]
+                return [values[n] for n in output_list(source.graph) if isinstance(n, Node)]
             elif node.target is SITE:
                 values[node] = self._copy(node, values, evaluation)
                 values[node].update_arg(3, evaluation)
@@ -139,4 +139,3 @@ class _Unroller:
             node.meta = dict(like.meta)
             self.attributes[key] = node
         return self.attributes[key]
-

@@ -13,7 +13,17 @@ import torch
 from torch.fx.node import Node
 
 from l2c_compile.errors import VerificationError
-from l2c_compile.graph import CACHE_READ, SITE, EvaluationGraph, LoopGraph, ProgramGraph, draws_random_numbers
+from l2c_compile.graph import (
+    CACHE_READ,
+    INPUT_PORT,
+    SITE,
+    EvaluationGraph,
+    LoopGraph,
+    ProgramGraph,
+    cache_reads,
+    draws_random_numbers,
+    site_marks,
+)
 
 __all__ = ["Fact", "check"]
 
@@ -46,9 +56,8 @@ def _check_form(program: ProgramGraph) -> None:
         seen.add(node)
         if node.op in ("call_module", "call_method"):
             raise _violation("graphs are functional ATen", node, f"is a {node.op}")
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable:
-                raise _violation("graphs are functional ATen", node, f"{node.target} writes into an argument")
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise _violation("graphs are functional ATen", node, f"{node.target} writes into an argument")
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             if not hasattr(program.root.get_submodule(owner), name):
@@ -56,11 +65,11 @@ def _check_form(program: ProgramGraph) -> None:
 
 
 def _sites_marked(program: ProgramGraph) -> None:
-    seen: set[tuple[object, ...]] = set()
-    for node in program.graph.find_nodes(op="call_function", target=SITE):
-        key = node.args[1:]
+    seen: set[tuple[str, int, int]] = set()
+    for mark in site_marks(program.graph):
+        key = (mark.site, mark.port, mark.evaluation)
         if key in seen:
-            raise _violation("a site has one value an evaluation and port", node, f"{key} is marked twice")
+            raise _violation("a site has one value an evaluation and port", mark.node, f"{key} is marked twice")
         seen.add(key)
     if isinstance(program, LoopGraph):
         marked = {(site, evaluation) for site, _, evaluation in seen}
@@ -81,16 +90,14 @@ def _reads_cache(program: ProgramGraph) -> None:
     if not isinstance(program, LoopGraph):
         return
     reused = {(str(site), e): reuse for e, site, reuse in program.reads()}
-    for node in program.graph.nodes:
-        if node.target is SITE:
-            _, site, port, evaluation = node.args
-            if port >= 0 and (site, evaluation) in reused and node.users:
-                raise _violation(Fact.READS_CACHE.value, node, f"is still used by {_names(node.users)}")
-        elif node.target is CACHE_READ:
-            site, evaluation, sources = node.args[3], node.args[5], tuple(node.args[6])
-            expected = reused.get((site, evaluation))
-            if expected is None or expected.sources != sources:
-                raise _violation("a cache read follows the schedule", node, f"reads {sources}, the schedule says {expected}")
+    for mark in site_marks(program.graph):
+        if mark.port != INPUT_PORT and (mark.site, mark.evaluation) in reused and mark.node.users:
+            raise _violation(Fact.READS_CACHE.value, mark.node, f"is still used by {_names(mark.node.users)}")
+    for read in cache_reads(program.graph):
+        expected = reused.get((read.site, read.evaluation))
+        if expected is None or expected.sources != tuple(read.sources):
+            what = f"reads {tuple(read.sources)}, the schedule says {expected}"
+            raise _violation("a cache read follows the schedule", read.node, what)
 
 
 def _no_dead_nodes(program: ProgramGraph) -> None:
@@ -99,7 +106,7 @@ def _no_dead_nodes(program: ProgramGraph) -> None:
             raise _violation(Fact.NO_DEAD_NODES.value, node, "has no user")
 
 
-def _none_left(target: object, fact: Fact) -> Callable[[ProgramGraph], None]:
+def _none_left(target: torch._ops.OpOverload[..., torch.Tensor], fact: Fact) -> Callable[[ProgramGraph], None]:
     def check_none_left(program: ProgramGraph) -> None:
         for node in program.graph.find_nodes(op="call_function", target=target):
             raise _violation(fact.value, node, "is one")

@@ -1,6 +1,6 @@
 """Remove every node whose value nobody uses. The only place where work disappears.
 
-    n = layer_norm(x); m = mul(n, s); f = linear(m, w); y = add(x, cache)   ->   y = add(x, cache)
+n = layer_norm(x); m = mul(n, s); f = linear(m, w); y = add(x, cache)   ->   y = add(x, cache)
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graph import ProgramGraph
+from l2c_compile.graph import ProgramGraph, packet_of
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -46,27 +46,27 @@ class DropNoOps(Pass):
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         report = PassReport()
         for node in list(program.graph.nodes):
-            packet = getattr(node.target, "overloadpacket", None)
+            packet = packet_of(node)
             if packet in _COPIES or packet in _VIEWS:
-                reason = self._why_not(node)
+                source = node.args[0]
+                assert isinstance(source, Node)
+                reason = self._why_not(node, source)
                 if reason is None:
-                    node.replace_all_uses_with(node.args[0])
+                    node.replace_all_uses_with(source)
                     report.rewrites += 1
                 else:
                     report.left_alone[node.name] = reason
         return report
 
-    def _why_not(self, node: Node) -> str | None:
-        source = node.args[0]
-        before = source.meta.get("val") if isinstance(source, Node) else None
-        after = node.meta.get("val")
+    def _why_not(self, node: Node, source: Node) -> str | None:
+        before, after = source.meta.get("val"), node.meta.get("val")
         if not isinstance(before, Tensor) or not isinstance(after, Tensor):
             return "the graph does not say what it returns"
         if before.shape != after.shape or before.dtype != after.dtype or before.device != after.device:
             return "changes shape, dtype or device"
         if before.stride() != after.stride():
             return "changes the memory layout"
-        packet = node.target.overloadpacket
+        packet = packet_of(node)
         if packet in _VIEWS and before.storage_offset() != after.storage_offset():
             return "starts elsewhere in its storage"
         if packet is aten.dropout and node.args[1] and node.args[2]:

@@ -1,6 +1,6 @@
 """Remove the site marks: from here on sites are ordinary values.
 
-    f = site(linear(m, w), "blocks.3.attn", 0, 5); y = mul(gate, f)   ->   y = mul(gate, linear(m, w))
+f = site(linear(m, w), "blocks.3.attn", 0, 5); y = mul(gate, f)   ->   y = mul(gate, linear(m, w))
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from l2c_compile.graph import ProgramGraph, site_nodes
+from l2c_compile.graph import ProgramGraph, site_marks
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -26,10 +26,10 @@ class DropSiteMarks(Pass):
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         report = PassReport()
-        for mark in list(site_nodes(program.graph)):
-            value, site, port, evaluation = mark.args
-            value.meta["sites"] = (*value.meta.get("sites", ()), (evaluation, site, port))
-            mark.replace_all_uses_with(value)
-            program.graph.erase_node(mark)
+        for mark in site_marks(program.graph):
+            held = mark.value.meta.get("sites", ())
+            mark.value.meta["sites"] = (*held, (mark.evaluation, mark.site, mark.port))
+            mark.node.replace_all_uses_with(mark.value)
+            program.graph.erase_node(mark.node)
             report.rewrites += 1
         return report

@@ -55,7 +55,9 @@ class FoldConstants(Pass):
                     folded = program.graph.create_node("get_attr", name)
                 folded.meta = {"val": node.meta["val"]}
                 node.replace_all_uses_with(folded)
-            weights = tuple(str(n.target) for n in recipe.find_nodes(op="get_attr") if str(n.target).startswith("denoiser."))
+            weights = tuple(
+                str(n.target) for n in recipe.find_nodes(op="get_attr") if str(n.target).startswith("denoiser.")
+            )
             program.folded.append(FoldedConstants(recipe, tuple(names), weights))
             report.rewrites = len(chosen)
         return report
@@ -82,11 +84,12 @@ def make_constants(program: LoopGraph, recipe: fx.Graph) -> list[Tensor]:
 def _constant_nodes(graph: fx.Graph) -> set[Node]:
     constant: set[Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and not draws_random_numbers(node)
+            and all(argument in constant for argument in node.all_input_nodes)
+        ):
             constant.add(node)
-        elif node.op == "call_function" and not draws_random_numbers(node):
-            if all(argument in constant for argument in node.all_input_nodes):
-                constant.add(node)
     return constant
 
 

@@ -7,16 +7,16 @@ A held value is simply used again: the cache is the graph's own dataflow, alive 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 from torch.fx.node import Node
 
-from l2c_compile.graph import CACHE_READ, ProgramGraph
+from l2c_compile.graph import CacheRead, ProgramGraph, cache_reads
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.rules import Reading, rule_from_dict
+from l2c_compile.rules import Reading
 from l2c_compile.verify import Fact
 
 __all__ = ["LowerCacheReads"]
@@ -33,28 +33,36 @@ class LowerCacheReads(Pass):
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         graph, report = program.graph, PassReport()
-        for read in list(graph.find_nodes(op="call_function", target=CACHE_READ)):
+        for read in cache_reads(graph):
             _lower(graph, read)
             report.rewrites += 1
         return report
 
 
-def _lower(graph: fx.Graph, read: Node) -> None:
-    history, inputs, current_input, *_, rule = read.args
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+def _lower(graph: fx.Graph, read: CacheRead) -> None:
+    tracer = _MetaTracer(graph, read.node)
     reading = Reading(
-        history=tuple(fx.Proxy(node, tracer) for node in history),
-        inputs=tuple(fx.Proxy(node, tracer) for node in inputs),
-        current_input=None if current_input is None else fx.Proxy(current_input, tracer),
+        history=tuple(fx.Proxy(node, tracer) for node in read.history),
+        inputs=tuple(fx.Proxy(node, tracer) for node in read.inputs),
+        current_input=None if read.current_input is None else fx.Proxy(read.current_input, tracer),
     )
-    with graph.inserting_before(read):
-        value = rule_from_dict(json.loads(rule)).combine(reading).node
-    made, node = [], read.prev
-    while node is not read and "val" not in node.meta and node.op == "call_function":
-        made.append(node)
-        node = node.prev
-    for node in made:
-        # A rule works element by element, so every step of it has the form of the value it makes.
-        node.meta.update(val=read.meta["val"], evaluation=read.meta["evaluation"])
-    read.replace_all_uses_with(value)
-    graph.erase_node(read)
+    with graph.inserting_before(read.node):
+        value = read.rule.combine(reading)
+    read.node.replace_all_uses_with(value.node)
+    graph.erase_node(read.node)
+
+
+class _MetaTracer(fx.proxy.GraphAppendingTracer):
+    """Gives each node that a rule makes its fake value and the evaluation of the read."""
+
+    def __init__(self, graph: fx.Graph, read: Node) -> None:
+        super().__init__(graph)
+        self.read = read
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:  # noqa: ANN401 - torch's own signature
+        node = super().create_node(*args, **kwargs)
+        node_args, node_kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.read.meta["val"].fake_mode, torch.no_grad():
+            value = node.target(*node_args, **node_kwargs)  # type: ignore[operator]
+        node.meta.update(val=value, evaluation=self.read.meta["evaluation"])
+        return node

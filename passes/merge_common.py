@@ -1,6 +1,6 @@
 """Compute what is the same only once (common subexpressions).
 
-    a = silu(c); b = silu(c); y = add(a, b)   ->   a = silu(c); y = add(a, a)
+a = silu(c); b = silu(c); y = add(a, b)   ->   a = silu(c); y = add(a, a)
 """
 
 from __future__ import annotations

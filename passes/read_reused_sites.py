@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.graph import CACHE_READ, INPUT_PORT, LoopGraph, ProgramGraph, site_nodes
+from l2c_compile.graph import CACHE_READ, INPUT_PORT, LoopGraph, ProgramGraph, site_marks
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.schedule import Reuse
 from l2c_compile.sites import Site
@@ -52,11 +52,10 @@ class _Cutter:
         self.held: dict[tuple[int, str, int], Node] = {}
         self.ports: dict[tuple[int, str], list[int]] = {}
         self.deltas: dict[Node, Node] = {}
-        for node in site_nodes(self.graph):
-            _, name, port, evaluation = node.args
-            self.held[evaluation, name, port] = node
-            if port != INPUT_PORT:
-                self.ports.setdefault((evaluation, name), []).append(port)
+        for mark in site_marks(self.graph):
+            self.held[mark.evaluation, mark.site, mark.port] = mark.node
+            if mark.port != INPUT_PORT:
+                self.ports.setdefault((mark.evaluation, mark.site), []).append(mark.port)
 
     def run(self) -> PassReport:
         report = PassReport()
@@ -71,39 +70,37 @@ class _Cutter:
         own = self.held[evaluation, str(site), port]
         if site.kind == "delta" and len(self.ports[evaluation, str(site)]) > 1:
             raise ScheduleError(
-                f"site '{site}', evaluation {evaluation}: its module returns several tensors, so its change (out - in) is"
-                " not defined; reuse its output instead"
+                f"site '{site}', evaluation {evaluation}: its module returns several tensors, so its change (out - in)"
+                " is not defined; reuse its output instead"
             )
-        history = []
-        for source in reuse.sources:
-            value = self.held.get((source, str(site), port))
-            self._check_same_form(evaluation, site, own, source, value)
-            history.append(value if site.kind == "out" else self._delta(value, source, site))
-        inputs: list[Node] = []
-        current = self.held.get((evaluation, str(site), INPUT_PORT))
-        if reuse.rule.needs_input:
-            inputs = [self.held[source, str(site), INPUT_PORT] for source in reuse.sources]
+        history = [self._held_at(source, evaluation, site, port, own) for source in reuse.sources]
+        needs_input = site.kind == "delta" or reuse.rule.needs_input
+        current = self.held[evaluation, str(site), INPUT_PORT] if needs_input else None
+        inputs = [self.held[e, str(site), INPUT_PORT] for e in reuse.sources] if reuse.rule.needs_input else []
+        rule = json.dumps(reuse.rule.to_dict())
+        where = (str(site), port, evaluation, list(reuse.sources))
         with self.graph.inserting_before(own):
-            read = self.graph.call_function(
-                CACHE_READ,
-                (
-                    history,
-                    inputs,
-                    current if reuse.rule.needs_input else None,
-                    str(site),
-                    port,
-                    evaluation,
-                    list(reuse.sources),
-                    json.dumps(reuse.rule.to_dict()),
-                ),
-            )
-            value = read
+            looked_at = current if reuse.rule.needs_input else None
+            value = self.graph.call_function(CACHE_READ, (history, inputs, looked_at, *where, rule))
+            value.meta.update(val=own.meta["val"], evaluation=evaluation)
             if site.kind == "delta":
-                value = self.graph.call_function(aten.add.Tensor, (current, read))
-        for node in (read, value):
-            node.meta.update(val=own.meta["val"], evaluation=evaluation)
+                value = self.graph.call_function(aten.add.Tensor, (current, value))
+                value.meta.update(val=own.meta["val"], evaluation=evaluation)
         own.replace_all_uses_with(value)
         self.held[evaluation, str(site), port] = value
+
+    def _held_at(self, source: int, evaluation: int, site: Site, port: int, own: Node) -> Node:
+        """Return what the rule reads from ``source``: the site's output there, or its change."""
+        value = self.held.get((source, str(site), port))
+        wanted, got = own.meta["val"], None if value is None else value.meta["val"]
+        form = (wanted.shape, wanted.dtype, wanted.device)
+        if value is None or not isinstance(got, Tensor) or (got.shape, got.dtype, got.device) != form:
+            holds = f"{tuple(got.shape)} {got.dtype} on {got.device}" if isinstance(got, Tensor) else "nothing"
+            raise ScheduleError(
+                f"site '{site}', evaluation {evaluation}: reuses evaluation {source}, where it holds {holds}, but needs"
+                f" {tuple(wanted.shape)} {wanted.dtype} on {wanted.device}; choose a source with equal batch and shape"
+            )
+        return value if site.kind == "out" else self._delta(value, source, site)
 
     def _delta(self, out: Node, source: int, site: Site) -> Node:
         if out not in self.deltas:
@@ -113,12 +110,3 @@ class _Cutter:
             delta.meta.update(val=out.meta["val"], evaluation=source)
             self.deltas[out] = delta
         return self.deltas[out]
-
-    def _check_same_form(self, evaluation: int, site: Site, own: Node, source: int, value: Node | None) -> None:
-        wanted, got = own.meta["val"], None if value is None else value.meta["val"]
-        if not isinstance(got, Tensor) or (got.shape, got.dtype, got.device) != (wanted.shape, wanted.dtype, wanted.device):
-            shape = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype} on {got.device}"
-            raise ScheduleError(
-                f"site '{site}', evaluation {evaluation}: reuses evaluation {source}, where it holds {shape}, but needs"
-                f" {tuple(wanted.shape)} {wanted.dtype} on {wanted.device}; choose a source with equal batch and shape"
-            )
