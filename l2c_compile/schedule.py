@@ -48,6 +48,9 @@ class Reuse:
     rule: Rule = HOLD
     """How the value is made from those at the sources."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
+
 
 @dataclass(frozen=True, eq=False)
 class CacheSchedule:
