@@ -18,6 +18,8 @@ MAX_JSON_BYTES = 4 * 2**20
 """The largest JSON document read: 1000 evaluations x 1000 sites fit, and parsing it stays within a second."""
 
 _MAX_DEPTH = 32
+# A list costs far more memory than the two bytes it takes in a file.
+_MAX_CONTAINERS = 100_000
 
 
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
@@ -63,6 +65,9 @@ def parse_json(text: str | bytes) -> dict[str, object]:
     """
     if len(text) > MAX_JSON_BYTES:
         raise FileFormatError(f"JSON wants at most {MAX_JSON_BYTES} bytes, got {len(text)}")
+    opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if opened > _MAX_CONTAINERS:
+        raise FileFormatError(f"JSON wants at most {_MAX_CONTAINERS} lists and objects, has more")
     try:
         document = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
     except FileFormatError:

@@ -63,9 +63,11 @@ def save_heat_map(schedule: CacheSchedule, path: str | os.PathLike[str], *, rout
     """Write a PNG of the schedule, and of the scores of the router it comes from if there is one.
 
     Raises:
-        PlotError: If matplotlib is not installed.
+        PlotError: If matplotlib is not installed, or there are no sites to draw.
         OSError: If the file cannot be written.
     """
+    if not schedule.sites:
+        raise PlotError("a picture wants at least one site, the schedule has none")
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -80,7 +82,7 @@ def save_heat_map(schedule: CacheSchedule, path: str | os.PathLike[str], *, rout
     for axes in panels:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("evaluation, in execution order")
-        stride = -(-len(schedule.sites) // _MAX_LABELS) or 1
+        stride = -(-len(schedule.sites) // _MAX_LABELS)
         ticks = range(0, len(schedule.sites), stride)
         axes.set_yticks(ticks, [str(schedule.sites[index]) for index in ticks], fontsize=6)
     figure.savefig(path, format="png", dpi=120)

@@ -34,7 +34,7 @@ MAX_EVALUATIONS = 100_000
 MAX_CELLS = 2_000_000
 """The most evaluations x sites of one schedule; bounds what a hostile file can make us allocate."""
 _MAX_MODULES = 200_000
-_MAX_PAIRS = 200_000
+_MAX_SHARED_WORK = 1_000_000
 
 _COMPUTED, _REUSED, _HIDDEN = 0, 1, 2
 
@@ -47,6 +47,9 @@ class Reuse:
     """The evaluations that are read, newest first; as many as the rule wants. May be empty in an inactive entry."""
     rule: Rule = HOLD
     """How the value is made from those at the sources."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
 
 
 @dataclass(frozen=True, eq=False)
@@ -482,7 +485,7 @@ def _states(num_evaluations: int, sites: Sequence[Site], reused: Iterable[tuple[
     rows = {site: bytearray(num_evaluations) for site in sites}
     for e, site in reused:
         rows[site][e] = _REUSED
-    pairs = _overlapping_pairs(sites)
+    pairs = _overlapping_pairs(sites, num_evaluations)
     # Whether a whole is reused does not depend on states: if it is hidden itself, what hides it hides its parts too.
     whole_rows = {whole: bytes(rows[whole]) for whole, _, nested in pairs if nested}
     for whole, part, nested in pairs:
@@ -507,7 +510,7 @@ def _states(num_evaluations: int, sites: Sequence[Site], reused: Iterable[tuple[
     return {site: bytes(row) for site, row in rows.items()}
 
 
-def _overlapping_pairs(sites: Sequence[Site]) -> list[tuple[Site, Site, bool]]:
+def _overlapping_pairs(sites: Sequence[Site], num_evaluations: int) -> list[tuple[Site, Site, bool]]:
     """Return (whole, part, True) for nested sites and (one, other, False) for sites that overlap otherwise.
 
     Most schedules have none, so sites are looked up by module instead of compared with each other.
@@ -516,6 +519,10 @@ def _overlapping_pairs(sites: Sequence[Site]) -> list[tuple[Site, Site, bool]]:
     for site in sites:
         for module in site.modules():
             by_module[module].append(site)
+    if sum(len(sharing) ** 2 for sharing in by_module.values()) > _MAX_SHARED_WORK:
+        raise ScheduleError(
+            "the sites of the schedule overlap too much; leave out runs that share most of their modules"
+        )
     position = {site: index for index, site in enumerate(sites)}
     pairs: list[tuple[Site, Site, bool]] = []
     for site in sites:
@@ -537,8 +544,8 @@ def _overlapping_pairs(sites: Sequence[Site]) -> list[tuple[Site, Site, bool]]:
                 pairs.append((other, site, True))
             elif not site.covers(other) and position[site] < position[other]:
                 pairs.append((site, other, False))
-        if len(pairs) > _MAX_PAIRS:
-            raise ScheduleError(f"the sites of the schedule overlap in more than {_MAX_PAIRS} pairs")
+        if len(pairs) * num_evaluations > _MAX_SHARED_WORK * 10:
+            raise ScheduleError("too many sites of the schedule contain one another for its number of evaluations")
     return pairs
 
 

@@ -1,0 +1,68 @@
+"""Recompute what the published routers remove, and whether SmoothCache's copy of one agrees with the original.
+
+``ARGS``: the folder with the files; by default ``routers`` in ``../shared`` beside the checkout (or ``$L2C_SHARED``).
+The numbers are facts of the files, so any other value means that an importer reads them wrongly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import Progress
+
+from bench.cases import BenchError
+from bench.report import Row
+from l2c_compile.importers import import_l2c_dit, import_smoothcache, load_schedule_file
+from l2c_compile.router import Router
+
+__all__ = ["run"]
+
+_ROUTERS = ("l2c_DDIM20_router.pt", "l2c_DDIM50_router.pt", "l2c_dpm20_router.pth", "l2c_dpm50_router.pth")
+_ORIGINAL, _COPY = "l2c_DDIM50_router.pt", "smoothcache_50-N-2-l2c.json"
+
+
+def run(args: Sequence[str], progress: Progress) -> list[Row]:
+    """Return the removed share of every router in percent, and the number of entries in which the copy agrees.
+
+    Raises:
+        BenchError: If there is more than one argument, or a file is missing.
+    """
+    if len(args) > 1:
+        raise BenchError(f"removed-shares wants at most one folder, got {' '.join(args)}")
+    folder = Path(args[0]) if args else _default_folder()
+    for name in (*_ROUTERS, _COPY):
+        if not (folder / name).is_file():
+            raise BenchError(f"removed-shares wants {name} in {folder}; name the folder of the published files")
+    task = progress.add_task("routers", total=len(_ROUTERS) + 1)
+    rows = []
+    for name in _ROUTERS:
+        rows.append(_removed(folder / name))
+        progress.advance(task)
+    rows.append(_agreement(folder))
+    progress.advance(task)
+    return rows
+
+
+def _default_folder() -> Path:
+    root = Path(__file__).resolve().parent.parent
+    return Path(os.environ.get("L2C_SHARED", root.parent / "shared")) / "routers"
+
+
+def _removed(path: Path) -> Row:
+    router = load_schedule_file(path)
+    assert isinstance(router, Router)
+    share = router.schedule().removed_share()
+    return Row("removed_percent", 100 * share, "%", {"router": path.stem, "threshold": router.threshold})
+
+
+def _agreement(folder: Path) -> Row:
+    original = import_l2c_dit(folder / _ORIGINAL).schedule()
+    copied = import_smoothcache(folder / _COPY)
+    agreeing = sum(
+        ours == theirs
+        for site in original.sites
+        for ours, theirs in zip(original.row(site), copied.row(site), strict=True)
+    )
+    return Row("smoothcache_agreement", agreeing, "entries", {"router": Path(_ORIGINAL).stem})
