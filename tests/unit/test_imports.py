@@ -17,6 +17,7 @@ PACKAGE = "l2c_compile"
 # does not exist.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("files",),
     ("kernels", "kernels._launch"),
     ("kernels.*",),
     ("rules", "sites", "schedule"),
@@ -30,11 +31,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.pipeline",),
     ("backend",),
     ("reference",),
+    ("comparison", "summary"),
     ("api",),
     ("",),
     ("finders", "finders.*", "testing"),
     ("report", "plots"),
-    ("cli", "demo", "__main__"),
+    ("cli", "demo", "inspection", "__main__"),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
@@ -48,12 +50,14 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("models.*", "models.*"),
     ("liveness", "cost"),
     ("importers", "router"),
+    ("trace", "capture"),
     ("unroll", "capture"),
     ("unroll", "trace"),
     ("finders", "finders.*"),
     ("finders.*", "finders.*"),
     ("report", "plots"),
     ("cli", "demo"),
+    ("cli", "inspection"),
     ("__main__", "cli"),
 )
 
