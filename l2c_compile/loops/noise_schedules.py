@@ -58,8 +58,10 @@ class BetaSchedule:
         """Return the variances, shape (num_timesteps,), from clean to noisy."""
         is_root = self.kind == "scaled_linear"
         start, end = (math.sqrt(self.start), math.sqrt(self.end)) if is_root else (self.start, self.end)
-        values = np.linspace(start, end, self.num_timesteps, dtype=np.float64)
-        return np.square(values).astype(np.float64) if is_root else values
+        values: NDArray[np.float64] = np.linspace(start, end, self.num_timesteps)
+        if is_root:
+            values *= values
+        return values
 
     def alphas_bar(self) -> NDArray[np.float64]:
         """Return the share of signal variance that is left, shape (num_timesteps,), from clean to noisy."""
