@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.backend import EAGER, check_backend, lower_to_backend
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend
 from l2c_compile.capture import CallSignature, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
@@ -30,16 +30,13 @@ from l2c_compile.unroll import unroll
 
 __all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile"]
 
-Progress = Callable[[str], None]
-"""Told what the compiler is about to do, in a few words."""
-
 
 def l2c_compile(
     model: nn.Module,
     router: Router | CacheSchedule,
     loop: Loop | None = None,
     *,
-    backend: str | Callable[..., object] = EAGER,
+    backend: Backend = EAGER,
     threshold: float | None = None,
     progress: Progress | None = None,
 ) -> CompiledSampler:
@@ -96,7 +93,7 @@ def build_loop_graph(
     progress: Progress | None = None,
 ) -> tuple[LoopGraph, list[PassRun]]:
     """Return the loop as one static graph, and what the passes did."""
-    say = progress or (lambda what: None)
+    say = progress or _silent
     evaluations: dict[CallSignature, EvaluationGraph] = {}
 
     def capture_call(signature: CallSignature) -> EvaluationGraph:
@@ -152,7 +149,7 @@ class CompiledSampler(nn.Module):
         model: nn.Module,
         schedule: CacheSchedule,
         loop: Loop,
-        backend: str | Callable[..., object] = EAGER,
+        backend: Backend = EAGER,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
@@ -229,7 +226,7 @@ class CompiledSampler(nn.Module):
         self._check_devices(noise, conditions)
         graph, passes = build_loop_graph(self.model, self.loop, self.schedule, noise, conditions, self._progress)
         module = graph.module()
-        run = lower_to_backend(module, self.backend)
+        run = lower_to_backend(graph, module, self.backend, self._progress or _silent)
         return Program(graph, passes, module, run, _weight_versions(graph))
 
     def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
@@ -258,6 +255,10 @@ class CompiledSampler(nn.Module):
         if self._latest is None:
             raise L2CError("nothing is compiled yet; call the sampler, or sampler.capture(noise, **conditions), first")
         return self._latest
+
+
+def _silent(what: str) -> None:
+    """Tell nobody."""
 
 
 def _tensors(tree: object) -> list[Tensor]:

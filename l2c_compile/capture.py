@@ -20,7 +20,15 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from l2c_compile.errors import CaptureError, UnknownSiteError, nearest
-from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, module_path, output_list, site_marks
+from l2c_compile.graph import (
+    INPUT_PORT,
+    SITE,
+    EvaluationGraph,
+    draws_random_numbers,
+    module_path,
+    output_list,
+    site_marks,
+)
 from l2c_compile.sites import Site
 
 __all__ = ["CallSignature", "TensorSpec", "capture", "check_sites_exist"]

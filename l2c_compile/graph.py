@@ -18,8 +18,8 @@ from __future__ import annotations
 import enum
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,10 +43,10 @@ __all__ = [
     "LoopGraph",
     "ProgramGraph",
     "SiteMark",
+    "argument_key",
     "cache_reads",
     "draws_random_numbers",
     "evaluation_of",
-    "argument_key",
     "expression",
     "module_path",
     "num_bytes",
@@ -168,6 +168,19 @@ class LoopGraph(ProgramGraph):
     out_spec: TreeSpec
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
     folded: list[FoldedConstants] = field(default_factory=list)
+
+    def copy(self) -> LoopGraph:
+        """Return a loop graph to be rewritten apart from this one; tensors and submodules are shared."""
+        root = nn.Module()
+        for name, child in self.root.named_children():
+            root.add_module(name, child)
+        for name, tensor in self.root.named_buffers(recurse=False):
+            root.register_buffer(name, tensor, persistent=False)
+        graph = fx.Graph()
+        copies: dict[Node, Node] = {}
+        for node in self.graph.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        return replace(self, graph=graph, root=root, folded=list(self.folded))
 
     def new_region(self, body: fx.GraphModule) -> str:
         """Store the body of a region as a submodule of the root and return its name."""
