@@ -23,6 +23,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument, Node
 from torch.utils._pytree import TreeSpec
 
@@ -46,6 +48,7 @@ __all__ = [
     "argument_key",
     "cache_reads",
     "draws_random_numbers",
+    "emit",
     "evaluation_of",
     "expression",
     "module_path",
@@ -163,6 +166,8 @@ class LoopGraph(ProgramGraph):
     """A whole sampling loop, unrolled."""
 
     schedule: CacheSchedule
+    num_noise: int
+    """How many of the inputs, the first ones, are the noise; the others are conditions."""
     forms: list[EvaluationGraph]
     """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one."""
     out_spec: TreeSpec
@@ -206,6 +211,26 @@ class LoopGraph(ProgramGraph):
         name = f"{prefix}_{number}"
         self.root.register_buffer(name, value, persistent=False)
         return name
+
+
+_INFERENCE = FakeTensorMode()
+
+
+def emit(graph: fx.Graph, target: OpOverload, args: tuple[Argument, ...], evaluation: int | None) -> Node:
+    """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
+    node = graph.call_function(target, args)
+    values = fx.node.map_arg(args, lambda argument: _fake(argument.meta["val"]))
+    with _INFERENCE, torch.no_grad():
+        node.meta.update(val=target(*values), evaluation=evaluation)
+    return node
+
+
+def _fake(value: object) -> object:
+    # The parts of a loop graph were captured under different fake modes; torch mixes none of them.
+    if not isinstance(value, Tensor):
+        return value
+    with _INFERENCE:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def evaluation_of(node: Node) -> int | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from l2c_compile.passes.base import Pipeline
+from l2c_compile.passes.batch_conditioning import BatchConditioning
 from l2c_compile.passes.bind_times import BindTimes
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
+from l2c_compile.passes.merge_deltas import MergeDeltas
+from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
@@ -45,6 +48,12 @@ LOOP = Pipeline(
         DropNoOps(),  # the loop's own copies
         MergeCommon(),  # evaluations may turn out to share work once their differences are cut
         FoldConstants(),  # what is left over timesteps and weights only
+        DropDead(),
+        MergeDeltas(),  # kept values are plain values by now, so a run of them is a run of additions
+        PruneProjections(),  # dead code is gone, so unused means unneeded; before batching, which groups by rows
+        DropDead(),
+        BatchConditioning(),
+        MergeCommon(),  # every projection was given its own stack of equal inputs
         DropDead(),
     ),
     assumes=frozenset({Fact.SITES_MARKED}),
