@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2c_compile.backend import EAGER, check_backend, lower_to_backend
-from l2c_compile.capture import CallSignature, TensorSpec, capture, check_sites_exist
+from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.graph import EvaluationGraph, LoopGraph
@@ -235,7 +235,7 @@ class CompiledSampler(nn.Module):
     def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
         """Return what a program is specialised on."""
         leaves, spec = tree_flatten((noise, dict(conditions)))
-        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
         weights = frozenset((w.dtype, w.device) for w in self.model.parameters())
         form = (spec, described, weights, self.model.training)
         try:

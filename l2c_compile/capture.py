@@ -7,10 +7,11 @@ and also when the module returns a tuple, returns its input, or is called twice.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +24,7 @@ from l2c_compile.errors import CaptureError, UnknownSiteError, nearest
 from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, output_list, site_marks
 from l2c_compile.sites import Site
 
-__all__ = ["CallSignature", "TensorSpec", "capture", "check_sites_exist"]
+__all__ = ["CallSignature", "StaticValue", "TensorSpec", "capture", "check_sites_exist"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,26 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class StaticValue:
+    """A Python value that a static graph is specialised on."""
+
+    value: object = field(compare=False)
+    key: object
+    """Its type and what it equals: 1, 1.0 and True are three values, and so are 0.0 and -0.0."""
+
+    @classmethod
+    def of(cls, value: object) -> StaticValue:
+        """Describe ``value``, which is hashable."""
+        return cls(value, (type(value), value.hex() if type(value) is float else value))
+
+
+@dataclass(frozen=True)
 class CallSignature:
     """The form of one call ``denoiser(*args, **kwargs)``; calls of equal form share one evaluation graph."""
 
     spec: TreeSpec
     leaves: tuple[object, ...]
-    """A ``TensorSpec`` for each tensor, ``(type, value)`` for anything else, in the order of ``spec``."""
+    """A ``TensorSpec`` for each tensor, a ``StaticValue`` for anything else, in the order of ``spec``."""
 
     def tensor_specs(self) -> tuple[TensorSpec, ...]:
         """Return the specs of the tensors, in order: the inputs of the evaluation graph."""
@@ -60,7 +75,7 @@ class CallSignature:
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return the ``(args, kwargs)`` of the call with ``tensors`` in the places of its tensors."""
         remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, TensorSpec) else leaf[1] for leaf in self.leaves]  # type: ignore[index]
+        leaves = [leaf.value if isinstance(leaf, StaticValue) else next(remaining) for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
 
@@ -96,7 +111,10 @@ def capture(denoiser: nn.Module, signature: CallSignature, sites: Sequence[Site]
     try:
         with torch.no_grad(), _marking(denoiser, sites):
             program = torch.export.export(flat, example_inputs, strict=False)
-        program = program.run_decompositions({})
+        with warnings.catch_warnings():
+            # torch warns of its own copying of specs.
+            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            program = program.run_decompositions({})
     except UnknownSiteError:
         raise
     except Exception as error:  # torch.export raises whatever the model's own Python raises
