@@ -59,6 +59,9 @@ class Settings:
     """Peak; a linear warm-up over the first 3% of the budget, then a cosine to zero."""
     label_dropout: float = 0.1
     """Share of samples trained with the null class, for guidance."""
+    wide_noise: float = 0.25
+    """Share of samples in which one pixel in twenty has noise from a wide uniform distribution. Without it the model is
+    wrong on the rare pixel beyond four standard deviations, and a sampler without clipping lets that pixel run away."""
     ema_decay: float = 0.998
     seed: int = 0
 
@@ -165,7 +168,8 @@ def _batches(images: Tensor, labels: Tensor, settings: Settings) -> Iterator[tup
             t = ((torch.arange(B) + torch.rand(B)) * (_TRAINING_STEPS / B)).long().clamp(max=_TRAINING_STEPS - 1)
             signal = alphas_bar[t].sqrt().float()[:, None, None, None]
             sigma = (1.0 - alphas_bar[t]).sqrt().float()[:, None, None, None]
-            noise = torch.randn_like(x0)
+            is_wide = (torch.rand(B, 1, 1, 1) < settings.wide_noise) & (torch.rand_like(x0) < 0.05)
+            noise = torch.where(is_wide, 12.0 * torch.rand_like(x0) - 6.0, torch.randn_like(x0))
             dropped = torch.rand(B) < settings.label_dropout
             y = torch.where(dropped, MODEL_CONFIG["num_classes"], labels[index])
             yield signal * x0 + sigma * noise, noise, t, y

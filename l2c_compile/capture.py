@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from l2c_compile.errors import CaptureError, UnknownSiteError, nearest
-from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, output_list, site_marks
+from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, module_path, output_list, site_marks
 from l2c_compile.sites import Site
 
 __all__ = ["CallSignature", "StaticValue", "TensorSpec", "capture", "check_sites_exist"]
@@ -216,7 +216,7 @@ def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:
             raise CaptureError(f"{name} changes its input '{output.target}' in place; let it clone that input first")
     for node in program.graph.nodes:
         if draws_random_numbers(node):
-            path = _module_path(node)
+            path = module_path(node)
             raise CaptureError(
                 f"{name} draws random numbers ({node.target}) in module '{path}'; call .eval() if it is dropout, or"
                 " draw them in the loop and pass them in"
@@ -267,12 +267,6 @@ def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph) -> None:
                 f"site '{site}': one evaluation of {type(denoiser).__name__} never calls it (call number {site.call} of"
                 f" module '{site.last or site.path}'), or bypasses its __call__; name a module that it calls"
             )
-
-
-def _module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((str(path) for path, _ in reversed(list(stack.values()))), "")
-    return path.removeprefix("L['self'].").removeprefix("denoiser.").removeprefix("denoiser")
 
 
 def _first_line(error: Exception) -> str:

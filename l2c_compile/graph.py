@@ -46,7 +46,9 @@ __all__ = [
     "cache_reads",
     "draws_random_numbers",
     "evaluation_of",
+    "argument_key",
     "expression",
+    "module_path",
     "num_bytes",
     "output_list",
     "packet_of",
@@ -167,6 +169,12 @@ class LoopGraph(ProgramGraph):
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
     folded: list[FoldedConstants] = field(default_factory=list)
 
+    def new_region(self, body: fx.GraphModule) -> str:
+        """Store the body of a region as a submodule of the root and return its name."""
+        name = f"region_{sum(name.startswith('region_') for name in self.root._modules)}"
+        self.root.add_module(name, body)
+        return name
+
     @property
     def num_evaluations(self) -> int:
         """How often the loop calls the denoiser."""
@@ -286,29 +294,31 @@ Expression = tuple[object, ...]
 """What a node computes, as a hashable value: equal for two nodes of one graph iff they compute the same."""
 
 
-def expression(node: Node, rename: Callable[[Node], Node] | Mapping[Node, Node] | None = None) -> Expression:
+def expression(node: Node, rename: Callable[[Node], object] = lambda argument: argument) -> Expression:
     """Return the key under which two pure nodes are the same computation.
 
     Args:
         node: a ``call_function`` or ``get_attr`` node.
-        rename: maps each argument node to the node that stands for it, identity where omitted.
+        rename: maps each argument node to what stands for it.
     """
-    lookup: Callable[[Node], Node]
-    if rename is None:
-        lookup = lambda argument: argument  # noqa: E731
-    elif isinstance(rename, Mapping):
-        lookup = rename.__getitem__
-    else:
-        lookup = rename
+    kwargs = tuple(sorted((name, argument_key(value, rename)) for name, value in node.kwargs.items()))
+    return (node.op, node.target, argument_key(node.args, rename), kwargs)
 
-    def key(argument: Argument) -> object:
-        if isinstance(argument, Node):
-            return lookup(argument)
-        if isinstance(argument, (tuple, list)):
-            return tuple(map(key, argument))
-        if isinstance(argument, float):
-            # 1 == 1.0 == True and 0.0 == -0.0 for Python, not for type promotion and division.
-            return float, argument.hex()
-        return type(argument), argument
 
-    return (node.op, node.target, key(node.args), tuple(sorted((name, key(a)) for name, a in node.kwargs.items())))
+def argument_key(argument: Argument, rename: Callable[[Node], object]) -> object:
+    """Return a hashable value that is equal for two arguments iff they are interchangeable."""
+    if isinstance(argument, Node):
+        return rename(argument)
+    if isinstance(argument, (tuple, list)):
+        return tuple(argument_key(element, rename) for element in argument)
+    if isinstance(argument, float):
+        # 1 == 1.0 == True and 0.0 == -0.0 for Python, not for type promotion and division.
+        return float, argument.hex()
+    return type(argument), argument
+
+
+def module_path(node: Node) -> str:
+    """Return the path, in the denoiser, of the module whose forward made the node; "" where there is none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(path) for path, _ in reversed(stack.values())), "")
+    return path.removeprefix("L['self'].").removeprefix("denoiser").removeprefix(".")

@@ -111,7 +111,7 @@ class _Unroller:
             elif node.meta["binding"] is Binding.LATENT:
                 values[node] = self._copy(node, values, evaluation)
             else:
-                key = expression(node, values)
+                key = expression(node, values.__getitem__)
                 if key not in self.shared:
                     self.shared[key] = self._copy(node, values, evaluation)
                 values[node] = self.shared[key]

@@ -37,6 +37,7 @@ class Fact(enum.Enum):
     NO_DEAD_NODES = "every node has a user, is an input or output, or draws random numbers"
     READS_LOWERED = "no l2c::cache_read is left"
     SITES_LOWERED = "no l2c::site is left"
+    OUTLINED = "every region that is called is a submodule of the root"
 
 
 def check(program: ProgramGraph, facts: Iterable[Fact]) -> None:
@@ -106,6 +107,13 @@ def _no_dead_nodes(program: ProgramGraph) -> None:
             raise _violation(Fact.NO_DEAD_NODES.value, node, "has no user")
 
 
+def _outlined(program: ProgramGraph) -> None:
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+        body = node.args[0]
+        if not isinstance(body, Node) or not isinstance(program.root._modules.get(str(body.target)), torch.fx.GraphModule):
+            raise _violation(Fact.OUTLINED.value, node, "calls something else")
+
+
 def _none_left(target: torch._ops.OpOverload[..., torch.Tensor], fact: Fact) -> Callable[[ProgramGraph], None]:
     def check_none_left(program: ProgramGraph) -> None:
         for node in program.graph.find_nodes(op="call_function", target=target):
@@ -121,6 +129,7 @@ _CHECKS: dict[Fact, Callable[[ProgramGraph], None]] = {
     Fact.NO_DEAD_NODES: _no_dead_nodes,
     Fact.READS_LOWERED: _none_left(CACHE_READ, Fact.READS_LOWERED),
     Fact.SITES_LOWERED: _none_left(SITE, Fact.SITES_LOWERED),
+    Fact.OUTLINED: _outlined,
 }
 
 

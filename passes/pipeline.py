@@ -10,10 +10,11 @@ from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.merge_common import MergeCommon
+from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.verify import Fact
 
-__all__ = ["EVALUATION", "LOOP", "SKELETON"]
+__all__ = ["EVALUATION", "LOOP", "REGIONS", "SKELETON"]
 
 SKELETON = Pipeline(
     (
@@ -49,3 +50,9 @@ LOOP = Pipeline(
     assumes=frozenset({Fact.SITES_MARKED}),
 )
 """Runs on the loop graph."""
+
+REGIONS = Pipeline(
+    (OutlineRegions(),),  # last of all: nothing looks into a region any more
+    assumes=frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES}),
+)
+"""Runs on a copy of the finished loop graph, for backends that compile region by region."""

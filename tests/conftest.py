@@ -8,21 +8,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+_SHARED = Path(os.environ.get("L2C_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
-    """Return a function from a name to a file beside the checkout (``../shared``, or ``$L2C_SHARED``).
+    """Return a function from a name in the shared folder to its path; it skips the test where the file is absent.
 
-    A test that asks for a file that is not there is skipped.
+    The folder lies next to the repository; the environment variable L2C_SHARED names another.
     """
-    folder = Path(os.environ.get("L2C_SHARED", ROOT.parent / "shared"))
 
-    def find(name: str) -> Path:
-        path = folder / name
+    def shared_file(name: str) -> Path:
+        path = _SHARED / name
         if not path.exists():
-            pytest.skip(f"needs {name} from the shared folder, which is not here")
+            pytest.skip(f"../shared/{name} is absent")
         return path
 
-    return find
+    return shared_file

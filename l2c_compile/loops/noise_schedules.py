@@ -58,14 +58,12 @@ class BetaSchedule:
         """Return the variances, shape (num_timesteps,), from clean to noisy."""
         is_root = self.kind == "scaled_linear"
         start, end = (math.sqrt(self.start), math.sqrt(self.end)) if is_root else (self.start, self.end)
-        values: NDArray[np.float64] = np.linspace(start, end, self.num_timesteps)
-        if is_root:
-            values *= values
-        return values
+        values = np.linspace(start, end, self.num_timesteps, dtype=np.float64)
+        return values * values if is_root else values
 
     def alphas_bar(self) -> NDArray[np.float64]:
         """Return the share of signal variance that is left, shape (num_timesteps,), from clean to noisy."""
-        return np.cumprod(1.0 - self.betas())
+        return np.cumprod(1.0 - self.betas(), dtype=np.float64)
 
 
 LINEAR_BETAS = BetaSchedule()
