@@ -98,11 +98,12 @@ def build_loop_graph(
     """Return the loop as one static graph, and what the passes did."""
     say = progress or (lambda what: None)
     evaluations: dict[CallSignature, EvaluationGraph] = {}
+    read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
 
     def capture_call(signature: CallSignature) -> EvaluationGraph:
         if signature not in evaluations:
             say(f"capture form {len(evaluations)} of an evaluation")
-            evaluations[signature] = capture(denoiser, signature, schedule.sites)
+            evaluations[signature] = capture(denoiser, signature, schedule.sites, read_inputs_of)
         return evaluations[signature]
 
     say("trace the loop")
@@ -136,8 +137,10 @@ class Program:
     module: fx.GraphModule
     run: Callable[..., object]
     """The module, through the backend."""
-    versions: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Identity and version of the weights that constants were folded from, when they were folded."""
+    weights: frozenset[tuple[torch.dtype, torch.device]]
+    """Dtypes and devices of the denoiser's parameters."""
+    versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Identity, memory and version of the weights that constants were folded from, when they were folded."""
 
 
 class CompiledSampler(nn.Module):
@@ -162,9 +165,21 @@ class CompiledSampler(nn.Module):
         self.backend = backend
         self.training = model.training
         self._progress = progress
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
         self._programs: dict[object, Program] = {}
         self._latest: Program | None = None
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what belongs to this process: a copy captures anew."""
+        return {name: value for name, value in self.__dict__.items() if name not in _PER_PROCESS}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore, with nothing captured."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._begin_empty()
 
     def forward(self, noise: object, **conditions: object) -> object:
         """Sample.
@@ -218,7 +233,9 @@ class CompiledSampler(nn.Module):
         )
 
     def refresh(self) -> None:
-        """Fold the constants again after weights changed."""
+        """Fold the constants again after weights changed; forms that the weights no longer have are forgotten."""
+        weights = self._weights()
+        self._programs = {form: program for form, program in self._programs.items() if program.weights == weights}
         for program in self._programs.values():
             for folded in program.graph.folded:
                 for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
@@ -227,22 +244,26 @@ class CompiledSampler(nn.Module):
 
     def _build(self, noise: object, conditions: Mapping[str, object]) -> Program:
         self._check_devices(noise, conditions)
-        graph, passes = build_loop_graph(self.model, self.loop, self.schedule, noise, conditions, self._progress)
+        # Constants made under inference_mode could not be refreshed outside it.
+        with torch.inference_mode(False):
+            graph, passes = build_loop_graph(self.model, self.loop, self.schedule, noise, conditions, self._progress)
         module = graph.module()
         run = lower_to_backend(module, self.backend)
-        return Program(graph, passes, module, run, _weight_versions(graph))
+        return Program(graph, passes, module, run, self._weights(), _weight_versions(graph))
 
     def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
         """Return what a program is specialised on."""
         leaves, spec = tree_flatten((noise, dict(conditions)))
         described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
-        weights = frozenset((w.dtype, w.device) for w in self.model.parameters())
-        form = (spec, described, weights, self.model.training)
+        form = (spec, described, self._weights(), self.model.training)
         try:
             hash(form)
         except TypeError as error:
             raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
         return form
+
+    def _weights(self) -> frozenset[tuple[torch.dtype, torch.device]]:
+        return frozenset((w.dtype, w.device) for w in self.model.parameters())
 
     def _check_devices(self, noise: object, conditions: Mapping[str, object]) -> None:
         weights = {w.device for w in self.model.parameters()}
@@ -260,18 +281,22 @@ class CompiledSampler(nn.Module):
         return self._latest
 
 
+_PER_PROCESS = frozenset({"_programs", "_latest", "_lock"})
+
+
 def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int]]:
+def _weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int, int]]:
     return {path: _version(graph.root, path) for folded in graph.folded for path in folded.weights}
 
 
-def _version(root: nn.Module, path: str) -> tuple[int, int]:
+def _version(root: nn.Module, path: str) -> tuple[int, int, int]:
     owner, _, name = path.rpartition(".")
     weight = getattr(root.get_submodule(owner), name)
-    return id(weight), 0 if weight.is_inference() else weight._version
+    # Assigning to .data, as Module.to does, changes the memory only.
+    return id(weight), int(weight.untyped_storage()._cdata), 0 if weight.is_inference() else weight._version
 
 
 def _check_fresh(program: Program) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,10 +43,10 @@ __all__ = [
     "LoopGraph",
     "ProgramGraph",
     "SiteMark",
+    "argument_key",
     "cache_reads",
     "draws_random_numbers",
     "evaluation_of",
-    "argument_key",
     "expression",
     "module_path",
     "num_bytes",

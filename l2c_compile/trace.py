@@ -43,8 +43,8 @@ Loop = Callable[..., object]
 """``loop(denoiser, noise, **conditions) -> latent``: plain PyTorch that runs a sampler."""
 
 _NO_VALUES = (
-    "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or compute"
-    " it from the timesteps"
+    "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
+    " compute it from the timesteps"
 )
 
 
