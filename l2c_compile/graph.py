@@ -20,6 +20,7 @@ import json
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -219,13 +220,13 @@ _INFERENCE = FakeTensorMode()
 def emit(graph: fx.Graph, target: OpOverload, args: tuple[Argument, ...], evaluation: int | None) -> Node:
     """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
     node = graph.call_function(target, args)
-    values = fx.node.map_arg(args, lambda argument: _fake(argument.meta["val"]))
+    values: Any = fx.node.map_arg(args, lambda argument: _fake(argument.meta["val"]))
     with _INFERENCE, torch.no_grad():
         node.meta.update(val=target(*values), evaluation=evaluation)
     return node
 
 
-def _fake(value: object) -> object:
+def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
     # The parts of a loop graph were captured under different fake modes; torch mixes none of them.
     if not isinstance(value, Tensor):
         return value

@@ -100,9 +100,10 @@ class _Batcher:
     def _anchor(self, evaluation: int) -> Node:
         """Return the first node that stays where it is in the chunk's first evaluation, or before its own use."""
         for node in self.graph.nodes:
+            assert isinstance(node, Node)
             if node.op == "call_function" and node not in self.needed and (evaluation_of(node) or 0) >= evaluation:
                 return node
-        return self.graph.output_node()
+        raise AssertionError("an evaluation without a node of its own")
 
     def _move(self, node: Node) -> None:
         if self.order[node] > self.order[self.anchor]:

@@ -9,6 +9,8 @@ the gate that is. Rows of a weight are taken as views: nothing is copied.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,10 +103,10 @@ def _pieces(node: Node) -> dict[Node, _Range] | None:
             assert isinstance(size, int)
             bounds = [(start, min(start + size, width)) for start in range(0, width, size)]
         elif user.target is aten.split_with_sizes.default and _dim(user, 2) % value.ndim == last:
-            bounds, start = [], 0
-            for size in user.args[1]:  # type: ignore[union-attr]
-                bounds.append((start, start + size))
-                start += size
+            sizes = user.args[1]
+            assert isinstance(sizes, (list, tuple))
+            ends = list(itertools.accumulate(sizes))
+            bounds = list(zip([0, *ends], ends, strict=False))
         else:
             return None
         for getitem in user.users:
@@ -120,10 +122,10 @@ def _dim(node: Node, position: int) -> int:
     return dim
 
 
-def _union(ranges: object) -> list[_Range]:
+def _union(ranges: Iterable[_Range]) -> list[_Range]:
     """Merge ranges that touch."""
     merged: list[_Range] = []
-    for low, high in sorted(set(ranges)):  # type: ignore[call-overload]
+    for low, high in sorted(set(ranges)):
         if merged and low <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(high, merged[-1][1])
         else:
