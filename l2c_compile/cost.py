@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,21 +50,21 @@ def _form(argument: object) -> object:
     return repr(argument)
 
 
+_FAKE = FakeTensorMode()
+
+
 def _count(node: Node) -> int:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-    fake_mode = next((t.fake_mode for t in _fakes((args, kwargs))), None)
-    if fake_mode is None:
-        return 0
-    with fake_mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The parts of a loop graph were captured under different fake modes, which torch does not mix.
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: _fake(argument.meta["val"]))
+    with _FAKE, torch.no_grad(), FlopCounterMode(display=False) as counter:
         node.target(*args, **kwargs)  # type: ignore[operator]
     return int(counter.get_total_flops()) // 2
 
 
-def _fakes(argument: object) -> Iterable[torch._subclasses.FakeTensor]:
-    if isinstance(argument, torch._subclasses.FakeTensor):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for each in argument:
-            yield from _fakes(each)
-    elif isinstance(argument, dict):
-        yield from _fakes(tuple(argument.values()))
+def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_fake, value))
+    if not isinstance(value, Tensor):
+        return value
+    with _FAKE:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
