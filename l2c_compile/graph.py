@@ -206,6 +206,21 @@ class LoopGraph(ProgramGraph):
             if reuse is not None:
                 yield evaluation, site, reuse
 
+    def known_before_the_loop(self) -> set[Node]:
+        """Return the nodes that depend on no noise and no random draw: on weights, timesteps and conditions alone."""
+        known: set[Node] = set()
+        num_placeholders = 0
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                num_placeholders += 1
+                if num_placeholders > self.num_noise:
+                    known.add(node)
+            elif node.op == "get_attr" or (
+                node.op == "call_function" and not draws_random_numbers(node) and known.issuperset(node.all_input_nodes)
+            ):
+                known.add(node)
+        return known
+
     def new_constant(self, value: Tensor, prefix: str = "_constant") -> str:
         """Store ``value`` as a buffer of the root under a fresh name and return the name."""
         number = len(self.root._buffers)
