@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
+from l2c_compile.cost import NodeTimes
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.graph import EvaluationGraph, LoopGraph
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.passes.base import Numerics, PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, SKELETON
+from l2c_compile.prediction import Prediction, predict
 from l2c_compile.router import Router
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
@@ -234,6 +236,27 @@ class CompiledSampler(nn.Module):
     def summary(self) -> Summary:
         """Return what is computed, read and kept in each evaluation of the latest static graph; printable."""
         return summarize(self._current().graph)
+
+    def predict(self, noise: object, **conditions: object) -> Prediction:
+        """Price the schedule for this form of input before anything is compiled: work, memory and time; printable.
+
+        Nothing is sampled. Times are measured on the device of the weights, form by form, in eager mode; with weights
+        on the meta device there are none.
+        """
+        self._check_devices(noise, conditions)
+        with torch.inference_mode(False):
+            cached = self._graph(self.schedule, noise, conditions)
+            devices = {device for _, device in self._weights()}
+            if any(device.type == "meta" for device in devices):
+                return predict(cached)
+            nothing_reused = CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
+            uncached = self._graph(nothing_reused, noise, conditions)
+            device = min(devices, key=str, default=torch.device("cpu"))
+            return predict(cached, uncached, NodeTimes(device))
+
+    def _graph(self, schedule: CacheSchedule, noise: object, conditions: Mapping[str, object]) -> LoopGraph:
+        graph, _ = build_loop_graph(self.model, self.loop, schedule, noise, conditions, self.passes, self._progress)
+        return graph
 
     def verify(self, noise: object, **conditions: object) -> VerifyReport:
         """Run compiled and reference on equal inputs and equal random numbers, and compare them."""
