@@ -1,7 +1,7 @@
 """Compare the predicted time ratio of a schedule with the measured one, on the digits model, in eager mode.
 
 Three schedules of 20 DDIM evaluations: every second evaluation reuses all sites, two of three reuse all MLPs, one
-evaluation reuses one site (no gain). Options: ``--rounds N`` (default 10), ``--batch N`` (default 10).
+evaluation reuses one site (no gain). Options: ``--rounds N`` (default 5), ``--batch N`` (default 4).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _STEPS = 20
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return predicted and measured time ratio and the error of the one against the other, in percent."""
     parser = argparse.ArgumentParser(prog="python -m bench predict")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args(list(args))
     model = load_digits_dit()
     paths = [path for path, _ in model.named_modules()]
