@@ -6,22 +6,23 @@ The flow is ``build_loop_graph``, one line a stage. ``CompiledSampler`` keeps on
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.backend import EAGER, check_backend, lower_to_backend
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.graph import EvaluationGraph, LoopGraph
 from l2c_compile.loops import loop_from_dict
-from l2c_compile.passes.base import PassRun
+from l2c_compile.passes.base import Numerics, PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
-from l2c_compile.passes.pipeline import EVALUATION, LOOP, SKELETON
+from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, SKELETON
 from l2c_compile.router import Router
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
@@ -30,17 +31,16 @@ from l2c_compile.unroll import unroll
 
 __all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile"]
 
-Progress = Callable[[str], None]
-"""Told what the compiler is about to do, in a few words."""
-
 
 def l2c_compile(
     model: nn.Module,
     router: Router | CacheSchedule,
     loop: Loop | None = None,
     *,
-    backend: str | Callable[..., object] = EAGER,
+    backend: Backend = EAGER,
     threshold: float | None = None,
+    numerics: Literal["bitwise", "rounding"] | None = None,
+    without: Collection[str] = (),
     progress: Progress | None = None,
 ) -> CompiledSampler:
     """Compile a sampling loop and its cache schedule into one static graph.
@@ -53,6 +53,10 @@ def l2c_compile(
         router: which sites are reused in which evaluations.
         loop: ``loop(denoiser, noise, **conditions) -> latent``; None takes the loop that the router was made for.
         backend: what runs the graph: "eager", "aot_eager", "inductor" or any other that ``torch.compile`` takes.
+        numerics: "bitwise" runs only the passes that change no bit in eager mode; "rounding" also those that compute
+            the same formula in another order. None takes "bitwise" for backend "eager", "rounding" for all others: they
+            round in their own way anyway.
+        without: names of passes to leave out, as ``passes/pipeline.py`` lists them.
         threshold: scores above it are computed; None takes the router's own. Only for a ``Router``.
         progress: told each stage of a capture before it begins.
 
@@ -63,6 +67,7 @@ def l2c_compile(
         UnknownSiteError: the schedule names a module that ``model`` does not have.
         ScheduleError: there is no loop, or a threshold for a schedule that needs none.
         BackendError: torch.compile knows no such backend.
+        ValueError: ``without`` names an unknown pass, or one that another pass needs.
     """
     if isinstance(router, Router):
         schedule = router.schedule(threshold)
@@ -84,7 +89,10 @@ def l2c_compile(
     check_backend(backend)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    return CompiledSampler(model, schedule, loop, backend, progress)
+    if numerics is None:
+        numerics = "bitwise" if backend == EAGER else "rounding"
+    passes = LOOP.within(Numerics[numerics.upper()]).without(without)
+    return CompiledSampler(model, schedule, loop, backend, passes, progress)
 
 
 def build_loop_graph(
@@ -93,10 +101,11 @@ def build_loop_graph(
     schedule: CacheSchedule,
     noise: object,
     conditions: Mapping[str, object],
+    passes: Pipeline = BITWISE,
     progress: Progress | None = None,
 ) -> tuple[LoopGraph, list[PassRun]]:
     """Return the loop as one static graph, and what the passes did."""
-    say = progress or (lambda what: None)
+    say = progress or _silent
     evaluations: dict[CallSignature, EvaluationGraph] = {}
     read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
 
@@ -116,7 +125,7 @@ def build_loop_graph(
         EVALUATION.run(evaluation)
     say(f"unroll {len(skeleton.calls)} evaluations")
     graph = unroll(skeleton, denoiser, schedule)
-    runs = LOOP.run(graph, on_pass=lambda name: say(f"pass {name}"))
+    runs = passes.run(graph, on_pass=lambda name: say(f"pass {name}"))
     return graph, runs
 
 
@@ -155,7 +164,8 @@ class CompiledSampler(nn.Module):
         model: nn.Module,
         schedule: CacheSchedule,
         loop: Loop,
-        backend: str | Callable[..., object] = EAGER,
+        backend: Backend,
+        passes: Pipeline,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
@@ -163,6 +173,7 @@ class CompiledSampler(nn.Module):
         self.schedule = schedule
         self.loop = loop
         self.backend = backend
+        self.passes = passes
         self.training = model.training
         self._progress = progress
         self._begin_empty()
@@ -246,9 +257,11 @@ class CompiledSampler(nn.Module):
         self._check_devices(noise, conditions)
         # Constants made under inference_mode could not be refreshed outside it.
         with torch.inference_mode(False):
-            graph, passes = build_loop_graph(self.model, self.loop, self.schedule, noise, conditions, self._progress)
+            graph, passes = build_loop_graph(
+                self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
+            )
         module = graph.module()
-        run = lower_to_backend(module, self.backend)
+        run = lower_to_backend(graph, module, self.backend, self._progress or _silent)
         return Program(graph, passes, module, run, self._weights(), _weight_versions(graph))
 
     def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
@@ -279,6 +292,10 @@ class CompiledSampler(nn.Module):
         if self._latest is None:
             raise L2CError("nothing is compiled yet; call the sampler, or sampler.capture(noise, **conditions), first")
         return self._latest
+
+
+def _silent(what: str) -> None:
+    """Tell nobody."""
 
 
 _PER_PROCESS = frozenset({"_programs", "_latest", "_lock"})
