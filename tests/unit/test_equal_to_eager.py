@@ -24,9 +24,7 @@ GUIDANCES = {
 LOOPS: dict[str, Loop] = {
     **{f"ddim-eta-{eta:g}": DDIM(4, eta=eta) for eta in (0.0, 1.0)},
     **{
-        f"{algorithm}-singlestep-{order}-{spacing}": DPMSolver(
-            4, order=order, algorithm=algorithm, spacing=spacing
-        )
+        f"{algorithm}-singlestep-{order}-{spacing}": DPMSolver(4, order=order, algorithm=algorithm, spacing=spacing)
         for algorithm in ("dpmsolver", "dpmsolver++")
         for order in (1, 2, 3)
         for spacing in ("time", "log_snr")
@@ -43,6 +41,7 @@ LOOPS: dict[str, Loop] = {
 }
 ALL = {f"{name}-{guided}": (loop, g) for name, loop in LOOPS.items() for guided, g in GUIDANCES.items()}
 DIT_SITES = ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
+GETITEM = "<built-in function getitem>"
 UVIT_SITES = ("in_blocks.0.attn", "in_blocks.0.mlp", "mid_block.attn", "mid_block.mlp", "out_blocks.0.attn")
 
 
@@ -124,10 +123,19 @@ def test_no_node_that_feeds_only_skipped_sites_survives(dit: nn.Module) -> None:
     skipped = [n for n in nodes if any(path.endswith("blocks.0") or "blocks.0." in path for path in paths(n))]
     # Of the skipped block two gated additions and its six-fold modulation, of which shift and scale are not read.
     kinds = sorted(str(n.target).removeprefix("aten.").split(".")[0] for n in skipped)
-    assert set(kinds) <= {"add", "mul", "linear", "silu", "unsqueeze", "split", "getitem", "<built-in function getitem>"}
+    assert set(kinds) <= {
+        "add",
+        "mul",
+        "linear",
+        "silu",
+        "unsqueeze",
+        "split",
+        "getitem",
+        "<built-in function getitem>",
+    }
     assert kinds.count("add") == 2
     assert kinds.count("mul") == 2
-    gates = [n for n in skipped if str(n.target) == "<built-in function getitem>"]
+    gates = [n for n in skipped if str(n.target) == GETITEM]
     assert all(n.args[1] in (2, 5) for n in gates)
 
 
