@@ -6,22 +6,23 @@ The flow is ``build_loop_graph``, one line a stage. ``CompiledSampler`` keeps on
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.backend import EAGER, check_backend, lower_to_backend
-from l2c_compile.capture import CallSignature, TensorSpec, capture, check_sites_exist
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend
+from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.graph import EvaluationGraph, LoopGraph
 from l2c_compile.loops import loop_from_dict
-from l2c_compile.passes.base import PassRun
+from l2c_compile.passes.base import Numerics, PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
-from l2c_compile.passes.pipeline import EVALUATION, LOOP, SKELETON
+from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, SKELETON
 from l2c_compile.router import Router
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
@@ -30,17 +31,16 @@ from l2c_compile.unroll import unroll
 
 __all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile"]
 
-Progress = Callable[[str], None]
-"""Told what the compiler is about to do, in a few words."""
-
 
 def l2c_compile(
     model: nn.Module,
     router: Router | CacheSchedule,
     loop: Loop | None = None,
     *,
-    backend: str | Callable[..., object] = EAGER,
+    backend: Backend = EAGER,
     threshold: float | None = None,
+    numerics: Literal["bitwise", "rounding"] | None = None,
+    without: Collection[str] = (),
     progress: Progress | None = None,
 ) -> CompiledSampler:
     """Compile a sampling loop and its cache schedule into one static graph.
@@ -53,6 +53,10 @@ def l2c_compile(
         router: which sites are reused in which evaluations.
         loop: ``loop(denoiser, noise, **conditions) -> latent``; None takes the loop that the router was made for.
         backend: what runs the graph: "eager", "aot_eager", "inductor" or any other that ``torch.compile`` takes.
+        numerics: "bitwise" runs only the passes that change no bit in eager mode; "rounding" also those that compute
+            the same formula in another order. None takes "bitwise" for backend "eager", "rounding" for all others: they
+            round in their own way anyway.
+        without: names of passes to leave out, as ``passes/pipeline.py`` lists them.
         threshold: scores above it are computed; None takes the router's own. Only for a ``Router``.
         progress: told each stage of a capture before it begins.
 
@@ -63,6 +67,7 @@ def l2c_compile(
         UnknownSiteError: the schedule names a module that ``model`` does not have.
         ScheduleError: there is no loop, or a threshold for a schedule that needs none.
         BackendError: torch.compile knows no such backend.
+        ValueError: ``without`` names an unknown pass, or one that another pass needs.
     """
     if isinstance(router, Router):
         schedule = router.schedule(threshold)
@@ -84,7 +89,10 @@ def l2c_compile(
     check_backend(backend)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    return CompiledSampler(model, schedule, loop, backend, progress)
+    if numerics is None:
+        numerics = "bitwise" if backend == EAGER else "rounding"
+    passes = LOOP.within(Numerics[numerics.upper()]).without(without)
+    return CompiledSampler(model, schedule, loop, backend, passes, progress)
 
 
 def build_loop_graph(
@@ -93,16 +101,18 @@ def build_loop_graph(
     schedule: CacheSchedule,
     noise: object,
     conditions: Mapping[str, object],
+    passes: Pipeline = BITWISE,
     progress: Progress | None = None,
 ) -> tuple[LoopGraph, list[PassRun]]:
     """Return the loop as one static graph, and what the passes did."""
-    say = progress or (lambda what: None)
+    say = progress or _silent
     evaluations: dict[CallSignature, EvaluationGraph] = {}
+    read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
 
     def capture_call(signature: CallSignature) -> EvaluationGraph:
         if signature not in evaluations:
             say(f"capture form {len(evaluations)} of an evaluation")
-            evaluations[signature] = capture(denoiser, signature, schedule.sites)
+            evaluations[signature] = capture(denoiser, signature, schedule.sites, read_inputs_of)
         return evaluations[signature]
 
     say("trace the loop")
@@ -115,7 +125,7 @@ def build_loop_graph(
         EVALUATION.run(evaluation)
     say(f"unroll {len(skeleton.calls)} evaluations")
     graph = unroll(skeleton, denoiser, schedule)
-    runs = LOOP.run(graph, on_pass=lambda name: say(f"pass {name}"))
+    runs = passes.run(graph, on_pass=lambda name: say(f"pass {name}"))
     return graph, runs
 
 
@@ -136,8 +146,10 @@ class Program:
     module: fx.GraphModule
     run: Callable[..., object]
     """The module, through the backend."""
-    versions: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Identity and version of the weights that constants were folded from, when they were folded."""
+    weights: frozenset[tuple[torch.dtype, torch.device]]
+    """Dtypes and devices of the denoiser's parameters."""
+    versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Identity, memory and version of the weights that constants were folded from, when they were folded."""
 
 
 class CompiledSampler(nn.Module):
@@ -152,7 +164,8 @@ class CompiledSampler(nn.Module):
         model: nn.Module,
         schedule: CacheSchedule,
         loop: Loop,
-        backend: str | Callable[..., object] = EAGER,
+        backend: Backend,
+        passes: Pipeline,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
@@ -160,11 +173,24 @@ class CompiledSampler(nn.Module):
         self.schedule = schedule
         self.loop = loop
         self.backend = backend
+        self.passes = passes
         self.training = model.training
         self._progress = progress
+        self._begin_empty()
+
+    def _begin_empty(self) -> None:
         self._programs: dict[object, Program] = {}
         self._latest: Program | None = None
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what belongs to this process: a copy captures anew."""
+        return {name: value for name, value in self.__dict__.items() if name not in _PER_PROCESS}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Restore, with nothing captured."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._begin_empty()
 
     def forward(self, noise: object, **conditions: object) -> object:
         """Sample.
@@ -218,7 +244,9 @@ class CompiledSampler(nn.Module):
         )
 
     def refresh(self) -> None:
-        """Fold the constants again after weights changed."""
+        """Fold the constants again after weights changed; forms that the weights no longer have are forgotten."""
+        weights = self._weights()
+        self._programs = {form: program for form, program in self._programs.items() if program.weights == weights}
         for program in self._programs.values():
             for folded in program.graph.folded:
                 for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
@@ -227,22 +255,28 @@ class CompiledSampler(nn.Module):
 
     def _build(self, noise: object, conditions: Mapping[str, object]) -> Program:
         self._check_devices(noise, conditions)
-        graph, passes = build_loop_graph(self.model, self.loop, self.schedule, noise, conditions, self._progress)
+        # Constants made under inference_mode could not be refreshed outside it.
+        with torch.inference_mode(False):
+            graph, passes = build_loop_graph(
+                self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
+            )
         module = graph.module()
-        run = lower_to_backend(module, self.backend)
-        return Program(graph, passes, module, run, _weight_versions(graph))
+        run = lower_to_backend(graph, module, self.backend, self._progress or _silent)
+        return Program(graph, passes, module, run, self._weights(), _weight_versions(graph))
 
     def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
         """Return what a program is specialised on."""
         leaves, spec = tree_flatten((noise, dict(conditions)))
-        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
-        weights = frozenset((w.dtype, w.device) for w in self.model.parameters())
-        form = (spec, described, weights, self.model.training)
+        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
+        form = (spec, described, self._weights(), self.model.training)
         try:
             hash(form)
         except TypeError as error:
             raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
         return form
+
+    def _weights(self) -> frozenset[tuple[torch.dtype, torch.device]]:
+        return frozenset((w.dtype, w.device) for w in self.model.parameters())
 
     def _check_devices(self, noise: object, conditions: Mapping[str, object]) -> None:
         weights = {w.device for w in self.model.parameters()}
@@ -260,18 +294,26 @@ class CompiledSampler(nn.Module):
         return self._latest
 
 
+def _silent(what: str) -> None:
+    """Tell nobody."""
+
+
+_PER_PROCESS = frozenset({"_programs", "_latest", "_lock"})
+
+
 def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int]]:
+def _weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int, int]]:
     return {path: _version(graph.root, path) for folded in graph.folded for path in folded.weights}
 
 
-def _version(root: nn.Module, path: str) -> tuple[int, int]:
+def _version(root: nn.Module, path: str) -> tuple[int, int, int]:
     owner, _, name = path.rpartition(".")
     weight = getattr(root.get_submodule(owner), name)
-    return id(weight), 0 if weight.is_inference() else weight._version
+    # Assigning to .data, as Module.to does, changes the memory only.
+    return id(weight), int(weight.untyped_storage()._cdata), 0 if weight.is_inference() else weight._version
 
 
 def _check_fresh(program: Program) -> None:

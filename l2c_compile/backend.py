@@ -1,25 +1,37 @@
-"""Hand the static graph to whatever runs it."""
+"""Hand the static graph to whatever runs it.
+
+``eager``     the graph's own code, operation by operation.
+``inductor``  the loop region by region: each distinct region (``OutlineRegions``) is compiled once, without Dynamo, and
+              the loop calls it. One flat graph of 50 evaluations would keep Inductor busy for hours.
+any other     ``torch.compile(graph, backend=..., fullgraph=True)`` of the flat graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
-from l2c_compile.errors import L2CError, nearest
+from l2c_compile.capture import TensorSpec
+from l2c_compile.errors import BackendError, nearest
+from l2c_compile.graph import LoopGraph
+from l2c_compile.passes.pipeline import REGIONS
 
-__all__ = ["BackendError", "check_backend", "lower_to_backend"]
+__all__ = ["EAGER", "INDUCTOR", "Backend", "Progress", "check_backend", "lower_to_backend"]
 
 EAGER = "eager"
-"""Run the graph's own code, operation by operation: nothing rounds differently from the plain loop."""
+INDUCTOR = "inductor"
+
+Backend = str | Callable[..., object]
+"""A name that ``torch.compile`` knows, or a backend function of its form."""
+
+Progress = Callable[[str], None]
+"""Told what the compiler is about to do, in a few words."""
 
 
-class BackendError(L2CError, ValueError):
-    """The backend does not exist, or cannot take the graph."""
-
-
-def check_backend(backend: str | Callable[..., object]) -> None:
+def check_backend(backend: Backend) -> None:
     """Raise ``BackendError`` for the name of a backend that torch.compile does not know."""
     known = torch._dynamo.list_backends(exclude_tags=())
     if isinstance(backend, str) and backend not in known:
@@ -27,14 +39,53 @@ def check_backend(backend: str | Callable[..., object]) -> None:
         raise BackendError(f"torch.compile knows no backend '{backend}'; {hint}")
 
 
-def lower_to_backend(module: fx.GraphModule, backend: str | Callable[..., object]) -> Callable[..., object]:
+def lower_to_backend(
+    graph: LoopGraph, module: fx.GraphModule, backend: Backend, progress: Progress
+) -> Callable[..., Sequence[object]]:
     """Return a callable that computes what ``module`` computes, through ``backend``.
 
     Args:
-        module: a static graph.
-        backend: a name that ``torch.compile`` knows, or a backend function of its own form.
+        graph: the finished loop graph; it is not changed.
+        module: the same as a module.
+        backend: what runs it.
+        progress: told which region is compiled.
     """
     if backend == EAGER:
         return module
-    # Dynamo keeps compiled code by the code object of forward, and every GraphModule has one of its own.
-    return torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    if backend == INDUCTOR:
+        return _compile_regions(graph.copy(), progress)
+    compiled: Callable[..., Sequence[object]] = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
+    """Compile each distinct region with Inductor; return the loop that calls them."""
+    REGIONS.run(graph)
+    bodies = {name: body for name, body in graph.root.named_children() if isinstance(body, fx.GraphModule)}
+    for number, (name, body) in enumerate(bodies.items(), start=1):
+        progress(f"compile region {number} of {len(bodies)}")
+        setattr(graph.root, name, _CompiledRegion(body))
+    for call in graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+        body, name, *operands = call.args
+        with graph.graph.inserting_before(call):
+            compiled_call = graph.graph.call_module(name, tuple(operands))
+        call.replace_all_uses_with(compiled_call)
+        graph.graph.erase_node(call)
+        graph.graph.erase_node(body)
+    return graph.module()
+
+
+class _CompiledRegion(nn.Module):
+    """A region, compiled for the shapes and strides that it was outlined with."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        specs = [TensorSpec.of(node.meta["val"]) for node in body.graph.find_nodes(op="placeholder")]
+        # Zeros, not uninitialised memory: Inductor may run a kernel to choose its configuration, and indices must fit.
+        example_inputs: list[Any] = [spec.empty().zero_() for spec in specs]
+        with torch.no_grad():
+            self.compiled = torch._inductor.compile(body, example_inputs)
+
+    def forward(self, *operands: Tensor) -> Sequence[Tensor]:
+        results: Sequence[Tensor] = self.compiled(*operands)
+        return results

@@ -7,10 +7,11 @@ and also when the module returns a tuple, returns its input, or is called twice.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,11 +20,19 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from l2c_compile.errors import CaptureError, UnknownSiteError, nearest
-from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, draws_random_numbers, module_path, output_list, site_marks
+from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
+from l2c_compile.graph import (
+    INPUT_PORT,
+    SITE,
+    EvaluationGraph,
+    draws_random_numbers,
+    module_path,
+    output_list,
+    site_marks,
+)
 from l2c_compile.sites import Site
 
-__all__ = ["CallSignature", "TensorSpec", "capture", "check_sites_exist"]
+__all__ = ["CallSignature", "StaticValue", "TensorSpec", "capture", "check_sites_exist"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,26 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class StaticValue:
+    """A Python value that a static graph is specialised on."""
+
+    value: object = field(compare=False)
+    key: object
+    """Its type and what it equals: 1, 1.0 and True are three values, and so are 0.0 and -0.0."""
+
+    @classmethod
+    def of(cls, value: object) -> StaticValue:
+        """Describe ``value``, which is hashable."""
+        return cls(value, (type(value), value.hex() if type(value) is float else value))
+
+
+@dataclass(frozen=True)
 class CallSignature:
     """The form of one call ``denoiser(*args, **kwargs)``; calls of equal form share one evaluation graph."""
 
     spec: TreeSpec
     leaves: tuple[object, ...]
-    """A ``TensorSpec`` for each tensor, ``(type, value)`` for anything else, in the order of ``spec``."""
+    """A ``TensorSpec`` for each tensor, a ``StaticValue`` for anything else, in the order of ``spec``."""
 
     def tensor_specs(self) -> tuple[TensorSpec, ...]:
         """Return the specs of the tensors, in order: the inputs of the evaluation graph."""
@@ -60,7 +83,7 @@ class CallSignature:
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return the ``(args, kwargs)`` of the call with ``tensors`` in the places of its tensors."""
         remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, TensorSpec) else leaf[1] for leaf in self.leaves]  # type: ignore[index]
+        leaves = [leaf.value if isinstance(leaf, StaticValue) else next(remaining) for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
 
@@ -75,29 +98,39 @@ def check_sites_exist(denoiser: nn.Module, sites: Sequence[Site]) -> None:
                 raise UnknownSiteError(f"site '{site}': the denoiser has no module '{path}'; {hint}")
 
 
-def capture(denoiser: nn.Module, signature: CallSignature, sites: Sequence[Site]) -> EvaluationGraph:
+def capture(
+    denoiser: nn.Module,
+    signature: CallSignature,
+    sites: Sequence[Site],
+    read_inputs_of: Collection[Site] = (),
+) -> EvaluationGraph:
     """Export one call of ``denoiser`` and mark ``sites`` in it.
 
     Args:
         denoiser: any module that ``torch.export`` takes; it is left as it was.
         signature: the form of the call. Shapes, dtypes, devices and non-tensor arguments become static.
         sites: what to mark; every one must exist (``check_sites_exist``).
+        read_inputs_of: the sites whose input is marked too because a rule reads it; a "delta" site's always is.
 
     Returns:
         The evaluation graph. Its inputs are the tensors of the call in order; weights are ``get_attr`` nodes.
 
     Raises:
         UnknownSiteError: a site's module is not called, or not that often, in one evaluation.
-        CaptureError: the denoiser cannot be exported, changes its buffers or inputs in place, or draws random numbers.
+        CaptureError: the denoiser cannot be exported, draws random numbers, or changes its buffers, its inputs or the
+            value of a site in place.
     """
     flat = _FlatCall(denoiser, signature)
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
     try:
-        with torch.no_grad(), _marking(denoiser, sites):
+        with torch.no_grad(), _marking(denoiser, sites, read_inputs_of):
             program = torch.export.export(flat, example_inputs, strict=False)
-        program = program.run_decompositions({})
-    except UnknownSiteError:
+        with warnings.catch_warnings():
+            # torch warns of its own copying of specs.
+            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            program = program.run_decompositions({})
+    except L2CError:
         raise
     except Exception as error:  # torch.export raises whatever the model's own Python raises
         raise CaptureError(
@@ -140,16 +173,42 @@ class _FlatCall(nn.Module):
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+@dataclass(frozen=True)
+class _Marked:
+    """A tensor and the mark that the denoiser goes on with: a copy, so a write into one does not reach the other."""
+
+    site: Site
+    tensor: Tensor
+    version: int
+    mark: Tensor
+    is_input: bool
+    """Whether the module returned its input, or a view of it: others may hold it."""
+
+    def torn_apart(self) -> bool:
+        """Tell whether a write in place has reached one of the two, and the other may still be read."""
+        return self.tensor._version != self.version or (self.is_input and self.mark._version != 0)
+
+
 @contextmanager
-def _marking(denoiser: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site]) -> Iterator[None]:
     """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
     calls: Counter[str] = Counter()
+    marked: list[_Marked] = []
+    versions: dict[str, list[int]] = {}
 
-    def mark_tensors(value: object, site: Site) -> object:
+    def mark_tensors(value: object, site: Site, inputs: list[Tensor]) -> object:
+        storages = {_storage(tensor) for tensor in inputs}
         leaves, spec = tree_flatten(value)
-        ports = iter(range(len(leaves)))
-        marked = [SITE(leaf, str(site), next(ports), -1) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tree_unflatten(marked, spec)
+        marks: list[object] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                port = sum(isinstance(mark, Tensor) for mark in marks)
+                mark = SITE(leaf, str(site), port, -1)
+                marked.append(_Marked(site, leaf, leaf._version, mark, _storage(leaf) in storages))
+                marks.append(mark)
+            else:
+                marks.append(leaf)
+        return tree_unflatten(marks, spec)
 
     def mark_input(path: str, wanted: list[Site]) -> Callable[..., object]:
         def hook(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
@@ -157,33 +216,57 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
                 if site.call == calls[path]:
                     if not args or not isinstance(args[0], Tensor):
                         raise UnknownSiteError(
-                            f"site '{site}': module '{path}' takes no tensor as its first positional argument, so its"
-                            " change (out - in) is not defined; use its output instead"
+                            f"site '{site}': module '{path}' takes no tensor as its first positional argument, so what"
+                            " needs its input (a change out - in, or the rule) is not defined; use its output and"
+                            " another rule"
                         )
                     args = (SITE(args[0], str(site), INPUT_PORT, -1), *args[1:])
+            versions[path] = [tensor._version for tensor in _tensors(args)]
             return args
 
         return hook
 
     def mark_output(path: str, wanted: list[Site]) -> Callable[..., object]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
-            for site in wanted:
-                if site.call == calls[path]:
-                    output = mark_tensors(output, site)
+            inputs = _tensors(args)
+            here = [site for site in wanted if site.call == calls[path]]
+            if here and versions[path] != [tensor._version for tensor in inputs]:
+                raise CaptureError(
+                    f"site '{here[0]}': module '{path}' writes into its input in place, so more than its output would"
+                    " change where it is reused; let it clone that input first"
+                )
+            for site in here:
+                output = mark_tensors(output, site, inputs)
             calls[path] += 1
             return output
 
         return hook
 
+    def check_marks(module: nn.Module, args: object, output: object) -> None:
+        for each in marked:
+            if each.torn_apart():
+                raise CaptureError(
+                    f"site '{each.site}': {type(denoiser).__name__} writes in place into a tensor that shares memory"
+                    " with the site's value; clone one of them first"
+                )
+
     with ExitStack() as hooks:
+        hooks.callback(denoiser.register_forward_hook(check_marks).remove)
         for path in dict.fromkeys(p for site in sites for p in (site.path, site.last or site.path)):
             module = denoiser.get_submodule(path)
-            begins = [site for site in sites if site.path == path and site.kind == "delta"]
+            begins = [s for s in sites if s.path == path and (s.kind == "delta" or s in read_inputs_of)]
             ends = [site for site in sites if (site.last or site.path) == path]
-            if begins:
-                hooks.callback(module.register_forward_pre_hook(mark_input(path, begins)).remove)
+            hooks.callback(module.register_forward_pre_hook(mark_input(path, begins)).remove)
             hooks.callback(module.register_forward_hook(mark_output(path, ends)).remove)
         yield
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:

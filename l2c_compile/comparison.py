@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
-from l2c_compile.reference import run_reference
+from l2c_compile.reference import Recorder, run_reference
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.sites import Site
 
@@ -77,11 +77,17 @@ def compare_with_reference(
         conditions: as given to the sampler.
     """
     inputs = [leaf for leaf in tree_flatten((noise, dict(conditions)))[0] if isinstance(leaf, Tensor)]
+
+    def reference(record: Recorder | None = None) -> object:
+        # A loop may write into what it is given.
+        own_noise, own_conditions = tree_map(_clone, (noise, dict(conditions)))
+        return run_reference(denoiser, loop, schedule, own_noise, own_conditions, record=record)
+
     with torch.no_grad():
         with _same_random_numbers(inputs):
             compiled = run(*inputs)
         with _same_random_numbers(inputs):
-            expected = run_reference(denoiser, loop, schedule, noise, conditions)
+            expected = reference()
         results = [x for x in tree_flatten(expected)[0] if isinstance(x, Tensor)]
         max_error, relative_error = _errors([x for x in compiled if isinstance(x, Tensor)], results)  # type: ignore[attr-defined]
         if max_error == 0.0:
@@ -92,7 +98,7 @@ def compare_with_reference(
             values[evaluation, str(site), port] = value.clone()
 
         with _same_random_numbers(inputs):
-            run_reference(denoiser, loop, schedule, noise, conditions, record=record)
+            reference(record)
         watcher = _Watcher(module, values)
         with _same_random_numbers(inputs):
             watcher.run(*inputs)
@@ -119,6 +125,10 @@ class _Watcher(fx.Interpreter):
                     evaluation, site, port = key
                     self.first = Difference(evaluation, site, port, error)
         return value
+
+
+def _clone(leaf: object) -> object:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _same_random_numbers(inputs: list[Tensor]) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "BackendError",
     "CaptureError",
     "FileFormatError",
     "L2CError",
@@ -46,6 +47,10 @@ class LoopTraceError(L2CError, ValueError):
 
 class CaptureError(L2CError, ValueError):
     """The denoiser cannot be captured as one functional graph."""
+
+
+class BackendError(L2CError, ValueError):
+    """The backend does not exist, or cannot take the graph."""
 
 
 class StaleConstantsError(L2CError, RuntimeError):

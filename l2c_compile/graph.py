@@ -18,11 +18,14 @@ from __future__ import annotations
 import enum
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument, Node
 from torch.utils._pytree import TreeSpec
 
@@ -43,10 +46,11 @@ __all__ = [
     "LoopGraph",
     "ProgramGraph",
     "SiteMark",
+    "argument_key",
     "cache_reads",
     "draws_random_numbers",
+    "emit",
     "evaluation_of",
-    "argument_key",
     "expression",
     "module_path",
     "num_bytes",
@@ -163,11 +167,26 @@ class LoopGraph(ProgramGraph):
     """A whole sampling loop, unrolled."""
 
     schedule: CacheSchedule
+    num_noise: int
+    """How many of the inputs, the first ones, are the noise; the others are conditions."""
     forms: list[EvaluationGraph]
     """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one."""
     out_spec: TreeSpec
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
     folded: list[FoldedConstants] = field(default_factory=list)
+
+    def copy(self) -> LoopGraph:
+        """Return a loop graph to be rewritten apart from this one; tensors and submodules are shared."""
+        root = nn.Module()
+        for name, child in self.root.named_children():
+            root.add_module(name, child)
+        for name, tensor in self.root.named_buffers(recurse=False):
+            root.register_buffer(name, tensor, persistent=False)
+        graph = fx.Graph()
+        copies: dict[Node, Node] = {}
+        for node in self.graph.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        return replace(self, graph=graph, root=root, folded=list(self.folded))
 
     def new_region(self, body: fx.GraphModule) -> str:
         """Store the body of a region as a submodule of the root and return its name."""
@@ -193,6 +212,26 @@ class LoopGraph(ProgramGraph):
         name = f"{prefix}_{number}"
         self.root.register_buffer(name, value, persistent=False)
         return name
+
+
+_INFERENCE = FakeTensorMode()
+
+
+def emit(graph: fx.Graph, target: OpOverload, args: tuple[Argument, ...], evaluation: int | None) -> Node:
+    """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
+    node = graph.call_function(target, args)
+    values: Any = fx.node.map_arg(args, lambda argument: _fake(argument.meta["val"]))
+    with _INFERENCE, torch.no_grad():
+        node.meta.update(val=target(*values), evaluation=evaluation)
+    return node
+
+
+def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
+    # The parts of a loop graph were captured under different fake modes; torch mixes none of them.
+    if not isinstance(value, Tensor):
+        return value
+    with _INFERENCE:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def evaluation_of(node: Node) -> int | None:

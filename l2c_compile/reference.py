@@ -141,9 +141,8 @@ class _State:
 
     def _note(self, site: Site, output: object) -> None:
         if self.record is not None:
-            for port, leaf in enumerate(tree_flatten(output)[0]):
-                if isinstance(leaf, Tensor):
-                    self.record(self.evaluation, site, port, leaf)
+            for port, tensor in enumerate(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)):
+                self.record(self.evaluation, site, port, tensor)
 
 
 def _copy(value: object) -> object:

@@ -19,15 +19,21 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Node, Target
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from l2c_compile.capture import CallSignature, TensorSpec
+from l2c_compile.capture import CallSignature, StaticValue, TensorSpec
 from l2c_compile.errors import L2CError, LoopTraceError
 from l2c_compile.graph import Dependency, EvaluationGraph, ProgramGraph, draws_random_numbers, output_list
 
@@ -36,7 +42,10 @@ __all__ = ["Loop", "LoopSkeleton", "trace_loop"]
 Loop = Callable[..., object]
 """``loop(denoiser, noise, **conditions) -> latent``: plain PyTorch that runs a sampler."""
 
-_NO_VALUES = "the latent has no values while the loop is unrolled"
+_NO_VALUES = (
+    "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
+    " compute it from the timesteps"
+)
 
 
 @dataclass
@@ -140,7 +149,7 @@ def trace_loop(
     Raises:
         LoopTraceError: the loop branches on latent values, reads them into Python, or does what cannot be recorded.
     """
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if _is_autocast_on():
         raise LoopTraceError(
             "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's"
             " forward, or cast the model"
@@ -155,6 +164,9 @@ class LoopProxy(fx.Proxy):
 
     tracer: LoopTracer
 
+    # As a tensor's: numpy scalars leave the arithmetic to us.
+    __array_priority__ = 1000
+
     def __init__(self, node: Node, tracer: LoopTracer, value: object) -> None:
         super().__init__(node, tracer)
         self.fake = value
@@ -167,15 +179,31 @@ class LoopProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the tensor has
         if name in _STATIC_NAMES:
             return getattr(self.fake, name)
+        if name == "type":
+            return self._type
         if name in _VALUE_METHODS:
             raise self.tracer.untraceable(f"calls .{name}() on a value made from the latent")
         if isinstance(self.fake, Tensor) and inspect.isdatadescriptor(getattr(torch.Tensor, name, None)):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if not hasattr(self.fake, name):
             raise AttributeError(name)
+        if not isinstance(self.fake, Tensor) and isinstance(getattr(self.fake, name), Tensor):
+            # A field of what max, sort and their kind return.
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
-    def __getitem__(self, index: object) -> LoopProxy:
+    def _type(self, *args: object, **kwargs: object) -> object:
+        if not args and not kwargs:
+            return self.fake.type()  # type: ignore[attr-defined]
+        return self.tracer.create_proxy("call_method", "type", (self, *args), kwargs)
+
+    def __copy__(self) -> LoopProxy:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Any:  # noqa: ANN401
+        return self.tracer.create_proxy("call_method", "clone", (self,), {})
+
+    def __getitem__(self, index: object) -> Any:  # noqa: ANN401
         return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
 
     def __setitem__(self, index: object, value: object) -> None:
@@ -204,6 +232,21 @@ class LoopProxy(fx.Proxy):
         return id(self)
 
 
+def _define_in_place_operator(name: str) -> None:
+    # fx.Proxy has none, so that `x += y` would make a new tensor where others that share x must see the change.
+    function = getattr(operator, name)
+
+    def method(self: LoopProxy, other: object) -> object:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(LoopProxy, f"__{name}__", method)
+
+
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+for _name in _IN_PLACE_OPERATORS:
+    _define_in_place_operator(_name)
+
+
 # fmt: off
 _STATIC_NAMES = frozenset({
     # attributes
@@ -211,7 +254,7 @@ _STATIC_NAMES = frozenset({
     "requires_grad", "itemsize", "nbytes", "is_leaf", "names",
     # methods
     "size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous", "is_complex",
-    "is_floating_point", "is_signed", "get_device", "ndimension", "type", "keys",
+    "is_floating_point", "is_signed", "get_device", "ndimension", "keys",
 })
 _VALUE_METHODS = frozenset({"item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
 # fmt: on
@@ -219,6 +262,9 @@ _VALUE_METHODS = frozenset({"item", "tolist", "numpy", "data_ptr", "untyped_stor
 _RANDOM_FUNCTIONS = frozenset(
     {torch.randn, torch.rand, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.poisson}
     | {torch.multinomial, torch.randn_like, torch.rand_like, torch.randint_like}
+)
+_IN_PLACE_DRAWS = frozenset(
+    {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_"}
 )
 
 
@@ -247,6 +293,7 @@ class LoopTracer(fx.Tracer):
         noise = tree_map(self._make_input, noise)
         self.num_noise = len(self.inputs)
         conditions = tree_map(self._make_input, dict(conditions))
+        random_state = torch.get_rng_state()
         with torch.no_grad(), _RecordRandomDraws(self):
             try:
                 result = loop(_Leaf(self), noise, **conditions)
@@ -256,17 +303,19 @@ class LoopTracer(fx.Tracer):
                 raise self.untraceable(f"does what cannot be recorded ({error})") from error
         if not self.calls:
             raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
+        if not torch.equal(random_state, torch.get_rng_state()):
+            raise LoopTraceError(
+                "the loop seeds the random number generator, or draws from it what cannot be recorded; draw with"
+                " torch.randn or randn_like, and seed before calling the sampler"
+            )
         leaves, self.out_spec = tree_flatten(result)
-        self.graph.output([self.create_arg(leaf) for leaf in leaves])
+        self.graph.output([self._result(leaf) for leaf in leaves])
         return self.graph
 
-    def untraceable(self, what: str) -> LoopTraceError:
+    def untraceable(self, what: str, instead: str = _NO_VALUES) -> LoopTraceError:
         """Return the error for something the loop does at this moment that a static program cannot."""
         done = len(self.calls)
-        return LoopTraceError(
-            f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {_NO_VALUES}: use"
-            " torch.where, clamp or another tensor operation, or compute it from the timesteps"
-        )
+        return LoopTraceError(f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {instead}")
 
     # What fx.Tracer calls.
 
@@ -283,14 +332,20 @@ class LoopTracer(fx.Tracer):
         type_expr: object | None = None,
         *unused: object,
         **unused_kwargs: object,
-    ) -> LoopProxy:
-        if _writes_in_place(target, kwargs) and not any(isinstance(a, fx.Proxy) for a in _written(args, kwargs)):
+    ) -> Any:  # noqa: ANN401 - a proxy, or the value itself where that is known
+        self._reject_autocast()
+        in_place = _writes_in_place(target, kwargs)
+        if in_place and not any(isinstance(a, fx.Proxy) for a in _written(args, kwargs)):
             raise self.untraceable(
-                "writes a value made from the latent into a tensor that it created itself"
-                " (create it with zeros_like of the latent, or use stack or cat)"
+                "writes a value made from the latent into a tensor that it created itself",
+                "create it with zeros_like of the latent, or use stack or cat",
             )
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, None)  # type: ignore[arg-type]
-        node.meta["fake"] = self._fake_result(node)
+        value = node.meta["fake"] = self._fake_result(node)
+        if not in_place and not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
+            # torch.is_floating_point(x) and its kind: known without the values.
+            self.graph.erase_node(node)
+            return value
         return self.proxy(node)
 
     def create_arg(self, a: object) -> Argument:
@@ -298,16 +353,24 @@ class LoopTracer(fx.Tracer):
             return a.node
         if isinstance(a, torch.Generator):
             raise self.untraceable(
-                "passes a torch.Generator; draw from the default generator, or pass the noise as a condition"
+                "passes a torch.Generator", "draw from the default generator, or pass the noise as a condition"
             )
         if isinstance(a, Tensor):
             return self._constant(a)
-        return super().create_arg(a)
+        if isinstance(a, np.generic):
+            return super().create_arg(a.item())
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            raise self.untraceable(
+                f"passes a {type(a).__name__} to a tensor operation", "pass tensors and Python numbers"
+            ) from error
 
     # Our own steps.
 
     def evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Record one call of the denoiser and return proxies for what it gives back."""
+        self._reject_autocast()
         leaves, spec = tree_flatten((args, kwargs))
         signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
         self.capturing = True
@@ -337,15 +400,27 @@ class LoopTracer(fx.Tracer):
             return TensorSpec.of(leaf.fake)  # type: ignore[arg-type]
         if isinstance(leaf, Tensor):
             return TensorSpec.of(leaf)
-        if isinstance(leaf, float):
-            return float, leaf
         try:
             hash(leaf)
         except TypeError:
             raise self.untraceable(
-                f"gives the denoiser an argument of type {type(leaf).__name__}; give it a tensor"
+                f"gives the denoiser an argument of type {type(leaf).__name__}", "give it a tensor or a hashable value"
             ) from None
-        return type(leaf), leaf
+        return StaticValue.of(leaf)
+
+    def _result(self, leaf: object) -> Argument:
+        try:
+            return self.create_arg(leaf)
+        except LoopTraceError as error:
+            raise LoopTraceError(
+                f"the loop returns a {type(leaf).__name__}; return tensors, or tuples, lists or dicts of them"
+            ) from error
+
+    def _reject_autocast(self) -> None:
+        if _is_autocast_on():
+            raise self.untraceable(
+                "uses autocast", "a static graph would ignore it: enter it inside the denoiser's forward, or cast"
+            )
 
     def _make_input(self, leaf: object) -> object:
         if not isinstance(leaf, Tensor):
@@ -375,22 +450,39 @@ class LoopTracer(fx.Tracer):
     def _fake_result(self, node: Node) -> object:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["fake"])
         with self.fake_mode, torch.no_grad():
-            return _execute(node, args, kwargs)
+            try:
+                return _execute(node, args, kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise self.untraceable(f"asks for a result that depends on values of the latent ({error})") from error
 
 
-class _Leaf(nn.Module):
+class _Leaf:
     """Stands for the denoiser while the loop is unrolled: calling it records an evaluation."""
 
     def __init__(self, tracer: LoopTracer) -> None:
-        super().__init__()
-        object.__setattr__(self, "_tracer", tracer)
+        self.__tracer = tracer
 
-    def forward(self, *args: object, **kwargs: object) -> object:
-        tracer: LoopTracer = self._tracer
-        return tracer.evaluate(args, kwargs)
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.__tracer.denoiser)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self.__tracer.evaluate(args, kwargs)
+
+    forward = __call__
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the denoiser has
-        return getattr(self.__dict__["_tracer"].denoiser, name)
+        denoiser = self.__tracer.denoiser
+        value = getattr(denoiser, name)
+        if getattr(value, "__self__", None) is not denoiser:
+            return value
+
+        def method(*args: object, **kwargs: object) -> object:
+            # What eval() and to() return is called next.
+            result = value(*args, **kwargs)
+            return self if result is denoiser else result
+
+        return method
 
 
 class _RecordRandomDraws(TorchFunctionMode):
@@ -408,8 +500,14 @@ class _RecordRandomDraws(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if func in _RANDOM_FUNCTIONS and not self.tracer.capturing:
+        if self.tracer.capturing:
+            return func(*args, **kwargs)
+        if func in _RANDOM_FUNCTIONS:
             return self.tracer.create_proxy("call_function", func, args, kwargs)
+        if getattr(func, "__name__", "") in _IN_PLACE_DRAWS and not isinstance(args[0], (fx.Proxy, FakeTensor)):
+            raise self.tracer.untraceable(
+                "draws random numbers into a tensor that it created itself", "draw with torch.randn or randn_like"
+            )
         return func(*args, **kwargs)
 
 
@@ -429,12 +527,16 @@ def _execute(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> obje
 
 def _writes_in_place(target: Target, kwargs: Mapping[str, object]) -> bool:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name.strip("_") in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     return in_place or target is operator.setitem or name == "__setitem__" or kwargs.get("out") is not None
 
 
 def _written(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, ...]:
     return (kwargs["out"],) if kwargs.get("out") is not None else args[:1]
+
+
+def _is_autocast_on() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def _caller() -> str:

@@ -81,6 +81,7 @@ class _Unroller:
             graph=self.graph,
             root=self.root,
             schedule=self.schedule,
+            num_noise=skeleton.num_noise,
             forms=[call.graph for call in skeleton.calls],
             out_spec=skeleton.out_spec,
         )

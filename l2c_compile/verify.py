@@ -110,7 +110,8 @@ def _no_dead_nodes(program: ProgramGraph) -> None:
 def _outlined(program: ProgramGraph) -> None:
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
         body = node.args[0]
-        if not isinstance(body, Node) or not isinstance(program.root._modules.get(str(body.target)), torch.fx.GraphModule):
+        region = program.root._modules.get(str(body.target)) if isinstance(body, Node) else None
+        if not isinstance(region, torch.fx.GraphModule):
             raise _violation(Fact.OUTLINED.value, node, "calls something else")
 
 

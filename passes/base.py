@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -80,6 +80,22 @@ class Pipeline:
             for fact in each.needs - facts:
                 raise ValueError(f"pass '{each.name}' needs {fact.name}, which no earlier pass gives")
             facts = (facts - each.breaks) | each.gives
+
+    def within(self, numerics: Numerics) -> Pipeline:
+        """Return the passes that do no more to the numbers than ``numerics``, in the same order."""
+        return Pipeline(tuple(p for p in self.passes if p.numerics.value <= numerics.value), self.assumes)
+
+    def without(self, names: Collection[str]) -> Pipeline:
+        """Return the pipeline without the passes called ``names``.
+
+        Raises:
+            ValueError: no pass has such a name, or a remaining pass needs what one of them gives.
+        """
+        unknown = set(names) - {p.name for p in self.passes}
+        if unknown:
+            known = [p.name for p in self.passes]
+            raise ValueError(f"there is no pass '{min(unknown)}'; there are {', '.join(known)}")
+        return Pipeline(tuple(p for p in self.passes if p.name not in names), self.assumes)
 
     def run(self, program: ProgramGraph, on_pass: Callable[[str], None] | None = None) -> list[PassRun]:
         """Run every pass on ``program`` in place, checking the facts that hold after each.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from l2c_compile.graph import ProgramGraph, site_marks
+from l2c_compile.graph import SITE, ProgramGraph, SiteMark
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -26,7 +26,9 @@ class DropSiteMarks(Pass):
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         report = PassReport()
-        for mark in site_marks(program.graph):
+        for node in program.graph.find_nodes(op="call_function", target=SITE):
+            # Read only now: the value of a mark may have been another mark (a module that ends with another).
+            mark = SiteMark.of(node)
             held = mark.value.meta.get("sites", ())
             mark.value.meta["sites"] = (*held, (mark.evaluation, mark.site, mark.port))
             mark.node.replace_all_uses_with(mark.value)

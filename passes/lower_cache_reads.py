@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
-from torch.fx.node import Node
+from torch._ops import OpOverload
+from torch.fx.node import Node, Target
 
-from l2c_compile.graph import CacheRead, ProgramGraph, cache_reads
+from l2c_compile.graph import CACHE_READ, CacheRead, ProgramGraph, emit, evaluation_of
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.rules import Reading
 from l2c_compile.verify import Fact
@@ -33,8 +33,9 @@ class LowerCacheReads(Pass):
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         graph, report = program.graph, PassReport()
-        for read in cache_reads(graph):
-            _lower(graph, read)
+        for node in graph.find_nodes(op="call_function", target=CACHE_READ):
+            # Read only now: a read that is made from another names what that one was replaced by.
+            _lower(graph, CacheRead.of(node))
             report.rewrites += 1
         return report
 
@@ -57,12 +58,8 @@ class _MetaTracer(fx.proxy.GraphAppendingTracer):
 
     def __init__(self, graph: fx.Graph, read: Node) -> None:
         super().__init__(graph)
-        self.read = read
+        self.evaluation = evaluation_of(read)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> Node:  # noqa: ANN401 - torch's own signature
-        node = super().create_node(*args, **kwargs)
-        node_args, node_kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.read.meta["val"].fake_mode, torch.no_grad():
-            value = node.target(*node_args, **node_kwargs)  # type: ignore[operator]
-        node.meta.update(val=value, evaluation=self.read.meta["evaluation"])
-        return node
+    def create_node(self, kind: str, target: Target, args: Any, *_: object, **__: object) -> Node:  # noqa: ANN401
+        assert isinstance(target, OpOverload), "a rule is written with aten overloads"
+        return emit(self.graph, target, args, self.evaluation)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Argument, Node
+from torch.fx.node import Node
 
 from l2c_compile.graph import LoopGraph, ProgramGraph, argument_key, draws_random_numbers, module_path, packet_of
 from l2c_compile.passes.base import Pass, PassReport

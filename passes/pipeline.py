@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from l2c_compile.passes.base import Pipeline
+from l2c_compile.passes.base import Numerics, Pipeline
+from l2c_compile.passes.batch_conditioning import BatchConditioning
 from l2c_compile.passes.bind_times import BindTimes
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
@@ -10,11 +11,13 @@ from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.merge_common import MergeCommon
+from l2c_compile.passes.merge_deltas import MergeDeltas
 from l2c_compile.passes.outline_regions import OutlineRegions
+from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.verify import Fact
 
-__all__ = ["EVALUATION", "LOOP", "REGIONS", "SKELETON"]
+__all__ = ["BITWISE", "EVALUATION", "LOOP", "REGIONS", "SKELETON"]
 
 SKELETON = Pipeline(
     (
@@ -46,6 +49,13 @@ LOOP = Pipeline(
         MergeCommon(),  # evaluations may turn out to share work once their differences are cut
         FoldConstants(),  # what is left over timesteps and weights only
         DropDead(),
+        MergeDeltas(),  # kept values are plain values by now, so a run of them is a run of additions
+        DropDead(),  # the additions that were merged
+        PruneProjections(),  # dead code is gone, so unused means unneeded; before batching, which groups by rows
+        DropDead(),
+        BatchConditioning(),
+        MergeCommon(),  # every projection was given its own stack of equal inputs
+        DropDead(),
     ),
     assumes=frozenset({Fact.SITES_MARKED}),
 )
@@ -56,3 +66,6 @@ REGIONS = Pipeline(
     assumes=frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES}),
 )
 """Runs on a copy of the finished loop graph, for backends that compile region by region."""
+
+BITWISE = LOOP.within(Numerics.BITWISE)
+"""The loop passes that change no bit."""

@@ -93,12 +93,11 @@ class _Cutter:
         """Return what the rule reads from ``source``: the site's output there, or its change."""
         value = self.held.get((source, str(site), port))
         wanted, got = own.meta["val"], None if value is None else value.meta["val"]
-        form = (wanted.shape, wanted.dtype, wanted.device)
-        if value is None or not isinstance(got, Tensor) or (got.shape, got.dtype, got.device) != form:
-            holds = f"{tuple(got.shape)} {got.dtype} on {got.device}" if isinstance(got, Tensor) else "nothing"
+        if value is None or not isinstance(got, Tensor) or _form(got) != _form(wanted):
+            holds = _describe(got) if isinstance(got, Tensor) else "nothing"
             raise ScheduleError(
                 f"site '{site}', evaluation {evaluation}: reuses evaluation {source}, where it holds {holds}, but needs"
-                f" {tuple(wanted.shape)} {wanted.dtype} on {wanted.device}; choose a source with equal batch and shape"
+                f" {_describe(wanted)}; choose a source with equal batch, shape and memory layout"
             )
         return value if site.kind == "out" else self._delta(value, source, site)
 
@@ -110,3 +109,13 @@ class _Cutter:
             delta.meta.update(val=out.meta["val"], evaluation=source)
             self.deltas[out] = delta
         return self.deltas[out]
+
+
+def _form(value: Tensor) -> tuple[object, ...]:
+    # Views were captured for the strides of the reader; the stride of a dimension of size 1 says nothing.
+    strides = tuple(stride for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1)
+    return value.shape, strides, value.dtype, value.device
+
+
+def _describe(value: Tensor) -> str:
+    return f"{tuple(value.shape)} with strides {value.stride()}, {value.dtype} on {value.device}"

@@ -1,0 +1,163 @@
+"""Project the conditioning of all evaluations at once, before the loop.
+
+    evaluation 0:  m0 = linear(c0, W); ...            C = cat([c0, c1, ...]); M = linear(C, W)
+    evaluation 1:  m1 = linear(c1, W); ...       ->   evaluation 0:  m0 = M[0:B]; ...
+                                                      evaluation 1:  m1 = M[B:2B]; ...
+
+Timestep and condition are known before the loop starts, so what is computed from them alone need not wait for the
+latent. A modulation weight (6 D^2 of the 18 D^2 of an adaLN block) is then read once instead of once an evaluation,
+and E products with a handful of rows become one. Beyond a memory budget, evaluations are taken in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx.node import Node
+
+from l2c_compile.graph import LoopGraph, ProgramGraph, draws_random_numbers, emit, evaluation_of, num_bytes
+from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.verify import Fact
+
+__all__ = ["BatchConditioning"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BatchConditioning(Pass):
+    """Batch equal projections of what is known before the loop."""
+
+    budget_bytes: int = 256 * 2**20
+    """The most that the batched projections of one chunk of evaluations may take."""
+
+    name: ClassVar[str] = "batch-conditioning"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
+    numerics: ClassVar[Numerics] = Numerics.ROUNDING
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        assert isinstance(program, LoopGraph)
+        report = PassReport()
+        early = _known_before_the_loop(program)
+        projections = [node for node in program.graph.nodes if _is_projection(node, early)]
+        for chunk in self._chunks(projections):
+            report.rewrites += _Batcher(program, chunk).run(report)
+        return report
+
+    def _chunks(self, projections: Sequence[Node]) -> Iterator[list[Node]]:
+        """Yield the projections of consecutive evaluations that fit into the budget together."""
+        by_evaluation: dict[int, list[Node]] = {}
+        for node in projections:
+            by_evaluation.setdefault(evaluation_of(node) or 0, []).append(node)
+        chunk: list[Node] = []
+        size = 0
+        for evaluation in sorted(by_evaluation):
+            added = sum(map(num_bytes, by_evaluation[evaluation]))
+            if chunk and size + added > self.budget_bytes:
+                yield chunk
+                chunk, size = [], 0
+            chunk += by_evaluation[evaluation]
+            size += added
+        if chunk:
+            yield chunk
+
+
+class _Batcher:
+    """Moves one chunk of projections, and what they need, in front of the first evaluation of the chunk."""
+
+    def __init__(self, program: LoopGraph, projections: list[Node]) -> None:
+        self.graph = program.graph
+        self.order = {node: index for index, node in enumerate(self.graph.nodes)}
+        self.projections = set(projections)
+        self.needed = _ancestors(projections)
+        self.anchor = self._anchor(min(evaluation_of(node) or 0 for node in projections))
+
+    def run(self, report: PassReport) -> int:
+        # A projection of a projection waits for it: what is moved is ordered by how many come before it.
+        levels: dict[Node, int] = {}
+        for node in self.graph.nodes:
+            if node in self.needed:
+                before = [levels[a] + (a in self.projections) for a in node.all_input_nodes if a in levels]
+                levels[node] = max(before, default=0)
+        rewrites = 0
+        for level in range(max(levels.values(), default=0) + 1):
+            groups: dict[object, list[Node]] = {}
+            for node in [n for n in levels if levels[n] == level]:
+                self._move(node)
+                if node in self.projections:
+                    groups.setdefault(_group_key(node), []).append(node)
+            for group in groups.values():
+                if len(group) == 1:
+                    report.left_alone[group[0].name] = "no other evaluation projects with these weights"
+                else:
+                    rewrites += self._batch(group)
+        return rewrites
+
+    def _anchor(self, evaluation: int) -> Node:
+        """Return the first node that stays where it is in the chunk's first evaluation, or before its own use."""
+        for node in self.graph.nodes:
+            assert isinstance(node, Node)
+            if node.op == "call_function" and node not in self.needed and (evaluation_of(node) or 0) >= evaluation:
+                return node
+        raise AssertionError("an evaluation without a node of its own")
+
+    def _move(self, node: Node) -> None:
+        if self.order[node] > self.order[self.anchor]:
+            self.anchor.prepend(node)
+        node.meta["evaluation"] = None
+
+    def _batch(self, group: list[Node]) -> int:
+        inputs = [node.args[0] for node in group]
+        rest = group[0].args[1:]
+        with self.graph.inserting_before(self.anchor):
+            stacked = emit(self.graph, aten.cat.default, (inputs, 0), None)
+            product = emit(self.graph, aten.linear.default, (stacked, *rest), None)
+            start = 0
+            for node in group:
+                end = start + node.meta["val"].shape[0]
+                own = emit(self.graph, aten.slice.Tensor, (product, 0, start, end), None)
+                node.replace_all_uses_with(own)
+                start = end
+        return len(group)
+
+
+def _known_before_the_loop(program: LoopGraph) -> set[Node]:
+    """Return the nodes that depend on no noise and no random draw."""
+    known: set[Node] = set()
+    num_placeholders = 0
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            num_placeholders += 1
+            if num_placeholders > program.num_noise:
+                known.add(node)
+        elif node.op == "get_attr" or (
+            node.op == "call_function" and not draws_random_numbers(node) and known.issuperset(node.all_input_nodes)
+        ):
+            known.add(node)
+    return known
+
+
+def _is_projection(node: Node, early: set[Node]) -> bool:
+    return node in early and node.target is aten.linear.default and evaluation_of(node) is not None
+
+
+def _group_key(node: Node) -> object:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    value = source.meta["val"]
+    return node.args[1:], tuple(value.shape[1:]), value.dtype
+
+
+def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and node.op != "placeholder":
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
