@@ -147,8 +147,8 @@ def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Ten
     figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr]
     figure.suptitle(f"Digits drawn by a diffusion transformer in {num_evaluations} evaluations", fontsize=13)
     titles = (
-        "without caching: every evaluation computes every block",
-        f"with caching, same noise: {num_evaluations // 2} of {num_evaluations} evaluations reuse what all blocks gave before",
+        "without caching: all of them compute every block",
+        f"with caching, same noise: {num_evaluations // 2} of them reuse what the blocks gave in the one before",
     )
     for axes, images, title in zip(figure.subplots(2, 1), (uncached, cached), titles, strict=True):
         mosaic_HW = _mosaic(images[:num_shown])
