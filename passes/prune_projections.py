@@ -10,13 +10,14 @@ the gate that is. Rows of a weight are taken as views: nothing is copied.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.fx.node import Node
+from torch._ops import OpOverload
+from torch.fx.node import Argument, Node
 
 from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of
 from l2c_compile.passes.base import Numerics, Pass, PassReport
@@ -44,10 +45,10 @@ class PruneProjections(Pass):
         rows = _Rows(program)
         for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
             pieces = _pieces(node)
-            if pieces is None:
+            if not pieces:
                 report.left_alone[node.name] = "is used as a whole"
                 continue
-            used = _union(pieces.values())
+            used = _union((piece.low, piece.high) for piece in pieces)
             if used == [(0, node.meta["val"].shape[-1])]:
                 report.left_alone[node.name] = "every output is used"
                 continue
@@ -70,50 +71,66 @@ class _Rows:
         return self.taken[weight, rows]
 
 
-def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: dict[Node, _Range], used: list[_Range]) -> None:
-    graph, evaluation = program.graph, evaluation_of(node)
+@dataclass(frozen=True)
+class _Piece:
+    """What one user takes of a projection: columns low..high, after inserting dimensions in front of the last."""
+
+    node: Node
+    low: int
+    high: int
+    unsqueezed: tuple[int, ...]
+
+
+def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: Sequence[_Piece], used: Sequence[_Range]) -> None:
     source, weight, *bias = node.args
-    assert isinstance(weight, Node)
+
+    def insert(target: OpOverload, args: tuple[Argument, ...], like: Node) -> Node:
+        new = emit(program.graph, target, args, evaluation_of(like))
+        new.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
+        return new
+
     for low, high in used:
         parameters = [rows.take(p, (low, high)) for p in (weight, *bias) if isinstance(p, Node)]
-        with graph.inserting_before(node):
-            part = emit(graph, aten.linear.default, (source, *parameters), evaluation)
-            part.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-        for piece, (start, end) in pieces.items():
-            if low <= start and end <= high:
-                replacement = part
-                if (start, end) != (low, high):
-                    with graph.inserting_before(piece):
-                        replacement = emit(graph, aten.slice.Tensor, (part, -1, start - low, end - low), evaluation)
-                    replacement.meta["nn_module_stack"] = piece.meta.get("nn_module_stack", {})
-                piece.replace_all_uses_with(replacement)
+        with program.graph.inserting_before(node):
+            part = insert(aten.linear.default, (source, *parameters), node)
+        for piece in pieces:
+            if low <= piece.low and piece.high <= high:
+                value = part
+                with program.graph.inserting_before(piece.node):
+                    for dim in piece.unsqueezed:
+                        value = insert(aten.unsqueeze.default, (value, dim), piece.node)
+                    if (piece.low, piece.high) != (low, high):
+                        value = insert(aten.slice.Tensor, (value, -1, piece.low - low, piece.high - low), piece.node)
+                piece.node.replace_all_uses_with(value)
 
 
-def _pieces(node: Node) -> dict[Node, _Range] | None:
-    """Return the nodes that take a range of the last dimension, with their ranges; None if anybody takes it all."""
+def _pieces(node: Node, unsqueezed: tuple[int, ...] = ()) -> list[_Piece] | None:
+    """Return what the users of a projection take of its last dimension; None if anybody takes it all."""
     value = node.meta["val"]
-    weight = node.args[1]
-    if not isinstance(value, Tensor) or not isinstance(weight, Node):
+    if not isinstance(value, Tensor):
         return None
-    width, last = value.shape[-1], value.ndim - 1
-    pieces: dict[Node, _Range] = {}
+    width, rank = value.shape[-1], value.ndim
+    pieces: list[_Piece] = []
     for user in node.users:
-        if user.target is aten.split.Tensor and _dim(user, 2) % value.ndim == last:
+        if user.target is aten.unsqueeze.default and _dim(user, 1) % (rank + 1) < rank:
+            inner = _pieces(user, (*unsqueezed, _dim(user, 1)))
+            if inner is None:
+                return None
+            pieces += inner
+            continue
+        if user.target is aten.split.Tensor and _dim(user, 2) % rank == rank - 1:
             size = user.args[1]
             assert isinstance(size, int)
-            bounds = [(start, min(start + size, width)) for start in range(0, width, size)]
-        elif user.target is aten.split_with_sizes.default and _dim(user, 2) % value.ndim == last:
-            sizes = user.args[1]
-            assert isinstance(sizes, (list, tuple))
-            ends = list(itertools.accumulate(sizes))
-            bounds = list(zip([0, *ends], ends, strict=False))
+            ends = [min(start + size, width) for start in range(0, width, size)]
+        elif user.target is aten.split_with_sizes.default and _dim(user, 2) % rank == rank - 1:
+            ends = list(itertools.accumulate(cast("Sequence[int]", user.args[1])))
         else:
             return None
         for getitem in user.users:
             index = getitem.args[1]
             assert isinstance(index, int)
-            pieces[getitem] = bounds[index]
-    return pieces or None
+            pieces.append(_Piece(getitem, ([0, *ends])[index], ends[index], unsqueezed))
+    return pieces
 
 
 def _dim(node: Node, position: int) -> int:
