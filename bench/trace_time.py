@@ -196,7 +196,7 @@ def _rows(builds: Sequence[Build], number: int, conditions: Mapping[str, Conditi
     passes = builds[0].passes
     rows.append(Row("nodes", passes[0].nodes_before, "", {"evaluations": number, "after": "unroll"}))
     for position, each in enumerate(passes, start=1):
-        where = {"evaluations": number, "after": f"pass {position}, {each.name}"}
+        where: dict[str, Condition] = {"evaluations": number, "after": f"pass {position}, {each.name}"}
         rows.append(Row("nodes", each.nodes_after, "", where))
     return rows
 

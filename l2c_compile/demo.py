@@ -141,10 +141,10 @@ def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Ten
     """
     # Imported here: `l2c --help` should not wait for matplotlib.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     num_shown = min(_MAX_SHOWN, len(uncached))
-    figure = Figure(figsize=(7.0, 1.4 + 1.4 * num_shown), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr]
+    figure = Figure(figsize=(7.0, 1.4 + 1.4 * num_shown), layout=ConstrainedLayoutEngine(h_pad=0.12))
     figure.suptitle(f"Digits drawn by a diffusion transformer in {num_evaluations} evaluations", fontsize=13)
     titles = (
         "without caching: all of them compute every block",

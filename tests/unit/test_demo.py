@@ -43,6 +43,12 @@ def test_the_demo_prints_its_table_and_writes_its_picture(tmp_path: Path) -> Non
     assert (tmp_path / "digits.png").read_bytes().startswith(PNG)
 
 
+def test_a_backend_that_rounds_elsewhere_is_within_the_tolerance(tmp_path: Path) -> None:
+    console, text = text_console()
+    assert run_demo(console, out=tmp_path, steps=2, per_class=1, backend="aot_eager")
+    assert "backend aot_eager" in text.getvalue()
+
+
 def test_a_difference_beyond_the_tolerance_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(l2c_compile.demo, "tolerance", lambda num_evaluations: -1.0)
     console, text = text_console()
