@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Node
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import Argument, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["MultiplyAdds"]
@@ -49,20 +51,15 @@ def _form(argument: object) -> object:
 
 
 def _count(node: Node) -> int:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-    fake_mode = next((t.fake_mode for t in _fakes((args, kwargs))), None)
-    if fake_mode is None:
-        return 0
-    with fake_mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # A mode of its own: the values of captured nodes and of those that passes made come from different ones.
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _fake)
         node.target(*args, **kwargs)  # type: ignore[operator]
     return int(counter.get_total_flops()) // 2
 
 
-def _fakes(argument: object) -> Iterable[torch._subclasses.FakeTensor]:
-    if isinstance(argument, torch._subclasses.FakeTensor):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for each in argument:
-            yield from _fakes(each)
-    elif isinstance(argument, dict):
-        yield from _fakes(tuple(argument.values()))
+def _fake(argument: Node) -> Argument:
+    value = argument.meta["val"]
+    if not isinstance(value, Tensor):
+        return cast(Argument, value)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -46,17 +46,28 @@ class Summary:
     cache: CacheLiveness
 
     @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the static graph."""
+        return sum(row.multiply_adds for row in self.rows) + self.shared_multiply_adds
+
+    @property
     def multiply_adds_kept(self) -> float:
         """Multiply-adds of the static graph over those of the loop without caching."""
         full = sum(row.multiply_adds_uncached for row in self.rows)
-        left = sum(row.multiply_adds for row in self.rows) + self.shared_multiply_adds
-        return left / full if full else 1.0
+        return self.multiply_adds / full if full else 1.0
 
     @property
     def computed_share(self) -> float:
         """Share of (evaluation, site) that is computed."""
         cells = len(self.rows) * self.num_sites
         return sum(row.num_computed for row in self.rows) / cells if cells else 1.0
+
+    def in_short(self) -> str:
+        """Return the totals as one line."""
+        return (
+            f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept;"
+            f" cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title="evaluations in execution order", title_justify="left")
@@ -73,10 +84,7 @@ class Summary:
                 _bytes(row.cache_bytes),
             )
         yield table
-        yield (
-            f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept;"
-            f" cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
-        )
+        yield self.in_short()
 
     def __str__(self) -> str:
         text = io.StringIO()
