@@ -49,6 +49,8 @@ class Build:
     stages_s: Mapping[str, float]
     """capture, trace, simplify, unroll and passes, which are ``build_loop_graph``, and graph module, which follows."""
     passes: tuple[PassRun, ...]
+    cpu_s: float
+    """Processor time of ``build_loop_graph``, which other work on the machine hardly changes."""
 
     @property
     def total_s(self) -> float:
@@ -118,9 +120,10 @@ def build(model: nn.Module, schedule: CacheSchedule, say: Callable[[str], None] 
 
     gc.collect()
     # Capture happens while the loop is traced and tells only when it begins.
+    cpu_start_s = time.process_time()
     with mock.patch.object(api, "capture", timed_capture):
         graph, passes = api.build_loop_graph(model, loop, schedule, noise, {"y": labels}, LOOP, on_stage)
-    built_s = time.perf_counter()
+    built_s, cpu_s = time.perf_counter(), time.process_time() - cpu_start_s
     say("graph module")
     graph.module()
     module_s = time.perf_counter() - built_s
@@ -135,7 +138,7 @@ def build(model: nn.Module, schedule: CacheSchedule, say: Callable[[str], None] 
         "passes": built_s - starts["pass"],
         "graph module": module_s,
     }
-    return Build(stages_s, tuple(passes))
+    return Build(stages_s, tuple(passes), cpu_s)
 
 
 def repeated(router: Router, num_evaluations: int) -> Router:
@@ -189,6 +192,7 @@ def _model(weights: str) -> DiT:
 
 def _rows(builds: Sequence[Build], number: int, conditions: Mapping[str, Condition]) -> list[Row]:
     rows = [_seconds(f"seconds_{number}", _timing(builds, "total"), conditions)]
+    rows.append(_seconds(f"cpu_seconds_{number}", Timing(tuple(1e3 * each.cpu_s for each in builds)), conditions))
     rows += [
         _seconds("stage_seconds", _timing(builds, stage), {"evaluations": number, "stage": stage})
         for stage in builds[0].stages_s
