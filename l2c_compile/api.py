@@ -6,7 +6,7 @@ The flow is ``build_loop_graph``, one line a stage. ``CompiledSampler`` keeps on
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -144,7 +144,7 @@ class Program:
     graph: LoopGraph
     passes: list[PassRun]
     module: fx.GraphModule
-    run: Callable[..., object]
+    run: Callable[..., Sequence[object]]
     """The module, through the backend."""
     weights: frozenset[tuple[torch.dtype, torch.device]]
     """Dtypes and devices of the denoiser's parameters."""
@@ -157,6 +157,9 @@ class CompiledSampler(nn.Module):
 
     Holds no state between calls. Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
     ``load_state_dict`` reach its weights; after changing weights in place call ``refresh``.
+
+    ``torch.compile(sampler, fullgraph=True)`` takes the static graph into its own, for every form that was captured
+    before; weights are then checked for changes when it traces, not in every call.
     """
 
     def __init__(
@@ -180,6 +183,7 @@ class CompiledSampler(nn.Module):
 
     def _begin_empty(self) -> None:
         self._programs: dict[object, Program] = {}
+        self._known: list[tuple[object, Program]] = []
         self._latest: Program | None = None
         self._lock = threading.RLock()
 
@@ -203,11 +207,17 @@ class CompiledSampler(nn.Module):
             StaleConstantsError: weights changed since constants were folded from them.
             CaptureError, LoopTraceError, ScheduleError: see ``capture``.
         """
-        program = self.capture(noise, **conditions)
-        _check_fresh(program)
+        if torch.compiler.is_dynamo_compiling():
+            # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
+            program = self._captured(self._describe(noise, conditions))
+            run: Callable[..., Sequence[object]] = program.module
+        else:
+            program = self.capture(noise, **conditions)
+            _check_fresh(program)
+            run = program.run
         with torch.no_grad():
-            leaves = program.run(*_tensors((noise, conditions)))
-        return tree_unflatten(list(leaves), program.graph.out_spec)  # type: ignore[call-overload]
+            leaves = run(*_tensors((noise, conditions)))
+        return tree_unflatten(list(leaves), program.graph.out_spec)
 
     def capture(self, noise: object, **conditions: object) -> Program:
         """Return the program for this form of input, building it if there is none yet; nothing is sampled."""
@@ -219,6 +229,7 @@ class CompiledSampler(nn.Module):
                 if program is None:
                     program = self._build(noise, conditions)
                     self._programs[form] = program
+                    self._known = list(self._programs.items())
         self._latest = program
         return program
 
@@ -247,6 +258,7 @@ class CompiledSampler(nn.Module):
         """Fold the constants again after weights changed; forms that the weights no longer have are forgotten."""
         weights = self._weights()
         self._programs = {form: program for form, program in self._programs.items() if program.weights == weights}
+        self._known = list(self._programs.items())
         for program in self._programs.values():
             for folded in program.graph.folded:
                 for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
@@ -266,14 +278,34 @@ class CompiledSampler(nn.Module):
 
     def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
         """Return what a program is specialised on."""
-        leaves, spec = tree_flatten((noise, dict(conditions)))
-        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
-        form = (spec, described, self._weights(), self.model.training)
+        form = self._describe(noise, conditions)
         try:
             hash(form)
         except TypeError as error:
             raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
         return form
+
+    def _describe(self, noise: object, conditions: Mapping[str, object]) -> object:
+        leaves, spec = tree_flatten((noise, dict(conditions)))
+        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
+        return (spec, described, self._weights(), self.model.training)
+
+    def _captured(self, form: object) -> Program:
+        """Return the program of a form in code that Dynamo can trace: it hashes nothing."""
+        self._check_all_fresh()
+        for known, program in self._known:
+            if known == form:
+                return program
+        raise L2CError(
+            "torch.compile cannot capture a sampler while it traces; call sampler.capture(noise, **conditions) with"
+            " inputs of this form first"
+        )
+
+    # Runs when Dynamo traces, not in every call of what it traced.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _check_all_fresh(self) -> None:
+        for program in self._programs.values():
+            _check_fresh(program)
 
     def _weights(self) -> frozenset[tuple[torch.dtype, torch.device]]:
         return frozenset((w.dtype, w.device) for w in self.model.parameters())
@@ -298,7 +330,7 @@ def _silent(what: str) -> None:
     """Tell nobody."""
 
 
-_PER_PROCESS = frozenset({"_programs", "_latest", "_lock"})
+_PER_PROCESS = frozenset({"_programs", "_known", "_latest", "_lock"})
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -171,7 +171,8 @@ class LoopGraph(ProgramGraph):
     num_noise: int
     """How many of the inputs, the first ones, are the noise; the others are conditions."""
     forms: list[EvaluationGraph]
-    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one."""
+    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one. Empty where the
+    loop was captured as a whole."""
     out_spec: TreeSpec
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
     folded: list[FoldedConstants] = field(default_factory=list)
@@ -198,7 +199,7 @@ class LoopGraph(ProgramGraph):
     @property
     def num_evaluations(self) -> int:
         """How often the loop calls the denoiser."""
-        return len(self.forms)
+        return self.schedule.num_evaluations
 
     def reads(self) -> Iterator[tuple[int, Site, Reuse]]:
         """Yield (evaluation, site, entry) for every reuse that takes effect, in execution order."""

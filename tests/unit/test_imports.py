@@ -25,14 +25,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loops", "loops.*", "models", "models.*"),
     ("verify",),
     ("cost", "liveness"),
-    ("router", "importers", "capture", "trace", "unroll"),
+    ("router", "importers", "capture", "trace", "unroll", "dynamo_graph"),
     ("passes", "passes.base"),
     ("passes.*",),
     ("passes.pipeline",),
     ("backend",),
     ("reference",),
     ("comparison", "summary"),
-    ("api",),
+    ("api", "dynamo_backend"),
     ("",),
     ("finders", "finders.*", "testing"),
     ("report", "plots"),
@@ -52,6 +52,7 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("importers", "router"),
     ("trace", "capture"),
     ("unroll", "capture"),
+    ("dynamo_graph", "capture"),
     ("unroll", "trace"),
     ("finders", "finders.*"),
     ("finders.*", "finders.*"),
@@ -78,7 +79,19 @@ ONLY: dict[str, tuple[str, ...]] = {
 IMPORTED_BY: dict[str, tuple[str, ...]] = {
     "kernels.*": ("kernels.*", "passes.*"),
     # Only the pipeline puts passes together; base is below them all.
-    "passes.*": ("passes.*", "backend", "api", "", "finders.*", "testing", "report", "plots", "cli", "demo"),
+    "passes.*": (
+        "passes.*",
+        "backend",
+        "api",
+        "dynamo_backend",
+        "",
+        "finders.*",
+        "testing",
+        "report",
+        "plots",
+        "cli",
+        "demo",
+    ),
 }
 
 
