@@ -49,6 +49,7 @@ CASES: dict[str, str] = {
     "compile-time": "bench.compile_time:run",
     "golden": "bench.golden:run",
     "latency": "bench.latency:run",
+    "memory": "bench.memory:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.node import Argument, Node
+from torch import Tensor
+from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
+
+from l2c_compile.graph import infer
 
 __all__ = ["MultiplyAdds"]
 
@@ -51,15 +51,6 @@ def _form(argument: object) -> object:
 
 
 def _count(node: Node) -> int:
-    # A mode of its own: the values of captured nodes and of those that passes made come from different ones.
-    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _fake)
-        node.target(*args, **kwargs)  # type: ignore[operator]
+    with FlopCounterMode(display=False) as counter:
+        infer(node.target, node.args, node.kwargs)
     return int(counter.get_total_flops()) // 2
-
-
-def _fake(argument: Node) -> Argument:
-    value = argument.meta["val"]
-    if not isinstance(value, Tensor):
-        return cast(Argument, value)
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -14,6 +14,8 @@ from l2c_compile.passes.pipeline import BITWISE, LOOP, REGIONS
 from tests.tiny import draw, run, seeded, tiny_dit, unrolled
 
 INPUTS = (draw(2, 4, 4, 4), torch.tensor([1, 3]))
+# Batched conditioning takes the projections of the gates out of the blocks, and nothing merges what remains: additions.
+UNMERGED = LOOP.without(("gate-at-source", "merge-deltas"))
 CALL = torch.ops.higher_order.invoke_subgraph
 
 
@@ -77,8 +79,7 @@ def test_computed_skipped_and_kept_blocks_are_different_bodies_and_equal_the_fla
 def test_neighbouring_skipped_blocks_are_one_region() -> None:
     depth = 5
     rows = {f"blocks.{i}.{name}": [1, 0] for i in range(depth) for name in ("attn", "mlp")}
-    # Batched conditioning takes the projections of the gates out of the blocks; only additions remain.
-    flat, graph, _ = outlined(rows, depth, LOOP)
+    flat, graph, _ = outlined(rows, depth, UNMERGED)
     light = [
         call
         for call in graph.graph.find_nodes(op="call_function", target=CALL)
@@ -165,6 +166,6 @@ def test_a_smaller_limit_cuts_runs_of_skipped_blocks_shorter() -> None:
     rows = {f"blocks.{i}.{name}": [1, 0] for i in range(5) for name in ("attn", "mlp")}
     schedule = CacheSchedule.from_table(rows)
     flat = unrolled(tiny_dit(5), schedule, loop, INPUTS[0], {"y": INPUTS[1], "count": 2})
-    LOOP.run(flat)
+    UNMERGED.run(flat)
     wide, narrow = flat.copy(), flat.copy()
     assert OutlineRegions(1).run(narrow).rewrites == OutlineRegions(8).run(wide).rewrites + 3
