@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, passes_for
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.graph import EvaluationGraph, LoopGraph
 from l2c_compile.loops import loop_from_dict
-from l2c_compile.passes.base import Numerics, PassRun, Pipeline
+from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
-from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, SKELETON
-from l2c_compile.router import Router
+from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
+from l2c_compile.router import Router, schedule_of
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
 from l2c_compile.trace import Loop, trace_loop
@@ -69,17 +69,7 @@ def l2c_compile(
         BackendError: torch.compile knows no such backend.
         ValueError: ``without`` names an unknown pass, or one that another pass needs.
     """
-    if isinstance(router, Router):
-        schedule = router.schedule(threshold)
-    elif isinstance(router, CacheSchedule):
-        schedule = router
-        if threshold is not None:
-            raise ScheduleError("a schedule has no scores for a threshold to cut; give the router it came from")
-    else:
-        raise ScheduleError(
-            f"l2c_compile wants a Router or a CacheSchedule, got {type(router).__name__};"
-            " load_schedule_file reads one from a file"
-        )
+    schedule = schedule_of(router, threshold)
     if loop is None:
         if schedule.loop is None:
             raise ScheduleError(
@@ -89,10 +79,7 @@ def l2c_compile(
     check_backend(backend)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    if numerics is None:
-        numerics = "bitwise" if backend == EAGER else "rounding"
-    passes = LOOP.within(Numerics[numerics.upper()]).without(without)
-    return CompiledSampler(model, schedule, loop, backend, passes, progress)
+    return CompiledSampler(model, schedule, loop, backend, passes_for(backend, numerics, without), progress)
 
 
 def build_loop_graph(

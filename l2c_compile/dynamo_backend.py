@@ -8,19 +8,17 @@ reports as ``BackendCompilerFailed`` around ours.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from l2c_compile.backend import EAGER, INDUCTOR, Backend, check_backend, lower_to_backend
+from l2c_compile.backend import INDUCTOR, Backend, check_backend, lower_to_backend, passes_for
 from l2c_compile.dynamo_graph import loop_graph_of
 from l2c_compile.errors import L2CError, ScheduleError, nearest
 from l2c_compile.importers import load_schedule_file
-from l2c_compile.passes.base import Numerics
-from l2c_compile.passes.pipeline import LOOP
-from l2c_compile.router import Router
+from l2c_compile.router import schedule_of
 from l2c_compile.schedule import CacheSchedule
 
 __all__ = ["l2c"]
@@ -59,9 +57,7 @@ def l2c(
     schedule = _schedule(given.get("router"), given.get("threshold"))
     backend: Backend = given.get("backend", INDUCTOR)
     check_backend(backend)
-    numerics = given.get("numerics") or ("bitwise" if backend == EAGER else "rounding")
-    without: Collection[str] = given.get("without", ())
-    passes = LOOP.within(Numerics[numerics.upper()]).without(without)
+    passes = passes_for(backend, given.get("numerics"), given.get("without", ()))
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
@@ -85,13 +81,7 @@ def _schedule(router: object, threshold: float | None) -> CacheSchedule:
         )
     if isinstance(router, (str, os.PathLike)):
         router = load_schedule_file(router)
-    if isinstance(router, Router):
-        return router.schedule(threshold)
-    if not isinstance(router, CacheSchedule):
-        raise ScheduleError(f"option 'router' wants a Router, a CacheSchedule or a path, got {type(router).__name__}")
-    if threshold is not None:
-        raise ScheduleError("a schedule has no scores for a threshold to cut; give the router it came from")
-    return router
+    return schedule_of(router, threshold)
 
 
 def _silent(what: str) -> None:

@@ -70,6 +70,8 @@ class _State:
         self.calls: Counter[str] = Counter()
         self.outputs: dict[tuple[int, Site], object] = {}
         self.inputs: dict[tuple[int, Site], Tensor] = {}
+        needing = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
+        self.reads_input = needing | {site for site in schedule.sites if site.kind == "delta"}
         self.read_later = {
             (source, site)
             for (e, site), reuse in schedule.reuses.items()
@@ -110,7 +112,7 @@ class _State:
             e, call = self.evaluation, self.calls[path]
             self.calls[path] += 1
             for site in begins:
-                if site.call == call and args and isinstance(args[0], Tensor):
+                if site in self.reads_input and site.call == call and args and isinstance(args[0], Tensor):
                     self.inputs[e, site] = args[0].clone()
             here = [site for site in ends if site.call == call]
             skipped = any(site.last is None and self.schedule.active(e, site) for site in here)
