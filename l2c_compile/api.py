@@ -146,8 +146,8 @@ class Program:
     module: fx.GraphModule
     run: Callable[..., object]
     """The module, through the backend."""
-    weights: frozenset[tuple[torch.dtype, torch.device]]
-    """Dtypes and devices of the denoiser's parameters."""
+    weights: object
+    """Dtypes and devices of the denoiser's parameters, and which of them are one."""
     versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Identity, memory and version of the weights that constants were folded from, when they were folded."""
 
@@ -275,8 +275,13 @@ class CompiledSampler(nn.Module):
             raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
         return form
 
-    def _weights(self) -> frozenset[tuple[torch.dtype, torch.device]]:
-        return frozenset((w.dtype, w.device) for w in self.model.parameters())
+    def _weights(self) -> object:
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(weight, []).append(name)
+        # The graph knows a tied weight by one of its names, so untying it makes another program.
+        tied = frozenset(tuple(each) for each in names.values() if len(each) > 1)
+        return frozenset((w.dtype, w.device) for w in names), tied
 
     def _check_devices(self, noise: object, conditions: Mapping[str, object]) -> None:
         weights = {w.device for w in self.model.parameters()}
