@@ -18,6 +18,7 @@ PACKAGE = "l2c_compile"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files",),
+    ("archive",),
     ("kernels", "kernels._launch"),
     ("kernels.*",),
     ("rules", "sites", "schedule"),
