@@ -41,15 +41,22 @@ from rich.progress import Progress
 from bench.report import Row
 from l2c_compile.errors import L2CError, nearest
 
-__all__ = ["CASES", "BenchError", "Run", "load", "no_arguments", "summary"]
+__all__ = ["ALWAYS_CHECKED", "CASES", "BenchError", "Run", "load", "no_arguments", "summary"]
 
 Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 
 CASES: dict[str, str] = {
+    "compile-time": "bench.compile_time:run",
     "golden": "bench.golden:run",
+    "latency": "bench.latency:run",
+    "memory": "bench.memory:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",
 }
+
+
+ALWAYS_CHECKED = frozenset({"golden", "removed-shares"})
+"""Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
 
 
 class BenchError(L2CError, ValueError):

@@ -19,7 +19,7 @@ from l2c_compile.errors import BackendError, nearest
 from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.pipeline import REGIONS
 
-__all__ = ["EAGER", "INDUCTOR", "Backend", "Progress", "check_backend", "lower_to_backend"]
+__all__ = ["EAGER", "INDUCTOR", "Backend", "Progress", "check_backend", "lower_to_backend", "num_regions"]
 
 EAGER = "eager"
 INDUCTOR = "inductor"
@@ -73,6 +73,11 @@ def _compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
         graph.graph.erase_node(call)
         graph.graph.erase_node(body)
     return graph.module()
+
+
+def num_regions(run: object) -> int:
+    """Return how many distinct regions a lowered loop calls; 0 if it was not lowered region by region."""
+    return sum(isinstance(child, _CompiledRegion) for child in run.children()) if isinstance(run, nn.Module) else 0
 
 
 class _CompiledRegion(nn.Module):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
+
+from l2c_compile.graph import infer
 
 __all__ = ["MultiplyAdds"]
 
@@ -49,20 +51,6 @@ def _form(argument: object) -> object:
 
 
 def _count(node: Node) -> int:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-    fake_mode = next((t.fake_mode for t in _fakes((args, kwargs))), None)
-    if fake_mode is None:
-        return 0
-    with fake_mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        node.target(*args, **kwargs)  # type: ignore[operator]
+    with FlopCounterMode(display=False) as counter:
+        infer(node.target, node.args, node.kwargs)
     return int(counter.get_total_flops()) // 2
-
-
-def _fakes(argument: object) -> Iterable[torch._subclasses.FakeTensor]:
-    if isinstance(argument, torch._subclasses.FakeTensor):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for each in argument:
-            yield from _fakes(each)
-    elif isinstance(argument, dict):
-        yield from _fakes(tuple(argument.values()))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import json
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ __all__ = [
     "emit",
     "evaluation_of",
     "expression",
+    "infer",
     "module_path",
     "num_bytes",
     "output_list",
@@ -206,6 +207,21 @@ class LoopGraph(ProgramGraph):
             if reuse is not None:
                 yield evaluation, site, reuse
 
+    def known_before_the_loop(self) -> set[Node]:
+        """Return the nodes that depend on no noise and no random draw: on weights, timesteps and conditions alone."""
+        known: set[Node] = set()
+        num_placeholders = 0
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                num_placeholders += 1
+                if num_placeholders > self.num_noise:
+                    known.add(node)
+            elif node.op == "get_attr" or (
+                node.op == "call_function" and not draws_random_numbers(node) and known.issuperset(node.all_input_nodes)
+            ):
+                known.add(node)
+        return known
+
     def new_constant(self, value: Tensor, prefix: str = "_constant") -> str:
         """Store ``value`` as a buffer of the root under a fresh name and return the name."""
         number = len(self.root._buffers)
@@ -220,14 +236,22 @@ _INFERENCE = FakeTensorMode()
 def emit(graph: fx.Graph, target: OpOverload, args: tuple[Argument, ...], evaluation: int | None) -> Node:
     """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
     node = graph.call_function(target, args)
-    values: Any = fx.node.map_arg(args, lambda argument: _fake(argument.meta["val"]))
-    with _INFERENCE, torch.no_grad():
-        node.meta.update(val=target(*values), evaluation=evaluation)
+    node.meta.update(val=infer(target, args, {}), evaluation=evaluation)
     return node
+
+
+def infer(target: object, args: Sequence[Argument], kwargs: Mapping[str, Argument]) -> Any:  # noqa: ANN401
+    """Return what ``target`` gives for these nodes, without values: fake tensors of the right form."""
+    fakes: Any = fx.node.map_arg((tuple(args), dict(kwargs)), lambda argument: _fake(argument.meta["val"]))
+    assert callable(target)
+    with _INFERENCE, torch.no_grad():
+        return target(*fakes[0], **fakes[1])
 
 
 def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
     # The parts of a loop graph were captured under different fake modes; torch mixes none of them.
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_fake, value))
     if not isinstance(value, Tensor):
         return value
     with _INFERENCE:

@@ -1,19 +1,44 @@
-"""How long each cached value is needed, and how many bytes that is, from the schedule alone."""
+"""How long each cached value is needed, and how many bytes that is: what a schedule says, and what a graph does.
+
+``cache_liveness`` prices a schedule: every site that is read later lives from its source to its last reader.
+``plan_memory`` prices a loop graph, where sites may have been merged, moved or copied since. It looks at storage, not
+at nodes: a view keeps the whole tensor alive that it is a view of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.fx.node import Node
+
+from l2c_compile.graph import INPUT_PORT, LoopGraph, evaluation_of, num_bytes, packet_of, site_marks
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.sites import Site
 
-__all__ = ["CacheLiveness", "cache_liveness"]
+__all__ = [
+    "CacheLiveness",
+    "KeptValue",
+    "MemoryPlan",
+    "Storages",
+    "cache_liveness",
+    "cache_work",
+    "keep_everything_bytes",
+    "plan_memory",
+    "site_bytes",
+]
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class CacheLiveness:
-    """Bytes of cached site values during each evaluation: made before or in it, read in or after it."""
+    """Bytes of cached values during each evaluation: made before or in it, read in or after it."""
 
     bytes_per_evaluation: tuple[int, ...]
 
@@ -50,3 +75,214 @@ def cache_liveness(schedule: CacheSchedule, site_bytes: Mapping[tuple[int, Site]
         total += change
         alive.append(total)
     return CacheLiveness(tuple(alive))
+
+
+def site_bytes(graph: LoopGraph) -> dict[tuple[int, Site], int]:
+    """Return the size in bytes of every site's value, by (evaluation, site), whether it is computed there or not."""
+    by_name = {str(site): site for site in graph.schedule.sites}
+    bytes_of_form: dict[int, dict[Site, int]] = {}
+    for form in graph.forms:
+        if id(form) not in bytes_of_form:
+            sizes: dict[Site, int] = {}
+            for mark in site_marks(form.graph):
+                if mark.port != INPUT_PORT:
+                    site = by_name[mark.site]
+                    sizes[site] = sizes.get(site, 0) + num_bytes(mark.node)
+            bytes_of_form[id(form)] = sizes
+    return {(e, site): size for e, form in enumerate(graph.forms) for site, size in bytes_of_form[id(form)].items()}
+
+
+def keep_everything_bytes(graph: LoopGraph) -> int:
+    """Return what a cache takes that holds every site of the last evaluation of each branch, read later or not."""
+    sizes = site_bytes(graph)
+    first_of_branch = range(min(graph.schedule.branches, graph.num_evaluations))
+    return sum(sizes.get((e, site), 0) for e in first_of_branch for site in graph.schedule.sites)
+
+
+@dataclass(frozen=True)
+class KeptValue:
+    """A tensor in memory for the sake of a later evaluation."""
+
+    name: str
+    """The node that makes it."""
+    made_in: int
+    """The evaluation that makes it."""
+    last_read_in: int
+    """The last evaluation that reads it; the one that makes it if it only waits there to be summed up."""
+    num_bytes: int
+    begin: int
+    """Position, in the order of the graph, of the node that makes it, or of the last other use of what only waits."""
+    end: int
+    """Position of the last node that reads it."""
+    slot: int
+    """The buffer it can live in; values that are alive together have different ones."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Every value that a loop graph keeps from one evaluation for a later one, and the buffers they fit into."""
+
+    kept: tuple[KeptValue, ...]
+    """In the order of ``begin``."""
+    cache: CacheLiveness
+    """The most that is alive during each evaluation."""
+    slot_bytes: tuple[int, ...]
+    """The size in bytes of each buffer. A buffer holds values of one size only, so that none is ever moved."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the buffers take together: equal to the peak where all values are of one size."""
+        return sum(self.slot_bytes)
+
+
+def plan_memory(graph: LoopGraph) -> MemoryPlan:
+    """Find what a loop graph keeps from one evaluation for a later one, when it is freed, and a buffer for each value.
+
+    Not counted: the loop's own history, conditions and all that is made of weights, timesteps and conditions alone.
+    """
+    nodes = list(graph.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    storages = Storages(nodes)
+    early = graph.known_before_the_loop()
+    ahead = cache_work(nodes)
+    own_use: dict[Node, int] = {}
+    kept_use: dict[Node, int] = {}
+    last_evaluation: dict[Node, int] = {}
+    for node in nodes:
+        base, evaluation = storages.base(node), evaluation_of(node)
+        made = evaluation_of(base)
+        if made is None or base in early or base.op != "call_function" or evaluation is None:
+            continue
+        own_use.setdefault(base, position[base])
+        for user in node.users:
+            read = evaluation_of(user)
+            if storages.base(user) is base:
+                continue
+            if read is not None and (read > made or user in ahead):
+                kept_use[base] = max(position[user], kept_use.get(base, 0))
+                last_evaluation[base] = max(read, last_evaluation.get(base, 0))
+            else:
+                own_use[base] = max(position[user], own_use[base])
+    intervals = []
+    for base, end in kept_use.items():
+        made, last = evaluation_of(base), last_evaluation[base]
+        assert made is not None
+        begin = position[base] if last > made else own_use[base]
+        if begin < end:
+            intervals.append((begin, end, storages.num_bytes(base), made, last, base.name))
+    intervals.sort()
+    slots, slot_bytes = _color([(begin, end, size) for begin, end, size, *_ in intervals])
+    kept = tuple(
+        KeptValue(name, made, last, size, begin, end, slot)
+        for (begin, end, size, made, last, name), slot in zip(intervals, slots, strict=True)
+    )
+    return MemoryPlan(kept, _per_evaluation(kept, nodes, graph.num_evaluations), slot_bytes)
+
+
+def cache_work(nodes: Iterable[Node]) -> set[Node]:
+    """Return the nodes of an evaluation that work for later evaluations only, as the sum of two kept values."""
+    found: set[Node] = set()
+    for node in reversed(list(nodes)):
+        evaluation = evaluation_of(node)
+        if evaluation is None or not node.users:
+            continue
+        if all(user in found or (evaluation_of(user) or 0) > evaluation for user in node.users):
+            found.add(node)
+    return found
+
+
+class Storages:
+    """Which nodes share memory. Asks torch, once for each form of view."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._base: dict[Node, Node] = {}
+        self._is_view: dict[object, bool] = {}
+        for node in nodes:
+            source = self._viewed(node)
+            self._base[node] = node if source is None else self._base[source]
+
+    def base(self, node: Node) -> Node:
+        """Return the node that allocated the memory of ``node``: itself, or what it is a view of."""
+        return self._base[node]
+
+    def knows(self, node: Node) -> bool:
+        """Tell whether the node was there when the storages were found."""
+        return node in self._base
+
+    def num_bytes(self, node: Node) -> int:
+        """Return the size in bytes of the memory that ``node`` is in."""
+        base = self._base[node]
+        value = base.meta.get("val")
+        return int(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else num_bytes(base)
+
+    def _viewed(self, node: Node) -> Node | None:
+        """Return the argument that ``node`` is a view of, None if it has memory of its own."""
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+            return None
+        source = node.args[0]
+        if node.target is operator.getitem:
+            # The outputs of an ordinary node are tensors of their own; those of a split are parts of one.
+            return source if self._base[source] is not source else None
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            return None
+        if not target.is_view and packet_of(node) not in (aten._unsafe_view, aten.dropout):
+            return None
+        value = source.meta.get("val")
+        if not isinstance(value, Tensor):
+            return source
+        key = (target, tuple(value.shape), value.stride(), value.dtype, repr(node.args[1:]), repr(node.kwargs))
+        if key not in self._is_view:
+            self._is_view[key] = _shares_memory(node, value)
+        return source if self._is_view[key] else None
+
+
+def _shares_memory(node: Node, value: Tensor) -> bool:
+    """Tell whether the result is a view: ``reshape`` and ``contiguous`` return one or a copy, as strides permit."""
+    source = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    rest, kwargs = torch.fx.node.map_arg((node.args[1:], dict(node.kwargs)), _on_meta)
+    result = node.target(source, *rest, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})  # type: ignore[operator]
+    first = result[0] if isinstance(result, (tuple, list)) else result
+    return bool(first.untyped_storage()._cdata == source.untyped_storage()._cdata)
+
+
+def _on_meta(argument: Node) -> Tensor:
+    value = argument.meta["val"]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _color(intervals: list[tuple[int, int, int]]) -> tuple[list[int], tuple[int, ...]]:
+    """Give each interval (begin, end, size in bytes) a slot of its size that no overlapping interval has.
+
+    Taken by their beginning, the first free color is optimal for an interval graph; its edges are never built.
+    """
+    free: dict[int, list[int]] = defaultdict(list)
+    busy: list[tuple[int, int]] = []
+    slots: list[int] = []
+    sizes: list[int] = []
+    for begin, end, size in intervals:
+        while busy and busy[0][0] < begin:
+            _, slot = heapq.heappop(busy)
+            heapq.heappush(free[sizes[slot]], slot)
+        if free[size]:
+            slot = heapq.heappop(free[size])
+        else:
+            slot = len(sizes)
+            sizes.append(size)
+        heapq.heappush(busy, (end, slot))
+        slots.append(slot)
+    return slots, tuple(sizes)
+
+
+def _per_evaluation(kept: Iterable[KeptValue], nodes: list[Node], num_evaluations: int) -> CacheLiveness:
+    changes = [0] * (len(nodes) + 1)
+    for value in kept:
+        changes[value.begin] += value.num_bytes
+        changes[value.end + 1] -= value.num_bytes
+    most, total = [0] * num_evaluations, 0
+    for node, change in zip(nodes, changes, strict=False):
+        total += change
+        evaluation = evaluation_of(node)
+        if evaluation is not None:
+            most[evaluation] = max(most[evaluation], total)
+    return CacheLiveness(tuple(most))

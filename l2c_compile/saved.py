@@ -29,7 +29,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,9 +51,8 @@ from l2c_compile.graph_lines import (
     encode_graph,
     encode_literal,
 )
-from l2c_compile.liveness import CacheLiveness
 from l2c_compile.schedule import CacheSchedule
-from l2c_compile.summary import EvaluationSummary, Summary
+from l2c_compile.summary import Summary
 from l2c_compile.verify import Fact, check
 
 __all__ = ["FORMAT", "VERSION", "LoadedSampler", "MapLocation", "load", "save_sampler"]
@@ -240,7 +239,7 @@ class LoadedSampler(nn.Module):
         loop = manifest["loop"]
         self.loop: Mapping[str, object] | None = loop if isinstance(loop, dict) else None
         """The description of the loop; None if it was a function of the user's."""
-        self._summary = _decode_summary(manifest["summary"])
+        self._summary: Summary = _decode_numbers(manifest["summary"], Summary)
         self._inputs = inputs
         self._names = _names(inputs)
         self._out_spec = graph.out_spec
@@ -489,30 +488,17 @@ def _decode_result(document: object, graph: fx.Graph) -> TreeSpec:
     return spec
 
 
-_Row = TypeVar("_Row")
-
-
-def _decode_summary(document: object) -> Summary:
-    def fields_of(row: object, cls: type[_Row]) -> dict[str, Any]:
-        names = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if not isinstance(row, dict) or row.keys() != names:
-            raise FileFormatError(f"the summary wants {', '.join(sorted(names))}, got {row!r:.80}")
-        return row
-
-    top = fields_of(document, Summary)
-    cache = fields_of(top["cache"], CacheLiveness)
-    rows = [fields_of(row, EvaluationSummary) for row in _list(top["rows"], "rows")]
-    numbers = [top["num_sites"], top["shared_multiply_adds"], *_list(cache["bytes_per_evaluation"], "cache")]
-    for row in rows:
-        numbers += [*_list(row["sources"], "sources"), *(value for name, value in row.items() if name != "sources")]
-    if not all(type(number) is int for number in numbers):
-        raise FileFormatError("the summary wants whole numbers")
-    return Summary(
-        rows=tuple(EvaluationSummary(**{**row, "sources": tuple(row["sources"])}) for row in rows),
-        num_sites=top["num_sites"],
-        shared_multiply_adds=top["shared_multiply_adds"],
-        cache=CacheLiveness(tuple(cache["bytes_per_evaluation"])),
-    )
+def _decode_numbers(document: object, form: Any) -> Any:  # noqa: ANN401 - a type, and a value of it
+    """Return a value of type ``form``, which is int, a tuple of such, or a dataclass of such fields."""
+    if form is int and type(document) is int:
+        return document
+    if get_origin(form) is tuple and isinstance(document, list):
+        return tuple(_decode_numbers(item, get_args(form)[0]) for item in document)
+    if isinstance(form, type) and dataclasses.is_dataclass(form) and isinstance(document, dict):
+        fields = get_type_hints(form)
+        if document.keys() == fields.keys():
+            return form(**{name: _decode_numbers(value, fields[name]) for name, value in document.items()})
+    raise FileFormatError(f"the summary wants {getattr(form, '__name__', form)}, got {document!r:.80}")
 
 
 def _names(inputs: CallSignature) -> list[str]:

@@ -9,9 +9,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from l2c_compile.cost import MultiplyAdds
-from l2c_compile.graph import INPUT_PORT, LoopGraph, evaluation_of, num_bytes, site_marks
-from l2c_compile.liveness import CacheLiveness, cache_liveness
-from l2c_compile.sites import Site
+from l2c_compile.graph import LoopGraph, evaluation_of
+from l2c_compile.liveness import CacheLiveness, cache_liveness, keep_everything_bytes, plan_memory, site_bytes
 
 __all__ = ["EvaluationSummary", "Summary", "summarize"]
 
@@ -32,7 +31,7 @@ class EvaluationSummary:
     multiply_adds_uncached: int
     """What the denoiser does in one full evaluation of this form."""
     cache_bytes: int
-    """Cached site values alive during this evaluation."""
+    """The most that the graph keeps for later evaluations during this one."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,39 @@ class Summary:
     shared_multiply_adds: int
     """Work outside the evaluations: the loop's own, and what several evaluations share."""
     cache: CacheLiveness
+    """What the graph keeps."""
+    cache_of_schedule: CacheLiveness
+    """What it would take to keep every site that is read, from its source to its last reader."""
+    keep_everything_bytes: int
+    """What it would take to keep every site of the last evaluation all the time, as caches in hooks do."""
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the static graph."""
+        return sum(row.multiply_adds for row in self.rows) + self.shared_multiply_adds
 
     @property
     def multiply_adds_kept(self) -> float:
         """Multiply-adds of the static graph over those of the loop without caching."""
         full = sum(row.multiply_adds_uncached for row in self.rows)
-        left = sum(row.multiply_adds for row in self.rows) + self.shared_multiply_adds
-        return left / full if full else 1.0
+        return self.multiply_adds / full if full else 1.0
 
     @property
     def computed_share(self) -> float:
         """Share of (evaluation, site) that is computed."""
         cells = len(self.rows) * self.num_sites
         return sum(row.num_computed for row in self.rows) / cells if cells else 1.0
+
+    def in_short(self) -> str:
+        """Return the totals as one line."""
+        text = (
+            f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept;"
+            f" cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
+        )
+        if self.keep_everything_bytes:
+            share = self.cache.peak_bytes / self.keep_everything_bytes
+            text += f" ({share:.0%} of keeping every site, {_bytes(self.keep_everything_bytes)})"
+        return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title="evaluations in execution order", title_justify="left")
@@ -73,10 +92,7 @@ class Summary:
                 _bytes(row.cache_bytes),
             )
         yield table
-        yield (
-            f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept;"
-            f" cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
-        )
+        yield self.in_short()
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -96,7 +112,7 @@ def summarize(graph: LoopGraph) -> Summary:
         else:
             left[evaluation] += count.of(node)
     full = [count.total(graph.forms[e].graph.nodes) for e in range(graph.num_evaluations)]
-    cache = cache_liveness(graph.schedule, _site_bytes(graph))
+    cache = plan_memory(graph).cache
     rows = []
     computed = graph.schedule.computed_per_evaluation()
     reads: list[list[tuple[int, ...]]] = [[] for _ in computed]
@@ -109,21 +125,8 @@ def summarize(graph: LoopGraph) -> Summary:
                 e, num_computed, len(reads[e]), tuple(sources), left[e], full[e], cache.bytes_per_evaluation[e]
             )
         )
-    return Summary(tuple(rows), len(graph.schedule.sites), shared, cache)
-
-
-def _site_bytes(graph: LoopGraph) -> dict[tuple[int, Site], int]:
-    by_name = {str(site): site for site in graph.schedule.sites}
-    bytes_of_form: dict[int, dict[Site, int]] = {}
-    for form in graph.forms:
-        if id(form) not in bytes_of_form:
-            sizes: dict[Site, int] = {}
-            for mark in site_marks(form.graph):
-                if mark.port != INPUT_PORT:
-                    site = by_name[mark.site]
-                    sizes[site] = sizes.get(site, 0) + num_bytes(mark.node)
-            bytes_of_form[id(form)] = sizes
-    return {(e, site): size for e, form in enumerate(graph.forms) for site, size in bytes_of_form[id(form)].items()}
+    of_schedule = cache_liveness(graph.schedule, site_bytes(graph))
+    return Summary(tuple(rows), len(graph.schedule.sites), shared, cache, of_schedule, keep_everything_bytes(graph))
 
 
 def _sources(sources: tuple[int, ...]) -> str:

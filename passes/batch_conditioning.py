@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, draws_random_numbers, emit, evaluation_of, num_bytes
+from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, num_bytes
 from l2c_compile.passes.base import Numerics, Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -42,7 +42,7 @@ class BatchConditioning(Pass):
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         assert isinstance(program, LoopGraph)
         report = PassReport()
-        early = _known_before_the_loop(program)
+        early = program.known_before_the_loop()
         projections = [node for node in program.graph.nodes if _is_projection(node, early)]
         for chunk in self._chunks(projections):
             report.rewrites += _Batcher(program, chunk).run(report)
@@ -98,10 +98,13 @@ class _Batcher:
         return rewrites
 
     def _anchor(self, evaluation: int) -> Node:
-        """Return the first node that stays where it is in the chunk's first evaluation, or before its own use."""
+        """Return the first node that stays where it is and is of the chunk's first evaluation or uses the product."""
         for node in self.graph.nodes:
             assert isinstance(node, Node)
-            if node.op == "call_function" and node not in self.needed and (evaluation_of(node) or 0) >= evaluation:
+            if node.op != "call_function" or node in self.needed:
+                continue
+            # A gate may be used earlier than in its own evaluation.
+            if (evaluation_of(node) or 0) >= evaluation or not self.projections.isdisjoint(node.all_input_nodes):
                 return node
         raise AssertionError("an evaluation without a node of its own")
 
@@ -123,22 +126,6 @@ class _Batcher:
                 node.replace_all_uses_with(own)
                 start = end
         return len(group)
-
-
-def _known_before_the_loop(program: LoopGraph) -> set[Node]:
-    """Return the nodes that depend on no noise and no random draw."""
-    known: set[Node] = set()
-    num_placeholders = 0
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            num_placeholders += 1
-            if num_placeholders > program.num_noise:
-                known.add(node)
-        elif node.op == "get_attr" or (
-            node.op == "call_function" and not draws_random_numbers(node) and known.issuperset(node.all_input_nodes)
-        ):
-            known.add(node)
-    return known
 
 
 def _is_projection(node: Node, early: set[Node]) -> bool:

@@ -9,10 +9,12 @@ from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants
+from l2c_compile.passes.gate_at_source import GateAtSource
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.merge_deltas import MergeDeltas
 from l2c_compile.passes.outline_regions import OutlineRegions
+from l2c_compile.passes.plan_memory import PlanMemory
 from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.verify import Fact
@@ -49,6 +51,7 @@ LOOP = Pipeline(
         MergeCommon(),  # evaluations may turn out to share work once their differences are cut
         FoldConstants(),  # what is left over timesteps and weights only
         DropDead(),
+        GateAtSource(),  # right before: gated outputs can be added up once they are products at their source
         MergeDeltas(),  # kept values are plain values by now, so a run of them is a run of additions
         DropDead(),  # the additions that were merged
         PruneProjections(),  # dead code is gone, so unused means unneeded; before batching, which groups by rows
@@ -56,6 +59,7 @@ LOOP = Pipeline(
         BatchConditioning(),
         MergeCommon(),  # every projection was given its own stack of equal inputs
         DropDead(),
+        PlanMemory(),  # last: what is kept from where to where is final, and only order is left to change
     ),
     assumes=frozenset({Fact.SITES_MARKED}),
 )

@@ -1,0 +1,85 @@
+"""Count the cache bytes of the published routers at their true sizes, without running anything.
+
+For each of the four routers: the peak and the mean over evaluations of what is kept for later evaluations, as a share
+of "keep every layer's output" (every attn and mlp output of the last evaluation of each branch, all the time, as caches
+in hooks do). ``plan`` says whose bytes: ``schedule`` (what is read later, from its source to its last reader),
+``bitwise`` (the graph without passes that round elsewhere), ``rounding`` (the graph with them). The models are on the
+meta device; batch 1; DiT with batched guidance, U-ViT with guidance in two calls.
+``ARGS``: names of routers, all four by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from bench.cases import BenchError
+from bench.report import Condition, Row
+from bench.workloads import published_router
+from l2c_compile.api import build_loop_graph
+from l2c_compile.errors import nearest
+from l2c_compile.graph import LoopGraph
+from l2c_compile.liveness import CacheLiveness, cache_liveness, keep_everything_bytes, plan_memory, site_bytes
+from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance, Loop
+from l2c_compile.models import DiT, UViT
+from l2c_compile.passes.pipeline import BITWISE, LOOP
+
+__all__ = ["run"]
+
+_ROUTERS = ("l2c_DDIM20_router", "l2c_DDIM50_router", "l2c_dpm20_router", "l2c_dpm50_router")
+_PLANS = {"bitwise": BITWISE, "rounding": LOOP}
+
+
+def run(args: Sequence[str], progress: Progress) -> list[Row]:
+    """Return shares of keeping everything, and bytes, for every router and plan.
+
+    Raises:
+        BenchError: there is no such router, or its file is missing.
+    """
+    for name in args:
+        if name not in _ROUTERS:
+            raise BenchError(f"memory knows no router {name!r}; {nearest(name, _ROUTERS) or ', '.join(_ROUTERS)}")
+    names = args or _ROUTERS
+    task = progress.add_task("memory", total=len(names) * len(_PLANS))
+    rows: list[Row] = []
+    for name in names:
+        for plan, passes in _PLANS.items():
+            progress.update(task, description=f"{name}, {plan}")
+            model, loop = _setting(name)
+            schedule = published_router(name + (".pth" if "dpm" in name else ".pt")).schedule()
+            schedule = schedule.resolve([path for path, _ in model.named_modules()])
+            noise = torch.empty(1, 4, 32, 32, device="meta")
+            labels = torch.empty(1, dtype=torch.int64, device="meta")
+            graph, _ = build_loop_graph(model, loop, schedule, noise, {"y": labels}, passes)
+            if plan == "bitwise":
+                rows += _rows(name, "schedule", graph, cache_liveness(graph.schedule, site_bytes(graph)))
+            planned = plan_memory(graph)
+            rows += _rows(name, plan, graph, planned.cache)
+            rows.append(Row("buffers", len(planned.slot_bytes), "", {"router": name, "plan": plan}, device="meta"))
+            progress.advance(task)
+    return rows
+
+
+def _setting(name: str) -> tuple[nn.Module, Loop]:
+    count = 20 if "20" in name else 50
+    with torch.device("meta"):
+        if "DDIM" in name:
+            guidance = Guidance(scale=1.5, null={"y": 1000}, channels=3)
+            return DiT.from_preset("DiT-XL/2").eval(), DDIM(steps=count, guidance=guidance)
+        guidance = Guidance(scale=0.4, null={"y": 1000}, batched=False, base="cond")
+        loop = DPMSolver(evaluations=count, betas=STABLE_DIFFUSION_BETAS, first_timestep=1, guidance=guidance)
+        return UViT.from_preset("U-ViT-H/2").eval(), loop
+
+
+def _rows(name: str, plan: str, graph: LoopGraph, cache: CacheLiveness) -> list[Row]:
+    everything = keep_everything_bytes(graph)
+    where: dict[str, Condition] = {"router": name, "plan": plan, "dtype": "float32", "batch": 1}
+    return [
+        Row("peak_share", cache.peak_bytes / everything, "", where, device="meta"),
+        Row("mean_share", cache.mean_bytes / everything, "", where, device="meta"),
+        Row("peak_MiB", cache.peak_bytes / 2**20, "MiB", where, device="meta"),
+        Row("mean_MiB", cache.mean_bytes / 2**20, "MiB", where, device="meta"),
+    ]

@@ -1,0 +1,208 @@
+"""Free what is kept for later evaluations as early as the graph allows.
+
+    f; g; h; ...; s = add(f, g); t = add(s, h)           ->   f; g; s = add(f, g); h; t = add(s, h); ...
+    evaluation 8:  r = sub(mul(f5, 2.0), f3); y = x + r  ->   r behind f5: one tensor waits for evaluation 8, not two
+    q, k = split(p); evaluation 5:  y = add(x, q)        ->   c = clone(q); ...; y = add(x, c): k is not kept
+
+A value is freed after its last user in the order of the graph, so order is all there is to change. What is moved or
+copied comes out as the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx.node import Node
+
+from l2c_compile.graph import LoopGraph, ProgramGraph, draws_random_numbers, emit, evaluation_of, num_bytes
+from l2c_compile.liveness import Storages, cache_work
+from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.verify import Fact
+
+__all__ = ["PlanMemory"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PlanMemory(Pass):
+    """Move work on kept values to where it frees them, and copy the kept part of a larger tensor."""
+
+    name: ClassVar[str] = "plan-memory"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        if not isinstance(program, LoopGraph):
+            raise TypeError("only a loop graph has evaluations to keep values for")
+        report = PassReport()
+        early = program.known_before_the_loop()
+        nodes = list(program.graph.nodes)
+        storages = Storages(nodes)
+        for group in list(_groups(nodes, early)):
+            reason = _move(group, early, storages)
+            _note(report, group.root, reason)
+        for base, kept in _kept_views(program.graph.nodes, early, storages):
+            reason = _copy_parts(program, base, kept, storages)
+            _note(report, base, reason)
+        return report
+
+
+def _note(report: PassReport, candidate: Node, reason: str | None) -> None:
+    if reason is None:
+        report.rewrites += 1
+    else:
+        report.left_alone[candidate.name] = reason
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes that could run elsewhere; only the last, the root, is used by others."""
+
+    nodes: tuple[Node, ...]
+    """In the order of the graph."""
+
+    @property
+    def root(self) -> Node:
+        return self.nodes[-1]
+
+    def leaves(self, early: set[Node]) -> list[Node]:
+        """Return what the group is made from, without what is known before the loop."""
+        inside = set(self.nodes)
+        found = {a for node in self.nodes for a in node.all_input_nodes if a not in inside and a not in early}
+        return sorted(found)
+
+
+def _groups(nodes: list[Node], early: set[Node]) -> Iterator[_Group]:
+    """Yield what could run earlier: work for later evaluations, and work on nothing but kept values."""
+    ahead = cache_work(nodes)
+    ready: set[Node] = set()
+    for node in nodes:
+        evaluation = evaluation_of(node)
+        if node.op != "call_function" or evaluation is None or node in early or draws_random_numbers(node):
+            continue
+        if all(a in early or a in ready or _is_before(a, evaluation) for a in node.all_input_nodes):
+            ready.add(node)
+    for node in nodes:
+        if node in ready and not all(user in ready for user in node.users):
+            yield _Group(tuple(sorted(_tree(node, ready))))
+        elif node in ahead and node not in ready and node not in early and not draws_random_numbers(node):
+            yield _Group((node,))
+
+
+def _is_before(argument: Node, evaluation: int) -> bool:
+    made = evaluation_of(argument)
+    return made is not None and made < evaluation
+
+
+def _tree(root: Node, ready: set[Node]) -> set[Node]:
+    """Return the root and those ready nodes that nobody else needs."""
+    found = {root}
+    stack = [root]
+    while stack:
+        for argument in stack.pop().all_input_nodes:
+            same = argument in ready and evaluation_of(argument) == evaluation_of(root)
+            if same and argument not in found and found.issuperset(argument.users):
+                found.add(argument)
+                stack.append(argument)
+    return found
+
+
+def _move(group: _Group, early: set[Node], storages: Storages) -> str | None:
+    """Move the group right behind the last of its leaves, or return why that would save nothing."""
+    leaves = group.leaves(early)
+    if not leaves:
+        return "is made of nothing that is kept"
+    if len({storages.base(node) for node in group.nodes}) < len(group.nodes) or storages.base(group.root) in leaves:
+        return "is a view: its memory is kept either way"
+    target = leaves[-1]
+    inside = set(group.nodes)
+    freed = {storages.base(leaf) for leaf in leaves if _is_freed(leaf, inside, group.root, target)}
+    saved, added = sum(map(storages.num_bytes, freed)), num_bytes(group.root)
+    if saved <= added:
+        return f"would free {saved} bytes earlier and take {added}"
+    for factor in sorted({a for node in group.nodes for a in node.all_input_nodes if a in early}):
+        if target < factor:
+            return f"waits for '{factor.name}'"
+    if all(_follows(node, before) for before, node in zip((target, *group.nodes), group.nodes, strict=False)):
+        return "runs right behind what it is made from"
+    after = target
+    for node in group.nodes:
+        after.append(node)
+        after = node
+        node.meta["evaluation"] = evaluation_of(target)
+        node.meta["nn_module_stack"] = target.meta.get("nn_module_stack", {})
+    return None
+
+
+def _follows(node: Node, before: Node) -> bool:
+    return before.next is node
+
+
+def _is_freed(leaf: Node, inside: set[Node], root: Node, target: Node) -> bool:
+    """Tell whether the group is the last to use ``leaf``, and would be so at ``target`` or in its evaluation."""
+    for user in leaf.users:
+        if user in inside:
+            continue
+        if root < user:
+            return False
+        if target < user and evaluation_of(user) != evaluation_of(target):
+            return False
+    return True
+
+
+def _kept_views(nodes: Iterable[Node], early: set[Node], storages: Storages) -> list[tuple[Node, list[Node]]]:
+    """Return the tensors that later evaluations read only parts of, with these parts."""
+    kept: dict[Node, list[Node]] = {}
+    whole: set[Node] = set()
+    for node in nodes:
+        base = storages.base(node) if storages.knows(node) else node
+        made = evaluation_of(base)
+        if base in early or made is None or base.op != "call_function":
+            continue
+        if any((evaluation_of(user) or 0) > made for user in node.users):
+            kept.setdefault(base, []).append(node)
+            if node is base:
+                whole.add(base)
+    return [(base, views) for base, views in kept.items() if base not in whole]
+
+
+def _copy_parts(program: LoopGraph, base: Node, views: list[Node], storages: Storages) -> str | None:
+    """Let later evaluations read copies of the parts, or return why that would not do."""
+    copied, kept = sum(map(num_bytes, views)), storages.num_bytes(base)
+    if copied >= kept:
+        return f"copies of {copied} bytes save nothing, {kept} is what keeping it whole takes"
+    made = evaluation_of(base)
+    assert made is not None
+    later = {view: [user for user in view.users if (evaluation_of(user) or 0) > made] for view in views}
+    for view, users in later.items():
+        for user in users:
+            if not _reads_any_layout(user, view):
+                return f"'{user.name}' could round differently on a copy of '{view.name}' with another memory layout"
+    for view, users in later.items():
+        with program.graph.inserting_after(view):
+            copy = emit(program.graph, aten.clone.default, (view,), made)
+        copy.meta["nn_module_stack"] = view.meta.get("nn_module_stack", {})
+        for user in users:
+            user.replace_input_with(view, copy)
+    return None
+
+
+def _reads_any_layout(user: Node, view: Node) -> bool:
+    """Tell whether an elementwise reader gives the same bits, with the same strides, when it reads a copy instead."""
+    if not isinstance(user.target, OpOverload) or torch.Tag.pointwise not in user.target.tags:
+        return False
+    expected = user.meta.get("val")
+
+    def on_meta(argument: Node) -> Tensor:
+        value = argument.meta["val"]
+        tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return tensor.clone() if argument is view else tensor
+
+    args, kwargs = torch.fx.node.map_arg((user.args, dict(user.kwargs)), on_meta)
+    result = user.target(*args, **kwargs)
+    return isinstance(expected, Tensor) and isinstance(result, Tensor) and result.stride() == expected.stride()
