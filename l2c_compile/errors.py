@@ -9,10 +9,12 @@ __all__ = [
     "BackendError",
     "CaptureError",
     "FileFormatError",
+    "InputFormError",
     "L2CError",
     "LoopError",
     "LoopTraceError",
     "PassFailed",
+    "SaveError",
     "ScheduleError",
     "StaleConstantsError",
     "UnknownSiteError",
@@ -51,6 +53,14 @@ class CaptureError(L2CError, ValueError):
 
 class BackendError(L2CError, ValueError):
     """The backend does not exist, or cannot take the graph."""
+
+
+class SaveError(L2CError, ValueError):
+    """A compiled sampler holds something that a file cannot: a foreign operator, an object among its conditions."""
+
+
+class InputFormError(L2CError, ValueError):
+    """A loaded sampler is given inputs of another form than it was saved for."""
 
 
 class StaleConstantsError(L2CError, RuntimeError):
