@@ -8,6 +8,7 @@ from collections.abc import Iterable
 __all__ = [
     "CaptureError",
     "FileFormatError",
+    "KernelError",
     "L2CError",
     "LoopTraceError",
     "PassFailed",
@@ -45,6 +46,10 @@ class CaptureError(L2CError, ValueError):
 
 class StaleConstantsError(L2CError, RuntimeError):
     """Weights changed after constants were folded from them; call ``refresh()``."""
+
+
+class KernelError(L2CError, ValueError):
+    """A kernel got tensors that do not fit together, or was asked for a gradient it does not have."""
 
 
 class PassFailed(L2CError, RuntimeError):
