@@ -36,6 +36,7 @@ __all__ = [
     "Argument",
     "Launch",
     "Layout",
+    "Operand",
     "Terms",
     "accumulator",
     "add_terms",
@@ -69,11 +70,17 @@ GROUP = 4 if tl is None else tl.constexpr(4)
 """Terms whose loads may be in flight at once. With 16 elements a thread, 4 caches of two bytes are 16 KB a program, and
 some 25 KB a multiprocessor cover the latency of an H100. 8 terms take up to 250 registers, and have spilled."""
 
+TERM_WIDTH = 21 if tl is None else tl.constexpr(21)
+"""Entries a term takes in what ``Layout.terms`` returns."""
+
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when this was imported: kernel bodies then run on a CPU."""
 
-Argument: TypeAlias = "Tensor | int | float | tuple[Argument, ...] | None"
-"""What a kernel takes; a tuple is unrolled at compile time."""
+Operand: TypeAlias = "tuple[Tensor | int | float | None, ...]"
+"""Pointer and strides over B, T, D; or several of them one after the other. Unrolled at compile time."""
+
+Argument: TypeAlias = "Tensor | int | float | Operand | None"
+"""What a kernel takes."""
 
 
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - Triton is untyped
@@ -258,42 +265,38 @@ class Layout:
         """Return how many rows of channels there are."""
         return self.num_batches * self.num_tokens
 
-    def operand(self, tensor: Tensor | None, x: Tensor) -> Argument:
+    def operand(self, tensor: Tensor | None, x: Tensor) -> Operand:
         """Return pointer and strides over B, T and D; a stride is None where the value does not vary."""
         if tensor is None:
-            return None
+            return (None, None, None, None)
         full = align(tensor, x).expand(self.shape)
         batch, token, channel = full.stride() if full.dim() == 3 else (full.stride(0), 0, full.stride(1))
         if self.num_batches == 1 and self.shape[0] > 1:
             batch, token = 0, batch
         return (_as_bytes(tensor), batch, token or None, channel or None)
 
-    def token_operand(self, tensor: Tensor | None) -> Argument:
-        """Return pointer and strides of what has one value a token and no channels."""
-        return None if tensor is None else self.operand(tensor.unsqueeze(-1), tensor.unsqueeze(-1))
+    def terms(self, terms: Terms, x: Tensor) -> Operand:
+        """Return the terms as a kernel takes them.
 
-    def terms(self, terms: Terms, x: Tensor) -> Argument:
-        """Return the terms as a kernel takes them: (cache, token_scale, scale, shift, gate, weight) each."""
+        Flat, because Triton 3.6 cannot index a tuple of tuples that have None in them: for each term the operands
+        cache, token_scale, scale, shift and gate, four entries each, and the weight.
+        """
         absent: list[None] = [None] * len(terms)
-        return tuple(
-            (
-                self.operand(cache, x),
-                self.token_operand(token_scale),
-                self.operand(scale, x),
-                self.operand(shift, x),
-                self.operand(gate, x),
-                weight,
-            )
-            for cache, token_scale, scale, shift, gate, weight in zip(
-                terms.caches,
-                terms.token_scales or absent,
-                terms.scales or absent,
-                terms.shifts or absent,
-                terms.gates or absent,
-                terms.weights or absent,
-                strict=True,
-            )
-        )
+        flat: list[Tensor | int | float | None] = []
+        for cache, token_scale, scale, shift, gate, weight in zip(
+            terms.caches,
+            terms.token_scales or absent,
+            terms.scales or absent,
+            terms.shifts or absent,
+            terms.gates or absent,
+            terms.weights or absent,
+            strict=True,
+        ):
+            row_scale = None if token_scale is None else token_scale.unsqueeze(-1)
+            for operand in (cache, row_scale, scale, shift, gate):
+                flat += self.operand(operand, x)
+            flat.append(weight)
+        return tuple(flat)
 
 
 @dataclass(frozen=True)
@@ -327,16 +330,26 @@ def tile_position(num_tokens, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @jit
-def load_tile(operand, batch, tokens, channels, num_tokens, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load an operand in float32: [BLOCK_T, BLOCK_D], zero outside."""
+def load_tile(
+    operands,
+    batch,
+    tokens,
+    channels,
+    num_tokens,
+    dim,
+    AT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Load the operand that begins at ``operands[AT]`` in float32: [BLOCK_T, BLOCK_D], zero outside."""
     # Pointers are broadcast, values are not: a gate read as [1, BLOCK_D] comes in another register layout than the
     # caches and goes through shared memory, term after term. What threads read twice comes from the L1 cache.
-    pointers = operand[0] + batch * operand[1]
+    pointers = operands[AT] + batch * operands[AT + 1]
     mask = (tokens < num_tokens)[:, None] & (channels < dim)[None, :]
-    if operand[2] is not None:
-        pointers = pointers + tokens[:, None] * operand[2]
-    if operand[3] is not None:
-        pointers = pointers + channels[None, :] * operand[3]
+    if operands[AT + 2] is not None:
+        pointers = pointers + tokens[:, None] * operands[AT + 2]
+    if operands[AT + 3] is not None:
+        pointers = pointers + channels[None, :] * operands[AT + 3]
     tile = tl.load(tl.broadcast_to(pointers, (BLOCK_T, BLOCK_D)), mask=mask, other=0)
     if tile.dtype == tl.uint8:
         return decode_e4m3(tile)
@@ -355,26 +368,39 @@ def decode_e4m3(byte):
 
 @jit
 def add_terms(
-    total, terms, num_terms, batch, tokens, channels, num_tokens, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    total,
+    terms,
+    num_terms,
+    batch,
+    tokens,
+    channels,
+    num_tokens,
+    dim,
+    NUM_TERMS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Add the terms to ``total`` [BLOCK_T, BLOCK_D], float32, in the order given. ``num_terms`` is their number."""
-    for first in tl.static_range(0, len(terms), GROUP):
+    """Add the terms to ``total`` [BLOCK_T, BLOCK_D], float32, in the order given.
+
+    Their number comes twice, once unknown to the compiler.
+    """
+    for first in tl.static_range(0, NUM_TERMS, GROUP):
         # Always true, but unknown to the compiler: it keeps the loads of 56 terms from being hoisted to the front,
         # where they take all registers and spill.
         if first < num_terms:
-            for index in tl.static_range(first, min(first + GROUP, len(terms))):
-                value = load_tile(terms[index][0], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-                if terms[index][1] is not None:
-                    value *= load_tile(terms[index][1], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-                if terms[index][2] is not None:
-                    value *= load_tile(terms[index][2], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-                if terms[index][3] is not None:
-                    value += load_tile(terms[index][3], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-                if terms[index][4] is not None:
-                    value *= load_tile(terms[index][4], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-                if terms[index][5] is not None:
+            for at in tl.static_range(first * TERM_WIDTH, min(first + GROUP, NUM_TERMS) * TERM_WIDTH, TERM_WIDTH):
+                value = load_tile(terms, batch, tokens, channels, num_tokens, dim, at, BLOCK_T, BLOCK_D)
+                if terms[at + 4] is not None:
+                    value *= load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 4, BLOCK_T, BLOCK_D)
+                if terms[at + 8] is not None:
+                    value *= load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 8, BLOCK_T, BLOCK_D)
+                if terms[at + 12] is not None:
+                    value += load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 12, BLOCK_T, BLOCK_D)
+                if terms[at + 16] is not None:
+                    value *= load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 16, BLOCK_T, BLOCK_D)
+                if terms[at + 20] is not None:
                     # Inductor passes Python floats as float64.
-                    value *= tl.cast(terms[index][5], tl.float32)
+                    value *= tl.cast(terms[at + 20], tl.float32)
                 total += value
     return total
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from l2c_compile.errors import KernelError
 from l2c_compile.kernels._launch import (
+    Argument,
     Launch,
     Layout,
     Terms,
@@ -56,12 +57,20 @@ def decompose_cached_residual(
 
 @jit
 def _cached_residual_kernel(
-    x, terms, num_terms, out_ptr, num_tokens, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    terms,
+    num_terms,
+    out_ptr,
+    num_tokens,
+    dim,
+    NUM_TERMS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
-    total = load_tile(x, batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-    total = add_terms(total, terms, num_terms, batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
+    total = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
+    total = add_terms(total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, BLOCK_T, BLOCK_D)
     store_tile(out_ptr, total, batch, tokens, channels, num_tokens, dim)
 
 
@@ -76,13 +85,14 @@ def plan_cached_residual(x: Tensor, terms: Terms, out: Tensor) -> list[Launch]:
         # A sum that further launches go on with stays in float32, so that it is rounded once.
         last = chunk is chunks[-1]
         target = out if last else torch.empty_like(out, dtype=torch.float32)
-        arguments = {
+        arguments: dict[str, Argument] = {
             "x": layout.operand(source, x),
             "terms": layout.terms(chunk, x),
             "num_terms": len(chunk),
             "out_ptr": target,
             "num_tokens": layout.num_tokens,
             "dim": layout.dim,
+            "NUM_TERMS": len(chunk),
             "BLOCK_T": block_tokens,
             "BLOCK_D": block_dim,
         }

@@ -95,14 +95,15 @@ def _cached_residual_norm_kernel(
     num_tokens,
     dim,
     eps,
+    NUM_TERMS: tl.constexpr,
     LAYER: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
-    total = load_tile(x, batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-    total = add_terms(total, terms, num_terms, batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
+    total = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
+    total = add_terms(total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, BLOCK_T, BLOCK_D)
     store_tile(stream_ptr, total, batch, tokens, channels, num_tokens, dim)
     # A launch that further terms follow has no norm.
     if normed_ptr is not None:
@@ -114,13 +115,13 @@ def _cached_residual_norm_kernel(
         square = tl.sum(normed * normed, axis=1) / size
         normed = normed * (1.0 / tl.sqrt_rn(square + tl.cast(eps, tl.float32)))[:, None]
         if affine[0] is not None:
-            normed *= load_tile(affine[0], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-        if affine[1] is not None:
-            normed += load_tile(affine[1], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-        if affine[2] is not None:
-            normed *= 1.0 + load_tile(affine[2], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
-        if affine[3] is not None:
-            normed += load_tile(affine[3], batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
+            normed *= load_tile(affine, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
+        if affine[4] is not None:
+            normed += load_tile(affine, batch, tokens, channels, num_tokens, dim, 4, BLOCK_T, BLOCK_D)
+        if affine[8] is not None:
+            normed *= 1.0 + load_tile(affine, batch, tokens, channels, num_tokens, dim, 8, BLOCK_T, BLOCK_D)
+        if affine[12] is not None:
+            normed += load_tile(affine, batch, tokens, channels, num_tokens, dim, 12, BLOCK_T, BLOCK_D)
         store_tile(normed_ptr, normed, batch, tokens, channels, num_tokens, dim)
 
 
@@ -150,12 +151,13 @@ def plan_norm(
             "x": layout.operand(source, x),
             "terms": layout.terms(chunk, x),
             "num_terms": len(chunk),
-            "affine": tuple(layout.operand(tensor, x) for tensor in affine),
+            "affine": tuple(entry for tensor in affine for entry in layout.operand(tensor, x)),
             "stream_ptr": target,
             "normed_ptr": normed if last else None,
             "num_tokens": layout.num_tokens,
             "dim": layout.dim,
             "eps": eps,
+            "NUM_TERMS": len(chunk),
             "LAYER": norm == "layer",
             "BLOCK_T": block_tokens,
             "BLOCK_D": block_dim,

@@ -21,6 +21,7 @@ from l2c_compile.kernels._launch import (
     FLOATS,
     MAX_DIM,
     PACKED,
+    Argument,
     Launch,
     Layout,
     check_stream,
@@ -71,7 +72,7 @@ def _pack_cache_kernel(
 ):
     batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
-    values = load_tile(x, batch, tokens, channels, num_tokens, dim, BLOCK_T, BLOCK_D)
+    values = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
     # [BLOCK_T]
     scale = tl.maximum(tl.max(tl.abs(values), axis=1) * (1.0 / LARGEST_VALUE), SMALLEST)
     tl.store(scale_ptr + batch * num_tokens + tokens, scale, mask=tokens < num_tokens)
@@ -108,7 +109,7 @@ def plan_pack_cache(x: Tensor, q: Tensor, scale: Tensor) -> list[Launch]:
     block_dim = max(next_power_of_2(layout.dim), 16)
     block_tokens = max(2048 // block_dim, 1)
     fp8 = q.dtype == torch.float8_e4m3fn
-    arguments = {
+    arguments: dict[str, Argument] = {
         "x": layout.operand(x, x),
         "q_ptr": q.view(torch.uint8) if fp8 else q,
         "scale_ptr": scale,
