@@ -47,6 +47,8 @@ Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 
 CASES: dict[str, str] = {
     "golden": "bench.golden:run",
+    "kernel-compile": "bench.kernel_compile:run",
+    "kernels": "bench.kernels:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",
 }
