@@ -66,10 +66,6 @@ MAX_TERMS = 64
 """Terms of one launch. DiT-XL/2 has 56 sublayers, so each of its runs is one launch; 64 full terms are 7 KB of
 arguments, and a launch takes 32 KB from sm_70 on. More terms are several launches with a float32 sum in between."""
 
-GROUP = 4 if tl is None else tl.constexpr(4)
-"""Terms whose loads may be in flight at once. With 16 elements a thread, 4 caches of two bytes are 16 KB a program, and
-some 25 KB a multiprocessor cover the latency of an H100. 8 terms take up to 250 registers, and have spilled."""
-
 TERM_WIDTH = 21 if tl is None else tl.constexpr(21)
 """Entries a term takes in what ``Layout.terms`` returns."""
 
@@ -146,6 +142,14 @@ class Terms:
             )
             for piece in pieces
         ]
+
+    def group(self) -> int:
+        """Return how many terms may have their loads in flight at once.
+
+        With 16 elements a thread, 4 caches of two bytes are 16 KB a program, and some 25 KB a multiprocessor cover the
+        latency of an H100. Twice as much spilled here and there: 8 terms of two bytes, or 4 of four.
+        """
+        return 2 if any(cache.element_size() > 2 for cache in self.caches) else 4
 
     def check(self, op: str, x: Tensor) -> None:
         """Check the terms against the stream ``x``.
@@ -377,6 +381,7 @@ def add_terms(
     num_tokens,
     dim,
     NUM_TERMS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):

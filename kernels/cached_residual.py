@@ -64,13 +64,16 @@ def _cached_residual_kernel(
     num_tokens,
     dim,
     NUM_TERMS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
     total = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
-    total = add_terms(total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, BLOCK_T, BLOCK_D)
+    total = add_terms(
+        total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D
+    )
     store_tile(out_ptr, total, batch, tokens, channels, num_tokens, dim)
 
 
@@ -93,6 +96,7 @@ def plan_cached_residual(x: Tensor, terms: Terms, out: Tensor) -> list[Launch]:
             "num_tokens": layout.num_tokens,
             "dim": layout.dim,
             "NUM_TERMS": len(chunk),
+            "GROUP": chunk.group(),
             "BLOCK_T": block_tokens,
             "BLOCK_D": block_dim,
         }

@@ -96,6 +96,7 @@ def _cached_residual_norm_kernel(
     dim,
     eps,
     NUM_TERMS: tl.constexpr,
+    GROUP: tl.constexpr,
     LAYER: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,7 +104,9 @@ def _cached_residual_norm_kernel(
     batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
     total = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
-    total = add_terms(total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, BLOCK_T, BLOCK_D)
+    total = add_terms(
+        total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D
+    )
     store_tile(stream_ptr, total, batch, tokens, channels, num_tokens, dim)
     # A launch that further terms follow has no norm.
     if normed_ptr is not None:
@@ -158,6 +161,7 @@ def plan_norm(
             "dim": layout.dim,
             "eps": eps,
             "NUM_TERMS": len(chunk),
+            "GROUP": chunk.group(),
             "LAYER": norm == "layer",
             "BLOCK_T": block_tokens,
             "BLOCK_D": block_dim,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,7 @@ BOUNDED = [
     *(Config("cached_residual_norm", dim, 5, form="packed", packed=packed) for dim in WIDTHS for packed in PACKED),
     *(Config("pack_cache", dim, packed=packed) for dim in WIDTHS for packed in PACKED),
     Config("cached_residual", 1152, 56, batch=2),
+    Config("cached_residual", 4096, 12, dtype=torch.float32),
 ]
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, not compiled")
