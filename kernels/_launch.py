@@ -5,8 +5,8 @@ A term is ``weight * gate * (scale * cache + shift)``. Each of its factors may v
     B batch, T tokens, D channels
 
 and is read where it lies: an operand is a pointer and three strides, and the stride of a dimension along which it does
-not vary is None, which the compiler sees. A gate that is a chunk of a (B, 6 D) projection is therefore never copied, is
-read once for a whole tile of tokens, and a gate that is absent costs nothing.
+not vary is None, which the compiler sees. A gate that is a chunk of a (B, 6 D) projection is never copied, and one that
+is absent costs nothing.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ MAX_DIM = 8192
 """The widest row that a kernel with a reduction holds in registers: 16 warps with 16 values a thread."""
 
 MAX_TERMS = 64
-"""Terms of one launch. DiT-XL/2 has 56 sublayers, so each of its runs is one launch; 64 full terms are 7 KB of
-arguments, and a launch takes 32 KB from sm_70 on. More terms are several launches with a float32 sum in between."""
+"""Terms of one launch. DiT-XL/2 has 56 sublayers, so each of its runs is one launch. 64 terms with a gate are 2 KB of
+arguments and with all their factors 5 KB; CUDA takes 4 KB, from 12.1 on 32 KB. More terms are several launches with a
+float32 sum in between."""
 
 TERM_WIDTH = 21 if tl is None else tl.constexpr(21)
 """Entries a term takes in what ``Layout.terms`` returns."""

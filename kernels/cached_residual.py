@@ -114,7 +114,7 @@ def _tile(layout: Layout) -> tuple[int, int]:
     # Elements: 16 a thread are two 16-byte loads a term, enough in flight to reach the memory's bandwidth; 8 where the
     # stream is so small that an H100 (132 multiprocessors) would otherwise get fewer than 8 programs each.
     elements = 2048 if layout.num_rows * layout.dim >= 2048 * 1024 else 1024
-    # Tokens: the rest of the tile. They share one read of a gate that does not vary along them.
+    # Tokens: the rest of the tile. A gate that does not vary along them comes from beyond the L1 cache once a tile.
     return min(elements // block_dim, next_power_of_2(layout.num_tokens)), block_dim
 
 

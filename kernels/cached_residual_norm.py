@@ -175,8 +175,8 @@ def _tile(layout: Layout) -> tuple[int, int, int]:
     """Return tokens and channels of a tile, and warps."""
     # Channels: all of them, because the norm needs the whole row; what is beyond the width moves no memory.
     block_dim = max(next_power_of_2(layout.dim), 16)
-    # Tokens: up to 4096 elements a tile, so that they share a gate; fewer where the stream is so small that an H100
-    # (132 multiprocessors) would get fewer than 8 programs each.
+    # Tokens: up to 4096 elements a tile, for which a gate comes from beyond the L1 cache once; fewer where the stream
+    # is so small that an H100 (132 multiprocessors) would get fewer than 8 programs each.
     block_tokens = max(4096 // block_dim, 1)
     while block_tokens > 1 and layout.num_rows < 1024 * block_tokens:
         block_tokens //= 2
