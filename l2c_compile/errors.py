@@ -10,6 +10,7 @@ __all__ = [
     "CaptureError",
     "FileFormatError",
     "InputFormError",
+    "KernelError",
     "L2CError",
     "LoopError",
     "LoopTraceError",
@@ -65,6 +66,10 @@ class InputFormError(L2CError, ValueError):
 
 class StaleConstantsError(L2CError, RuntimeError):
     """Weights changed after constants were folded from them; call ``refresh()``."""
+
+
+class KernelError(L2CError, ValueError):
+    """A kernel got tensors that do not fit together, or was asked for a gradient it does not have."""
 
 
 class PassFailed(L2CError, RuntimeError):
