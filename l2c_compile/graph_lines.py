@@ -45,6 +45,7 @@ __all__ = [
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 8
 _MAX_DIMS = 64
+# Of a list of tensors, as an argument or as a result.
 _MAX_PIECES = 10_000
 _MAX_INT = 2**63 - 1
 
@@ -319,7 +320,7 @@ def decode_literal(
         if match is None or int(match[1]) >= len(nodes):
             raise FileFormatError(f"{where} refers to {value!r:.80}, which is no earlier line")
         return nodes[int(match[1])]
-    if isinstance(value, list) and depth > 0:
+    if isinstance(value, list) and depth > 0 and len(value) <= _MAX_PIECES:
         return [decode_literal(item, where, nodes, place, depth - 1) for item in value]
     if value is None or isinstance(value, (bool, float)):
         return value

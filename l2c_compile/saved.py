@@ -12,7 +12,7 @@ bytes of the weights are read here:
     data/weights/weight_0 ...              storages, each once, tied weights once
     models/model.json ...                  torch's own form; never read here
 
-Our form is also 4 times smaller, does not change with torch's schema, and keeps what the backend needs: evaluation
+Our form is also 6 times smaller, does not change with torch's schema, and keeps what the backend needs: evaluation
 numbers and module paths. Nothing is unpickled and no text of the file becomes code. What a stranger's file can do is
 have torch's own functions compute for a long time, and that only when the sampler is called.
 """

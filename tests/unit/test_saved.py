@@ -146,10 +146,10 @@ def rewritten(
 
 
 def refused(path: Path, match: str | None = None) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FileFormatError, match=match):
         load(path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 1
 
 
 class TestRoundTrip:
@@ -535,6 +535,7 @@ class TestHostileFiles:
             ({"op": "aten::chunk", "args": ["%0", 2**40]}, "pieces"),
             ({"op": "getitem", "args": ["%0", {"str": "__class__"}]}, "wants getitem"),
             ({"op": "getitem", "args": ["%0", 9]}, "does not take"),
+            ({"op": "aten::stack", "args": [["%0"] * 20_000]}, "no known form"),
             ({"op": "aten::neg", "args": [[[[[[[[[[[["%0"]]]]]]]]]]]]}, "no known form"),
             ({"output": ["%0"]}, "after the result"),
             ({"call": 1}, "wants an input"),
