@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, passes_for
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
+from l2c_compile.cost import NodeTimes
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.graph import EvaluationGraph, LoopGraph
 from l2c_compile.loops import Loop as BuiltInLoop
@@ -25,6 +26,7 @@ from l2c_compile.loops import loop_from_dict
 from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
+from l2c_compile.prediction import Prediction, predict
 from l2c_compile.router import Router, schedule_of
 from l2c_compile.saved import save_sampler
 from l2c_compile.schedule import CacheSchedule
@@ -238,6 +240,27 @@ class CompiledSampler(nn.Module):
     def summary(self) -> Summary:
         """Return what is computed, read and kept in each evaluation of the latest static graph; printable."""
         return summarize(self._current().graph)
+
+    def predict(self, noise: object, **conditions: object) -> Prediction:
+        """Price the schedule for this form of input before anything is compiled: work, memory and time; printable.
+
+        Nothing is sampled. Times are measured on the device of the weights, form by form, in eager mode; with weights
+        on the meta device there are none.
+        """
+        self._check_devices(noise, conditions)
+        with torch.inference_mode(False):
+            cached = self._graph(self.schedule, noise, conditions)
+            devices = {weight.device for weight in self.model.parameters()}
+            if any(device.type == "meta" for device in devices):
+                return predict(cached)
+            nothing_reused = CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
+            uncached = self._graph(nothing_reused, noise, conditions)
+            device = min(devices, key=str, default=torch.device("cpu"))
+            return predict(cached, uncached, NodeTimes(device))
+
+    def _graph(self, schedule: CacheSchedule, noise: object, conditions: Mapping[str, object]) -> LoopGraph:
+        graph, _ = build_loop_graph(self.model, self.loop, schedule, noise, conditions, self.passes, self._progress)
+        return graph
 
     def verify(self, noise: object, **conditions: object) -> VerifyReport:
         """Run compiled and reference on equal inputs and equal random numbers, and compare them."""

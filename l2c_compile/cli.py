@@ -85,6 +85,32 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def predict(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A schedule or router.")],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="digits, or a published size: dit-xl/2, u-vit-h/2, ...")
+    ] = "digits",
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Sampler steps; by default those that FILE is for.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="T", help="For routers: compute where the score is above T.")
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Samples a call.")] = 1,
+) -> None:
+    """Say what a schedule will save, before anything is compiled.
+
+    Time is measured for digits only; the published sizes are counted without their weights.
+    """
+    # Imported here: `l2c --help` should not wait for torch.
+    from rich.console import Console
+
+    from l2c_compile.preview import preview
+
+    preview(file, Console(), model=model, steps=steps, threshold=threshold, batch=batch)
+
+
 def main() -> None:
     """Run ``l2c``. An error of ours is one line on stderr and exit code 1, without a traceback."""
     try:

@@ -12,7 +12,7 @@ from l2c_compile.cost import MultiplyAdds
 from l2c_compile.graph import LoopGraph, evaluation_of
 from l2c_compile.liveness import CacheLiveness, cache_liveness, keep_everything_bytes, plan_memory, site_bytes
 
-__all__ = ["EvaluationSummary", "Summary", "summarize"]
+__all__ = ["EvaluationSummary", "Summary", "in_bytes", "in_units", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Summary:
         """Return the totals as one line."""
         text = (
             f"{self.computed_share:.1%} of the sites computed, {self.multiply_adds_kept:.1%} of the multiply-adds kept;"
-            f" cache {_bytes(self.cache.peak_bytes)} at most, {_bytes(self.cache.mean_bytes)} on average"
+            f" cache {in_bytes(self.cache.peak_bytes)} at most, {in_bytes(self.cache.mean_bytes)} on average"
         )
         if self.keep_everything_bytes:
             share = self.cache.peak_bytes / self.keep_everything_bytes
-            text += f" ({share:.0%} of keeping every site, {_bytes(self.keep_everything_bytes)})"
+            text += f" ({share:.0%} of keeping every site, {in_bytes(self.keep_everything_bytes)})"
         return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -87,9 +87,9 @@ class Summary:
                 f"{row.num_computed}/{self.num_sites}",
                 str(row.num_read),
                 _sources(row.sources),
-                _count(row.multiply_adds),
+                in_units(row.multiply_adds),
                 f"{row.multiply_adds / max(1, row.multiply_adds_uncached):.0%}",
-                _bytes(row.cache_bytes),
+                in_bytes(row.cache_bytes),
             )
         yield table
         yield self.in_short()
@@ -134,7 +134,8 @@ def _sources(sources: tuple[int, ...]) -> str:
     return shown + (", ..." if len(sources) > 4 else "")
 
 
-def _count(number: float) -> str:
+def in_units(number: float) -> str:
+    """Return a count with a decimal unit."""
     for unit in ("", "k", "M", "G", "T"):
         if number < 1000:
             return f"{number:.3g} {unit}".strip()
@@ -142,7 +143,8 @@ def _count(number: float) -> str:
     return f"{number:.3g} P"
 
 
-def _bytes(number: float) -> str:
+def in_bytes(number: float) -> str:
+    """Return a size with a binary unit."""
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.3g} {unit}"

@@ -35,12 +35,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backend",),
     ("reference",),
     ("comparison", "summary"),
-    ("saved",),
+    ("saved", "prediction"),
     ("api", "dynamo_backend"),
     ("",),
     ("finders", "finders.*", "testing"),
     ("report", "plots"),
-    ("cli", "demo", "inspection", "__main__"),
+    ("cli", "demo", "inspection", "preview", "__main__"),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
@@ -63,6 +63,7 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("report", "plots"),
     ("cli", "demo"),
     ("cli", "inspection"),
+    ("cli", "preview"),
     ("__main__", "cli"),
 )
 
