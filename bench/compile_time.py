@@ -1,8 +1,8 @@
 """Compile whole loops with Inductor, and one flat evaluation with torch.compile; compare the times.
 
 Options: ``--width N`` (default 384), ``--steps 20 50``. DiT of XL's depth 28 on 256 tokens, batch 1 with batched
-guidance, published routers. Both sides start from an empty Inductor cache. Ours is timed from the model to a loop that is
-ready to run: capture, passes, every region compiled. The other side is the first call of the compiled denoiser, less
+guidance, published routers. Both sides start from an empty Inductor cache. Ours is timed from the model to a loop that
+is ready to run: capture, passes, every region compiled. The other side is the first call of the compiled denoiser, less
 the fastest of three more.
 """
 
