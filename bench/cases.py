@@ -48,6 +48,8 @@ Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 CASES: dict[str, str] = {
     "compile-time": "bench.compile_time:run",
     "golden": "bench.golden:run",
+    "kernel-compile": "bench.kernel_compile:run",
+    "kernels": "bench.kernels:run",
     "latency": "bench.latency:run",
     "memory": "bench.memory:run",
     "predict": "bench.predict:run",

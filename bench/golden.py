@@ -16,6 +16,7 @@ from bench.report import Row
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.importers import import_l2c_dit, import_l2c_uvit
 from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance, Loop
+from l2c_compile.loops.noise_schedules import Spacing
 from l2c_compile.models import DiT, UViT
 
 __all__ = ["replay", "run"]
@@ -52,8 +53,11 @@ def _dit(record: Mapping[str, Any]) -> tuple[nn.Module, Loop, CacheSchedule]:
     model = DiT(**{"in_channels": 4, "learn_sigma": True, **config}).eval()
     model.load_state_dict(record["state_dict"])
     guidance = Guidance(scale=record["cfg_scale"], null={"y": config["num_classes"]}, channels=3)
-    loop = DDIM(steps=record["steps"], guidance=guidance)
-    _check_timesteps("timestep_map", loop.network_timesteps[::-1], record["timestep_map"])
+    spacings: tuple[Spacing, ...] = ("linspace", "leading", "trailing")
+    loops = [DDIM(steps=record["steps"], spacing=spacing, guidance=guidance) for spacing in spacings]
+    wanted = list(record["timestep_map"])
+    loop = next((each for each in loops if list(each.network_timesteps[::-1]) == wanted), loops[0])
+    _check_timesteps("timestep_map", loop.network_timesteps[::-1], wanted)
     return model, loop, import_l2c_dit(record["routers"], record["threshold"]).schedule()
 
 

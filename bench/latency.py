@@ -1,8 +1,8 @@
 """Time whole sampling loops: ours against plain torch.compile, hooks and the eager loop, in turn in one process.
 
 Options: ``--models dit-s dit-xl-depth uvit nothing-gained`` ``--batches 1 8`` ``--rounds N`` (default 3)
-``--device cpu`` ``--steps 20``. Weights are random. The published routers are used as they are at depth 28; for DiT-S (depth 12) block i
-takes the scores of block floor((i + 0.5) * 28 / 12). "nothing-gained" is a schedule that reuses nothing.
+``--device cpu`` ``--steps 20``. Weights are random. The published routers are used as they are at depth 28; for DiT-S
+(depth 12) block i takes the scores of block floor((i + 0.5) * 28 / 12). "nothing-gained" reuses nothing.
 """
 
 from __future__ import annotations

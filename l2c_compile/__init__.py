@@ -6,6 +6,7 @@ from l2c_compile.importers import load_schedule_file
 from l2c_compile.reference import run_reference
 from l2c_compile.router import Router
 from l2c_compile.rules import HOLD, Hold, Rule
+from l2c_compile.saved import LoadedSampler, load
 from l2c_compile.schedule import CacheSchedule, Reuse
 from l2c_compile.sites import Site
 
@@ -15,11 +16,13 @@ __all__ = [
     "CompiledSampler",
     "Hold",
     "L2CError",
+    "LoadedSampler",
     "Reuse",
     "Router",
     "Rule",
     "Site",
     "l2c_compile",
+    "load",
     "load_schedule_file",
     "run_reference",
 ]

@@ -5,8 +5,9 @@ The flow is ``build_loop_graph``, one line a stage. ``CompiledSampler`` keeps on
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,18 +15,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, passes_for
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.cost import NodeTimes
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.graph import EvaluationGraph, LoopGraph
+from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.loops import loop_from_dict
-from l2c_compile.passes.base import Numerics, PassRun, Pipeline
+from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
-from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, SKELETON
+from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
 from l2c_compile.prediction import Prediction, predict
-from l2c_compile.router import Router
+from l2c_compile.router import Router, schedule_of
+from l2c_compile.saved import save_sampler
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
 from l2c_compile.trace import Loop, trace_loop
@@ -71,17 +74,7 @@ def l2c_compile(
         BackendError: torch.compile knows no such backend.
         ValueError: ``without`` names an unknown pass, or one that another pass needs.
     """
-    if isinstance(router, Router):
-        schedule = router.schedule(threshold)
-    elif isinstance(router, CacheSchedule):
-        schedule = router
-        if threshold is not None:
-            raise ScheduleError("a schedule has no scores for a threshold to cut; give the router it came from")
-    else:
-        raise ScheduleError(
-            f"l2c_compile wants a Router or a CacheSchedule, got {type(router).__name__};"
-            " load_schedule_file reads one from a file"
-        )
+    schedule = schedule_of(router, threshold)
     if loop is None:
         if schedule.loop is None:
             raise ScheduleError(
@@ -91,10 +84,7 @@ def l2c_compile(
     check_backend(backend)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    if numerics is None:
-        numerics = "bitwise" if backend == EAGER else "rounding"
-    passes = LOOP.within(Numerics[numerics.upper()]).without(without)
-    return CompiledSampler(model, schedule, loop, backend, passes, progress)
+    return CompiledSampler(model, schedule, loop, backend, passes_for(backend, numerics, without), progress)
 
 
 def build_loop_graph(
@@ -146,10 +136,12 @@ class Program:
     graph: LoopGraph
     passes: list[PassRun]
     module: fx.GraphModule
-    run: Callable[..., object]
+    run: Callable[..., Sequence[object]]
     """The module, through the backend."""
-    weights: frozenset[tuple[torch.dtype, torch.device]]
-    """Dtypes and devices of the denoiser's parameters."""
+    inputs: CallSignature
+    """The form of ``(noise, conditions)``."""
+    weights: object
+    """Dtypes and devices of the denoiser's parameters, and which of them are one."""
     versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Identity, memory and version of the weights that constants were folded from, when they were folded."""
 
@@ -159,6 +151,9 @@ class CompiledSampler(nn.Module):
 
     Holds no state between calls. Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
     ``load_state_dict`` reach its weights; after changing weights in place call ``refresh``.
+
+    ``torch.compile(sampler, fullgraph=True)`` takes the static graph into its own, for every form that was captured
+    before; weights are then checked for changes when it traces, not in every call.
     """
 
     def __init__(
@@ -182,6 +177,7 @@ class CompiledSampler(nn.Module):
 
     def _begin_empty(self) -> None:
         self._programs: dict[object, Program] = {}
+        self._known: list[Program] = []
         self._latest: Program | None = None
         self._lock = threading.RLock()
 
@@ -205,22 +201,30 @@ class CompiledSampler(nn.Module):
             StaleConstantsError: weights changed since constants were folded from them.
             CaptureError, LoopTraceError, ScheduleError: see ``capture``.
         """
-        program = self.capture(noise, **conditions)
-        _check_fresh(program)
+        if torch.compiler.is_dynamo_compiling():
+            # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
+            program = self._captured(_form_of(noise, conditions))
+            run: Callable[..., Sequence[object]] = program.module
+        else:
+            program = self.capture(noise, **conditions)
+            _check_fresh(program)
+            run = program.run
         with torch.no_grad():
-            leaves = program.run(*_tensors((noise, conditions)))
-        return tree_unflatten(list(leaves), program.graph.out_spec)  # type: ignore[call-overload]
+            leaves = run(*_tensors((noise, conditions)))
+        return tree_unflatten(list(leaves), program.graph.out_spec)
 
     def capture(self, noise: object, **conditions: object) -> Program:
         """Return the program for this form of input, building it if there is none yet; nothing is sampled."""
-        form = self._form(noise, conditions)
+        inputs = _form_of(noise, conditions)
+        form = self._form(inputs)
         program = self._programs.get(form)
         if program is None:
             with self._lock:
                 program = self._programs.get(form)
                 if program is None:
-                    program = self._build(noise, conditions)
+                    program = self._build(inputs, noise, conditions)
                     self._programs[form] = program
+                    self._known = list(reversed(self._programs.values()))
         self._latest = program
         return program
 
@@ -246,7 +250,7 @@ class CompiledSampler(nn.Module):
         self._check_devices(noise, conditions)
         with torch.inference_mode(False):
             cached = self._graph(self.schedule, noise, conditions)
-            devices = {device for _, device in self._weights()}
+            devices = {weight.device for weight in self.model.parameters()}
             if any(device.type == "meta" for device in devices):
                 return predict(cached)
             nothing_reused = CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
@@ -270,13 +274,61 @@ class CompiledSampler(nn.Module):
         """Fold the constants again after weights changed; forms that the weights no longer have are forgotten."""
         weights = self._weights()
         self._programs = {form: program for form, program in self._programs.items() if program.weights == weights}
+        self._known = list(reversed(self._programs.values()))
         for program in self._programs.values():
             for folded in program.graph.folded:
                 for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
                     getattr(program.module, name).copy_(value)
             program.versions = _weight_versions(program.graph)
 
-    def _build(self, noise: object, conditions: Mapping[str, object]) -> Program:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        noise: object = None,
+        *,
+        aot_inductor: bool = False,
+        **conditions: object,
+    ) -> None:
+        """Write the program for one form of input, weights included, as one ``.pt2`` file; ``load`` reads it.
+
+        The file needs neither the model's class nor this sampler's backend: it holds the static graph, and ``load``
+        takes a backend. It is replaced at once, or not at all.
+
+        Args:
+            path: where to; ends in ``.pt2``.
+            noise: with ``conditions``, the form of input, captured if it is not yet; None takes the latest.
+            aot_inductor: also compile the flat graph ahead of time into ``<stem>.aoti.pt2``, which
+                ``torch._inductor.aoti_load_package`` runs: native code for this machine, flat tensors in and out. Takes
+                a minute for a handful of blocks and hours for 50 evaluations of 28; loading the ``.pt2`` with
+                ``backend="inductor"`` compiles each region once.
+            **conditions: see ``noise``.
+
+        Raises:
+            SaveError: the program holds what a file cannot, for example an operator of another library.
+            StaleConstantsError: weights changed since constants were folded from them.
+            L2CError: nothing is compiled yet and no input is given.
+            OSError: the folder cannot be written to.
+        """
+        if noise is None and conditions:
+            raise L2CError("save wants the noise with the conditions: save(path, noise, **conditions)")
+        program = self._current() if noise is None else self.capture(noise, **conditions)
+        if program.weights != self._weights():
+            raise StaleConstantsError(
+                "since the latest program was compiled, weights moved, changed their dtype or were untied; give save"
+                " the inputs: save(path, noise, **conditions)"
+            )
+        _check_fresh(program)
+        save_sampler(
+            path,
+            program.graph,
+            program.inputs,
+            loop=self.loop.to_dict() if isinstance(self.loop, BuiltInLoop) else None,
+            passes=[run.name for run in program.passes],
+            summary=summarize(program.graph),
+            aot_inductor=aot_inductor,
+        )
+
+    def _build(self, inputs: CallSignature, noise: object, conditions: Mapping[str, object]) -> Program:
         self._check_devices(noise, conditions)
         # Constants made under inference_mode could not be refreshed outside it.
         with torch.inference_mode(False):
@@ -285,21 +337,43 @@ class CompiledSampler(nn.Module):
             )
         module = graph.module()
         run = lower_to_backend(graph, module, self.backend, self._progress or _silent)
-        return Program(graph, passes, module, run, self._weights(), _weight_versions(graph))
+        return Program(graph, passes, module, run, inputs, self._weights(), _weight_versions(graph))
 
-    def _form(self, noise: object, conditions: Mapping[str, object]) -> object:
+    def _form(self, inputs: CallSignature) -> object:
         """Return what a program is specialised on."""
-        leaves, spec = tree_flatten((noise, dict(conditions)))
-        described = tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
-        form = (spec, described, self._weights(), self.model.training)
+        form = (inputs, self._weights(), self.model.training)
         try:
             hash(form)
         except TypeError as error:
             raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
         return form
 
-    def _weights(self) -> frozenset[tuple[torch.dtype, torch.device]]:
-        return frozenset((w.dtype, w.device) for w in self.model.parameters())
+    def _captured(self, inputs: CallSignature) -> Program:
+        """Return the latest program of a form in code that Dynamo can trace: it hashes nothing."""
+        self._check_all_fresh()
+        for program in self._known:
+            if program.inputs.spec == inputs.spec and program.inputs.leaves == inputs.leaves:
+                return program
+        raise L2CError(
+            "torch.compile cannot capture a sampler while it traces; call sampler.capture(noise, **conditions) with"
+            " inputs of this form first"
+        )
+
+    # Runs when Dynamo traces, not in every call of what it traced.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _check_all_fresh(self) -> None:
+        weights = self._weights()
+        self._known = [program for program in self._known if program.weights == weights]
+        for program in self._known:
+            _check_fresh(program)
+
+    def _weights(self) -> object:
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, weight in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(weight, []).append(name)
+        # The graph knows a tied weight by one of its names, so untying it makes another program.
+        tied = frozenset(tuple(each) for each in names.values() if len(each) > 1)
+        return frozenset((w.dtype, w.device) for w in names), tied
 
     def _check_devices(self, noise: object, conditions: Mapping[str, object]) -> None:
         weights = {w.device for w in self.model.parameters()}
@@ -321,7 +395,12 @@ def _silent(what: str) -> None:
     """Tell nobody."""
 
 
-_PER_PROCESS = frozenset({"_programs", "_latest", "_lock"})
+_PER_PROCESS = frozenset({"_programs", "_known", "_latest", "_lock"})
+
+
+def _form_of(noise: object, conditions: Mapping[str, object]) -> CallSignature:
+    leaves, spec = tree_flatten((noise, dict(conditions)))
+    return CallSignature(spec, tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -8,7 +8,7 @@ any other     ``torch.compile(graph, backend=..., fullgraph=True)`` of the flat 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from l2c_compile.capture import TensorSpec
 from l2c_compile.errors import BackendError, nearest
 from l2c_compile.graph import LoopGraph
-from l2c_compile.passes.pipeline import REGIONS
+from l2c_compile.passes.base import Numerics, Pipeline
+from l2c_compile.passes.pipeline import LOOP, REGIONS
 
-__all__ = ["EAGER", "INDUCTOR", "Backend", "Progress", "check_backend", "lower_to_backend", "num_regions"]
+__all__ = ["EAGER", "INDUCTOR", "Backend", "Progress", "check_backend", "lower_to_backend", "num_regions", "passes_for"]
 
 EAGER = "eager"
 INDUCTOR = "inductor"
@@ -37,6 +38,23 @@ def check_backend(backend: Backend) -> None:
     if isinstance(backend, str) and backend not in known:
         hint = nearest(backend, known) or f"there are {', '.join(known)}"
         raise BackendError(f"torch.compile knows no backend '{backend}'; {hint}")
+
+
+def passes_for(backend: Backend, numerics: str | None, without: Collection[str]) -> Pipeline:
+    """Return the loop passes for a backend.
+
+    Args:
+        backend: "eager" changes no bit unless ``numerics`` allows it; all others round in their own way anyway.
+        numerics: "bitwise", "rounding", or None for what suits the backend.
+        without: names of passes to leave out.
+
+    Raises:
+        ValueError: no such numerics or pass, or a pass that another one needs.
+    """
+    words = {each.name.lower(): each for each in Numerics if each is not Numerics.APPROXIMATE}
+    if numerics is not None and numerics not in words:
+        raise ValueError(f"numerics wants one of {', '.join(words)}, got {numerics!r}")
+    return LOOP.within(words[numerics or ("bitwise" if backend == EAGER else "rounding")]).without(without)
 
 
 def lower_to_backend(

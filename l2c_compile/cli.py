@@ -16,6 +16,11 @@ __all__ = ["app", "main"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+class _Steps(str, Enum):
+    few = "20"
+    many = "50"
+
+
 class _Family(str, Enum):
     dit = "dit"
     uvit = "uvit"
@@ -51,6 +56,33 @@ def inspect(
         png=png,
         evaluations=evaluations,
     )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where the picture goes.")] = Path(
+        "out/demo"
+    ),
+    steps: Annotated[_Steps, typer.Option(help="DDIM steps; each is one evaluation of the model.")] = _Steps.few,
+    per_class: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Samples of each digit, and timed runs of each side.")
+    ] = 10,
+    backend: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What runs the static graphs: eager, aot_eager, inductor (slow to compile)."),
+    ] = "eager",
+) -> None:
+    """Draw digits with a trained model, with and without caching, eagerly and compiled; compare time and pictures.
+
+    Exits with 1 if a static graph differs from the eager loop by more than rounding.
+    """
+    # Imported here: `l2c --help` should not wait for torch.
+    from rich.console import Console
+
+    from l2c_compile.demo import run_demo
+
+    if not run_demo(Console(), out=out, steps=int(steps.value), per_class=per_class, backend=backend):
+        raise typer.Exit(1)
 
 
 @app.command()

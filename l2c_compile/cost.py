@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2c_compile.graph import num_bytes
+from l2c_compile.graph import infer, num_bytes
 
 __all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved"]
 
@@ -145,21 +144,7 @@ def _form_of_value(value: object, strides: bool) -> object:
     return tuple(value.shape), value.dtype, value.stride() if strides else ()
 
 
-_FAKE = FakeTensorMode()
-
-
 def _count(node: Node) -> int:
-    # The parts of a loop graph were captured under different fake modes, which torch does not mix.
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: _fake(argument.meta["val"]))
-    with _FAKE, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        node.target(*args, **kwargs)  # type: ignore[operator]
+    with FlopCounterMode(display=False) as counter:
+        infer(node.target, node.args, node.kwargs)
     return int(counter.get_total_flops()) // 2
-
-
-def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_fake, value))
-    if not isinstance(value, Tensor):
-        return value
-    with _FAKE:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -9,10 +9,13 @@ __all__ = [
     "BackendError",
     "CaptureError",
     "FileFormatError",
+    "InputFormError",
+    "KernelError",
     "L2CError",
     "LoopError",
     "LoopTraceError",
     "PassFailed",
+    "SaveError",
     "ScheduleError",
     "StaleConstantsError",
     "UnknownSiteError",
@@ -53,8 +56,20 @@ class BackendError(L2CError, ValueError):
     """The backend does not exist, or cannot take the graph."""
 
 
+class SaveError(L2CError, ValueError):
+    """A compiled sampler holds something that a file cannot: a foreign operator, an object among its conditions."""
+
+
+class InputFormError(L2CError, ValueError):
+    """A loaded sampler is given inputs of another form than it was saved for."""
+
+
 class StaleConstantsError(L2CError, RuntimeError):
     """Weights changed after constants were folded from them; call ``refresh()``."""
+
+
+class KernelError(L2CError, ValueError):
+    """A kernel got tensors that do not fit together, or was asked for a gradient it does not have."""
 
 
 class PassFailed(L2CError, RuntimeError):

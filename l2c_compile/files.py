@@ -6,13 +6,22 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
 from l2c_compile.errors import FileFormatError
 
-__all__ = ["MAX_JSON_BYTES", "frozen_json", "parse_json", "plain_json", "read_bytes", "write_atomically"]
+__all__ = [
+    "MAX_JSON_BYTES",
+    "frozen_json",
+    "parse_json",
+    "plain_json",
+    "read_bytes",
+    "replaced_at_once",
+    "write_atomically",
+]
 
 MAX_JSON_BYTES = 4 * 2**20
 """The largest JSON document read: 1000 evaluations x 1000 sites fit, and parsing it stays within a second."""
@@ -42,18 +51,31 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: If the folder cannot be written to.
     """
+    with replaced_at_once(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replaced_at_once(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the path of a temporary file that takes the place of ``path`` when the context ends without an error.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+    """
     target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)
+    # The suffix stays: torch reads it.
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; a saved schedule gets the mode that open() would have given it.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

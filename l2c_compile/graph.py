@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 import json
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ __all__ = [
     "emit",
     "evaluation_of",
     "expression",
+    "infer",
     "module_path",
     "num_bytes",
     "output_list",
@@ -170,7 +171,8 @@ class LoopGraph(ProgramGraph):
     num_noise: int
     """How many of the inputs, the first ones, are the noise; the others are conditions."""
     forms: list[EvaluationGraph]
-    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one."""
+    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one. Empty where the
+    loop was captured as a whole."""
     out_spec: TreeSpec
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
     folded: list[FoldedConstants] = field(default_factory=list)
@@ -197,7 +199,7 @@ class LoopGraph(ProgramGraph):
     @property
     def num_evaluations(self) -> int:
         """How often the loop calls the denoiser."""
-        return len(self.forms)
+        return self.schedule.num_evaluations
 
     def reads(self) -> Iterator[tuple[int, Site, Reuse]]:
         """Yield (evaluation, site, entry) for every reuse that takes effect, in execution order."""
@@ -235,14 +237,22 @@ _INFERENCE = FakeTensorMode()
 def emit(graph: fx.Graph, target: OpOverload, args: tuple[Argument, ...], evaluation: int | None) -> Node:
     """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
     node = graph.call_function(target, args)
-    values: Any = fx.node.map_arg(args, lambda argument: _fake(argument.meta["val"]))
-    with _INFERENCE, torch.no_grad():
-        node.meta.update(val=target(*values), evaluation=evaluation)
+    node.meta.update(val=infer(target, args, {}), evaluation=evaluation)
     return node
+
+
+def infer(target: object, args: Sequence[Argument], kwargs: Mapping[str, Argument]) -> Any:  # noqa: ANN401
+    """Return what ``target`` gives for these nodes, without values: fake tensors of the right form."""
+    fakes: Any = fx.node.map_arg((tuple(args), dict(kwargs)), lambda argument: _fake(argument.meta["val"]))
+    assert callable(target)
+    with _INFERENCE, torch.no_grad():
+        return target(*fakes[0], **fakes[1])
 
 
 def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
     # The parts of a loop graph were captured under different fake modes; torch mixes none of them.
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_fake, value))
     if not isinstance(value, Tensor):
         return value
     with _INFERENCE:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,8 @@ class _State:
         self.calls: Counter[str] = Counter()
         self.outputs: dict[tuple[int, Site], object] = {}
         self.inputs: dict[tuple[int, Site], Tensor] = {}
+        needing = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
+        self.reads_input = needing | {site for site in schedule.sites if site.kind == "delta"}
         self.read_later = {
             (source, site)
             for (e, site), reuse in schedule.reuses.items()
@@ -79,21 +82,27 @@ class _State:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as undo:
-            undo.callback(self.denoiser.register_forward_pre_hook(self._begin_evaluation).remove)
+            wrappers = {"": self._wrap_denoiser}
             for path in dict.fromkeys(p for s in self.schedule.sites for p in (s.path, s.last or s.path)):
+                wrappers[path] = partial(self._wrap, path)
+            for path, wrap in wrappers.items():
                 module = self.denoiser.get_submodule(path)
                 had_own, original = "forward" in module.__dict__, module.forward
-                module.forward = self._wrap(path, original)
+                module.forward = wrap(original)
                 undo.callback(setattr if had_own else _delete, module, "forward", original)
             yield
 
-    def _begin_evaluation(self, module: nn.Module, args: object) -> None:
-        self.evaluation += 1
-        self.calls.clear()
-        if self.evaluation >= self.schedule.num_evaluations:
-            raise ScheduleError(
-                f"the schedule is for {self.schedule.num_evaluations} evaluations, the loop performs more"
-            )
+    def _wrap_denoiser(self, original: Callable[..., object]) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            self.evaluation += 1
+            self.calls.clear()
+            if self.evaluation >= self.schedule.num_evaluations:
+                raise ScheduleError(
+                    f"the schedule is for {self.schedule.num_evaluations} evaluations, the loop performs more"
+                )
+            return original(*args, **kwargs)
+
+        return forward
 
     def _wrap(self, path: str, original: Callable[..., object]) -> Callable[..., object]:
         begins = [site for site in self.schedule.sites if site.path == path]
@@ -103,7 +112,7 @@ class _State:
             e, call = self.evaluation, self.calls[path]
             self.calls[path] += 1
             for site in begins:
-                if site.call == call and args and isinstance(args[0], Tensor):
+                if site in self.reads_input and site.call == call and args and isinstance(args[0], Tensor):
                     self.inputs[e, site] = args[0].clone()
             here = [site for site in ends if site.call == call]
             skipped = any(site.last is None and self.schedule.active(e, site) for site in here)

@@ -24,7 +24,7 @@ from l2c_compile.files import MAX_JSON_BYTES, frozen_json, parse_json, plain_jso
 from l2c_compile.schedule import MAX_CELLS, CacheSchedule
 from l2c_compile.sites import Site, as_site
 
-__all__ = ["FORMAT", "VERSION", "Router"]
+__all__ = ["FORMAT", "VERSION", "Router", "schedule_of"]
 
 FORMAT = "l2c_compile.router"
 VERSION = 1
@@ -184,6 +184,23 @@ class Router:
         if not isinstance(loop, (dict, type(None))) or not isinstance(info, dict):
             raise FileFormatError("loop and info want objects")
         return cls(scores, tuple(map(Site.parse, sites)), tuple(cacheable), threshold, branches, loop, info)
+
+
+def schedule_of(router: object, threshold: float | None = None) -> CacheSchedule:
+    """Return the schedule that a ``Router`` or ``CacheSchedule`` stands for.
+
+    Raises:
+        ScheduleError: it is neither, or a schedule with a threshold.
+    """
+    if isinstance(router, Router):
+        return router.schedule(threshold)
+    if not isinstance(router, CacheSchedule):
+        raise ScheduleError(
+            f"wanted a Router or a CacheSchedule, got {type(router).__name__}; load_schedule_file reads one from a file"
+        )
+    if threshold is not None:
+        raise ScheduleError("a schedule has no scores for a threshold to cut; give the router it came from")
+    return router
 
 
 def _check(router: Router) -> None:

@@ -1,6 +1,6 @@
 """Unroll a sampling loop by running its Python once, with the denoiser as a leaf.
 
-Two steps. ``LoopTracer`` (a ``torch.fx.Tracer``) runs the loop on proxies that know shape, dtype and device but no
+Two steps. ``LoopTracer`` runs the loop on tensors (``LoopTensor``) that know shape, dtype and device but no
 values: what depends only on the sampler's schedule (timesteps, coefficients, indices) is ordinary Python on ordinary
 tensors and leaves no trace; what touches the latent becomes a node. ``_lower`` then turns the recorded torch calls into
 functional ATen, so that a loop may write in place.
@@ -11,7 +11,6 @@ outputs of evaluation e are inputs of that graph and its arguments are outputs o
 
 from __future__ import annotations
 
-import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +28,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import Argument, Node, Target
+from torch.fx.node import Argument, Node
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec
-from l2c_compile.errors import L2CError, LoopTraceError
+from l2c_compile.errors import LoopTraceError
 from l2c_compile.graph import Dependency, EvaluationGraph, ProgramGraph, draws_random_numbers, output_list
 
 __all__ = ["Loop", "LoopSkeleton", "trace_loop"]
@@ -137,7 +136,7 @@ def trace_loop(
     conditions: Mapping[str, object],
     capture_call: Callable[[CallSignature], EvaluationGraph],
 ) -> LoopSkeleton:
-    """Run ``loop`` once on proxies and return what it does around the denoiser.
+    """Run ``loop`` once on tensors without values and return what it does around the denoiser.
 
     Args:
         loop: the sampler.
@@ -159,105 +158,70 @@ def trace_loop(
     return _lower(recorded, tracer)
 
 
-class LoopProxy(fx.Proxy):
-    """A tensor of the loop: knows its shape, dtype and device, not its values."""
+class LoopTensor(Tensor):
+    """A tensor of the loop: knows its shape, strides, dtype and device, not its values.
+
+    A subclass, so that torch itself takes it for a tensor everywhere; whatever is done to it arrives in one place.
+    """
 
     tracer: LoopTracer
+    node: Node
+    fake: Tensor
+    """What torch would return here, without values."""
 
-    # As a tensor's: numpy scalars leave the arithmetic to us.
-    __array_priority__ = 1000
-
-    def __init__(self, node: Node, tracer: LoopTracer, value: object) -> None:
-        super().__init__(node, tracer)
-        self.fake = value
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # Loops ask isinstance(x, torch.Tensor); the honest answer for what this stands for is yes.
-        return type(self.fake) if not isinstance(self.fake, FakeTensor) else Tensor
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the tensor has
-        if name in _STATIC_NAMES:
-            return getattr(self.fake, name)
-        if name == "type":
-            return self._type
-        if name in _VALUE_METHODS:
-            raise self.tracer.untraceable(f"calls .{name}() on a value made from the latent")
-        if isinstance(self.fake, Tensor) and inspect.isdatadescriptor(getattr(torch.Tensor, name, None)):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        if not hasattr(self.fake, name):
-            raise AttributeError(name)
-        if not isinstance(self.fake, Tensor) and isinstance(getattr(self.fake, name), Tensor):
-            # A field of what max, sort and their kind return.
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name)
-
-    def _type(self, *args: object, **kwargs: object) -> object:
-        if not args and not kwargs:
-            return self.fake.type()  # type: ignore[attr-defined]
-        return self.tracer.create_proxy("call_method", "type", (self, *args), kwargs)
-
-    def __copy__(self) -> LoopProxy:
+    @staticmethod
+    def wrap(tracer: LoopTracer, node: Node, fake: Tensor) -> LoopTensor:
+        """Return the tensor that ``node`` stands for."""
+        self: LoopTensor = Tensor._make_wrapper_subclass(
+            LoopTensor, fake.shape, fake.stride(), dtype=fake.dtype, layout=fake.layout, device=fake.device
+        )
+        self.tracer, self.node, self.fake = tracer, node, fake
         return self
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Any:  # noqa: ANN401
-        return self.tracer.create_proxy("call_method", "clone", (self,), {})
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        return _tracer_of((args, kwargs)).call(func, tuple(args), dict(kwargs or {}))
 
-    def __getitem__(self, index: object) -> Any:  # noqa: ANN401
-        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        raise _tracer_of((args, kwargs)).untraceable(f"passes the latent to something that wants its values ({func})")
 
-    def __setitem__(self, index: object, value: object) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __len__(self) -> int:
-        return len(self.fake)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[LoopProxy]:
-        if isinstance(self.fake, Tensor):
-            return iter(self.tracer.create_proxy("call_method", "unbind", (self, 0), {}))
-        return (self[i] for i in range(len(self)))
-
-    def __contains__(self, item: object) -> bool:
-        raise self.tracer.untraceable("asks whether a value made from the latent contains something")
-
-    def _no_value(self, *args: object) -> object:
-        raise self.tracer.untraceable("turns a value made from the latent into a Python number")
-
-    __float__ = __int__ = __index__ = __complex__ = __array__ = _no_value
-
-    def __bool__(self) -> bool:
-        raise self.tracer.untraceable("branches on a value made from the latent")
+    def __copy__(self) -> LoopTensor:
+        return self
 
     def __hash__(self) -> int:
         return id(self)
 
 
-def _define_in_place_operator(name: str) -> None:
-    # fx.Proxy has none, so that `x += y` would make a new tensor where others that share x must see the change.
-    function = getattr(operator, name)
-
-    def method(self: LoopProxy, other: object) -> object:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    setattr(LoopProxy, f"__{name}__", method)
+def _tracer_of(tree: object) -> LoopTracer:
+    return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, LoopTensor)).tracer
 
 
-_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-for _name in _IN_PLACE_OPERATORS:
-    _define_in_place_operator(_name)
-
-
-# fmt: off
-_STATIC_NAMES = frozenset({
-    # attributes
-    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mps",
-    "requires_grad", "itemsize", "nbytes", "is_leaf", "names",
-    # methods
-    "size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous", "is_complex",
-    "is_floating_point", "is_signed", "get_device", "ndimension", "keys",
-})
-_VALUE_METHODS = frozenset({"item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
-# fmt: on
+# Methods and functions by name: what wants values, and how to say it.
+_WANTS_VALUES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "__dlpack__", "__reduce_ex__", "cdata"),
+        "reads the values of the latent into Python ({})",
+    ),
+    **dict.fromkeys(
+        ("__float__", "__int__", "__index__", "__complex__", "__array__"),
+        "turns a value made from the latent into a Python number ({})",
+    ),
+    **dict.fromkeys(("__bool__", "__contains__", "is_nonzero"), "branches on a value made from the latent ({})"),
+    **dict.fromkeys(("backward", "grad", "register_hook"), "differentiates ({})"),
+}
 
 _RANDOM_FUNCTIONS = frozenset(
     {torch.randn, torch.rand, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.poisson}
@@ -266,17 +230,22 @@ _RANDOM_FUNCTIONS = frozenset(
 _IN_PLACE_DRAWS = frozenset(
     {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_"}
 )
+_IN_PLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift"}
+    | {"irshift", "setitem"}
+)
 
 
-class LoopTracer(fx.Tracer):
+class LoopTracer(fx.proxy.TracerBase):
     """Records what a loop does to its latent; the denoiser is a leaf."""
 
     def __init__(self, denoiser: nn.Module, capture_call: Callable[[CallSignature], EvaluationGraph]) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.capture_call = capture_call
+        self.graph = fx.Graph()
         self.calls: list[EvaluationCall] = []
-        self.inputs: list[LoopProxy] = []
+        self.num_inputs = 0
         self.constants: dict[str, Tensor] = {}
         self.num_noise = 0
         self.out_spec: TreeSpec | None = None
@@ -287,20 +256,12 @@ class LoopTracer(fx.Tracer):
 
     def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
         """Run ``loop`` and return the recorded graph of torch calls."""
-        self.root = nn.Module()
-        self.graph = fx.Graph(tracer_cls=type(self))
-        self.tensor_attrs = {}
         noise = tree_map(self._make_input, noise)
-        self.num_noise = len(self.inputs)
+        self.num_noise = self.num_inputs
         conditions = tree_map(self._make_input, dict(conditions))
         random_state = torch.get_rng_state()
         with torch.no_grad(), _RecordRandomDraws(self):
-            try:
-                result = loop(_Leaf(self), noise, **conditions)
-            except L2CError:
-                raise
-            except fx.proxy.TraceError as error:
-                raise self.untraceable(f"does what cannot be recorded ({error})") from error
+            result = loop(_Leaf(self), noise, **conditions)
         if not self.calls:
             raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
         if not torch.equal(random_state, torch.get_rng_state()):
@@ -317,39 +278,41 @@ class LoopTracer(fx.Tracer):
         done = len(self.calls)
         return LoopTraceError(f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {instead}")
 
-    # What fx.Tracer calls.
-
-    def proxy(self, node: Node) -> LoopProxy:
-        return LoopProxy(node, self, node.meta["fake"])
-
-    def create_proxy(
-        self,
-        kind: str,
-        target: Target,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        name: str | None = None,
-        type_expr: object | None = None,
-        *unused: object,
-        **unused_kwargs: object,
-    ) -> Any:  # noqa: ANN401 - a proxy, or the value itself where that is known
+    def call(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Record one call of torch and return what it returns: loop tensors, or values that are known already."""
+        name = _name_of(func)
         self._reject_autocast()
-        in_place = _writes_in_place(target, kwargs)
-        if in_place and not any(isinstance(a, fx.Proxy) for a in _written(args, kwargs)):
+        if name in _WANTS_VALUES:
+            raise self.untraceable(_WANTS_VALUES[name].format(name))
+        if name in ("__repr__", "__format__"):
+            return "LoopTensor(without values)"
+        if name == "__iter__":
+            return iter(self.call(Tensor.unbind, args, kwargs))  # type: ignore[call-overload]
+        if name == "__deepcopy__":
+            return self.call(Tensor.clone, args[:1], {})
+        in_place = _writes_in_place(func, kwargs)
+        if in_place and not isinstance(next(iter(tree_leaves(_written(args, kwargs)))), LoopTensor):
             raise self.untraceable(
                 "writes a value made from the latent into a tensor that it created itself",
                 "create it with zeros_like of the latent, or use stack or cat",
             )
-        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, None)  # type: ignore[arg-type]
-        value = node.meta["fake"] = self._fake_result(node)
-        if not in_place and not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0]):
-            # torch.is_floating_point(x) and its kind: known without the values.
-            self.graph.erase_node(node)
-            return value
-        return self.proxy(node)
+        result = self._on_fakes(func, args, kwargs)
+        leaves, spec = tree_flatten(result)
+        if not in_place and not any(isinstance(leaf, Tensor) for leaf in leaves):
+            # Shapes, dtypes and their kind: known without the values.
+            return result
+        node = self.graph.call_function(func, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
+        given = {id(leaf.fake): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LoopTensor)}
+        wrapped: list[object] = []
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and id(leaf) not in given:
+                own = node if spec.is_leaf() else self.graph.call_function(_leaf_of, (node, position))
+                given[id(leaf)] = LoopTensor.wrap(self, own, leaf)
+            wrapped.append(given.get(id(leaf), leaf))
+        return tree_unflatten(wrapped, spec)
 
     def create_arg(self, a: object) -> Argument:
-        if isinstance(a, fx.Proxy):
+        if isinstance(a, LoopTensor):
             return a.node
         if isinstance(a, torch.Generator):
             raise self.untraceable(
@@ -366,10 +329,8 @@ class LoopTracer(fx.Tracer):
                 f"passes a {type(a).__name__} to a tensor operation", "pass tensors and Python numbers"
             ) from error
 
-    # Our own steps.
-
     def evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """Record one call of the denoiser and return proxies for what it gives back."""
+        """Record one call of the denoiser and return tensors for what it gives back."""
         self._reject_autocast()
         leaves, spec = tree_flatten((args, kwargs))
         signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
@@ -382,13 +343,11 @@ class LoopTracer(fx.Tracer):
         self.calls.append(EvaluationCall(signature, graph))
         tensors = [self.create_arg(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         node = self.graph.create_node("call_module", "denoiser", (index, *tensors), {})
-        outputs: list[LoopProxy] = []
+        outputs: list[LoopTensor] = []
         for leaf in graph.out_leaves:
             if isinstance(leaf, Tensor):
                 getitem = self.graph.call_function(operator.getitem, (node, len(outputs)))
-                with self.fake_mode:
-                    getitem.meta["fake"] = TensorSpec.of(leaf).empty()
-                outputs.append(self.proxy(getitem))
+                outputs.append(self._known_form(getitem, leaf))
         remaining = iter(outputs)
         results = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in graph.out_leaves]
         if graph.out_spec is None:
@@ -396,10 +355,8 @@ class LoopTracer(fx.Tracer):
         return tree_unflatten(results, graph.out_spec)
 
     def _leaf_signature(self, leaf: object) -> object:
-        if isinstance(leaf, LoopProxy):
-            return TensorSpec.of(leaf.fake)  # type: ignore[arg-type]
         if isinstance(leaf, Tensor):
-            return TensorSpec.of(leaf)
+            return TensorSpec.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf)
         try:
             hash(leaf)
         except TypeError:
@@ -425,11 +382,14 @@ class LoopTracer(fx.Tracer):
     def _make_input(self, leaf: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
-        node = self.graph.placeholder(f"input_{len(self.inputs)}")
+        node = self.graph.placeholder(f"input_{self.num_inputs}")
+        self.num_inputs += 1
+        return self._known_form(node, leaf)
+
+    def _known_form(self, node: Node, like: Tensor) -> LoopTensor:
+        node.meta["form"] = TensorSpec.of(like)
         with self.fake_mode:
-            node.meta["fake"] = TensorSpec.of(leaf).empty()
-        self.inputs.append(self.proxy(node))
-        return self.inputs[-1]
+            return LoopTensor.wrap(self, node, node.meta["form"].empty())
 
     def _constant(self, tensor: Tensor) -> Node:
         """Return a node for a concrete tensor of the loop, as it is at this moment."""
@@ -443,15 +403,15 @@ class LoopTracer(fx.Tracer):
             self.constants[name] = tensor if weight else tensor.detach().clone()
             self._snapshots[state] = name, tensor
         name, _ = self._snapshots[state]
-        node = self.graph.create_node("get_attr", name)
-        node.meta["fake"] = self.fake_mode.from_tensor(self.constants[name])
-        return node
+        return self.graph.create_node("get_attr", name)
 
-    def _fake_result(self, node: Node) -> object:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["fake"])
+    def _on_fakes(self, func: Callable[..., object], args: object, kwargs: object) -> object:
+        fake_args, fake_kwargs = tree_map(
+            lambda leaf: leaf.fake if isinstance(leaf, LoopTensor) else leaf, (args, kwargs)
+        )
         with self.fake_mode, torch.no_grad():
             try:
-                return _execute(node, args, kwargs)
+                return func(*fake_args, **fake_kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise self.untraceable(f"asks for a result that depends on values of the latent ({error})") from error
 
@@ -503,8 +463,10 @@ class _RecordRandomDraws(TorchFunctionMode):
         if self.tracer.capturing:
             return func(*args, **kwargs)
         if func in _RANDOM_FUNCTIONS:
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
-        if getattr(func, "__name__", "") in _IN_PLACE_DRAWS and not isinstance(args[0], (fx.Proxy, FakeTensor)):
+            return self.tracer.call(func, args, kwargs)
+        if _name_of(func) in _IN_PLACE_DRAWS and not any(
+            isinstance(leaf, LoopTensor) for leaf in tree_leaves((args, kwargs))
+        ):
             raise self.tracer.untraceable(
                 "draws random numbers into a tensor that it created itself", "draw with torch.randn or randn_like"
             )
@@ -517,22 +479,22 @@ def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"denoiser.{path}", tensor
 
 
-def _execute(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if not callable(node.target):
-        raise AssertionError(f"cannot execute {node.format_node()}")
-    return node.target(*args, **kwargs)
+def _name_of(func: Callable[..., object]) -> str:
+    return str(getattr(func, "__name__", ""))
 
 
-def _writes_in_place(target: Target, kwargs: Mapping[str, object]) -> bool:
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+def _leaf_of(result: object, position: int) -> object:
+    return tree_leaves(result)[position]
+
+
+def _writes_in_place(func: Callable[..., object], kwargs: Mapping[str, object]) -> bool:
+    name = _name_of(func)
     in_place = name.strip("_") in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return in_place or target is operator.setitem or name == "__setitem__" or kwargs.get("out") is not None
+    return in_place or name == "__set__" or kwargs.get("out") is not None
 
 
-def _written(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, ...]:
-    return (kwargs["out"],) if kwargs.get("out") is not None else args[:1]
+def _written(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    return kwargs["out"] if kwargs.get("out") is not None else args[0]
 
 
 def _is_autocast_on() -> bool:
@@ -580,25 +542,30 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
             elif node.op == "output":
                 result = list(args[0])
             else:
-                values[node] = _execute(node, args, kwargs)
+                values[node] = node.target(*args, **kwargs)
         return arguments + result
 
     with tracer.fake_mode:
         fakes = (
-            [proxy.fake for proxy in tracer.inputs],
+            [node.meta["form"].empty() for node in nodes if node.op == "placeholder"],
             [tracer.fake_mode.from_tensor(tensor) for tensor in tracer.constants.values()],
-            [node.meta["fake"] for node in outputs],
+            [node.meta["form"].empty() for node in outputs],
         )
     with torch.no_grad(), tracer.fake_mode:
         functional = torch.func.functionalize(loop_arithmetic, remove="mutations")
         module = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     if tracer.out_spec is None:
         raise AssertionError("the loop was not run")
+    root = nn.Module()
+    for node in module.graph.find_nodes(op="get_attr"):
+        # Python numbers that were assigned to a part of a tensor.
+        value = getattr(module, str(node.target))
+        root.register_buffer(str(node.target), value.constant if isinstance(value, FakeTensor) else value)
     return LoopSkeleton(
         graph=module.graph,
-        root=nn.Module(),
+        root=root,
         calls=tracer.calls,
-        num_inputs=len(tracer.inputs),
+        num_inputs=tracer.num_inputs,
         num_noise=tracer.num_noise,
         constants=tracer.constants,
         out_spec=tracer.out_spec,

@@ -50,6 +50,8 @@ class _Unroller:
         for node in skeleton.input_nodes():
             values[node] = self.graph.placeholder(node.name)
             values[node].meta = dict(node.meta)
+        for name, tensor in skeleton.root.named_buffers():
+            self.root.register_buffer(name, tensor, persistent=False)
         for name, tensor in skeleton.constants.items():
             if not name.startswith("denoiser."):
                 self.root.register_buffer(name, tensor, persistent=False)

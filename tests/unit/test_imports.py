@@ -18,6 +18,7 @@ PACKAGE = "l2c_compile"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files",),
+    ("archive",),
     ("kernels", "kernels._launch"),
     ("kernels.*",),
     ("rules", "sites", "schedule"),
@@ -25,15 +26,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loops", "loops.*", "models", "models.*"),
     ("verify",),
     ("cost", "liveness"),
-    ("router", "importers", "capture", "trace", "unroll"),
+    ("router", "importers", "capture", "trace", "unroll", "dynamo_graph"),
+    ("exported",),
+    ("graph_lines",),
     ("passes", "passes.base"),
     ("passes.*",),
     ("passes.pipeline",),
     ("backend",),
     ("reference",),
     ("comparison", "summary"),
-    ("prediction",),
-    ("api",),
+    ("saved", "prediction"),
+    ("api", "dynamo_backend"),
     ("",),
     ("finders", "finders.*", "testing"),
     ("report", "plots"),
@@ -53,6 +56,7 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("importers", "router"),
     ("trace", "capture"),
     ("unroll", "capture"),
+    ("dynamo_graph", "capture"),
     ("unroll", "trace"),
     ("finders", "finders.*"),
     ("finders.*", "finders.*"),
@@ -80,7 +84,19 @@ ONLY: dict[str, tuple[str, ...]] = {
 IMPORTED_BY: dict[str, tuple[str, ...]] = {
     "kernels.*": ("kernels.*", "passes.*"),
     # Only the pipeline puts passes together; base is below them all.
-    "passes.*": ("passes.*", "backend", "api", "", "finders.*", "testing", "report", "plots", "cli", "demo"),
+    "passes.*": (
+        "passes.*",
+        "backend",
+        "api",
+        "dynamo_backend",
+        "",
+        "finders.*",
+        "testing",
+        "report",
+        "plots",
+        "cli",
+        "demo",
+    ),
 }
 
 

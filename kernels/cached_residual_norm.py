@@ -1,0 +1,316 @@
+"""cached_residual_norm: the sum of cached_residual and the modulated norm that the next computed sublayer starts with.
+
+    h = x + sum_i weight_i * gate_i * (scale_i * cache_i + shift_i)
+    y = (1 + mod_scale) * (norm(h) * norm_weight + norm_bias) + mod_shift        -> (h, y)
+
+    norm: "layer", (h - mean) / sqrt(var + eps), or "rms", h / sqrt(mean(h^2) + eps), over D
+    norm_weight, norm_bias, mod_scale, mod_shift: (B, D), (B, 1, D), (D,), () or absent, any strides; the rest as there
+
+The norm sees h as it is returned, rounded: y is a function of h, whether or not the two are computed together. Sums are
+float32; h and y are rounded once each, to the dtype of x. Every row is in registers once: the caches and x are read
+once, h and y are written once. D is at most 8192.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2c_compile.errors import KernelError
+from l2c_compile.kernels._launch import (
+    MAX_DIM,
+    Argument,
+    Launch,
+    Layout,
+    Terms,
+    accumulator,
+    add_terms,
+    add_terms_reference,
+    align,
+    check_operand,
+    check_stream,
+    jit,
+    load_tile,
+    next_power_of_2,
+    runs_triton,
+    store_tile,
+    tile_position,
+    tl,
+)
+
+__all__ = ["cached_residual_norm", "cached_residual_norm_op", "decompose_cached_residual_norm", "plan_norm"]
+
+NORMS = ("layer", "rms")
+NO_GRADIENT = "l2c::cached_residual_norm has no gradient; to train through it, call cached_residual and a norm of torch"
+
+
+def decompose_cached_residual_norm(
+    x: Tensor,
+    caches: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    shifts: Sequence[Tensor | None],
+    weights: Sequence[float],
+    token_scales: Sequence[Tensor | None],
+    norm: str,
+    eps: float,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    mod_scale: Tensor | None = None,
+    mod_shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute both in plain torch: the reference, and what a pass puts in the place of the op for Inductor on a CPU.
+
+    The arguments are those of ``torch.ops.l2c.cached_residual_norm``.
+    """
+    terms = Terms(caches, gates, scales, shifts, weights, token_scales)
+    dtype = accumulator(x.dtype)
+    stream = add_terms_reference(x, terms).to(x.dtype)
+    centered = stream.to(dtype)
+    if norm == "layer":
+        centered = centered - centered.mean(-1, keepdim=True)
+    normed = centered * torch.rsqrt((centered * centered).mean(-1, keepdim=True) + eps)
+    if norm_weight is not None:
+        normed = normed * align(norm_weight, x).to(dtype)
+    if norm_bias is not None:
+        normed = normed + align(norm_bias, x).to(dtype)
+    if mod_scale is not None:
+        normed = normed * (1 + align(mod_scale, x).to(dtype))
+    if mod_shift is not None:
+        normed = normed + align(mod_shift, x).to(dtype)
+    return stream, normed.to(x.dtype)
+
+
+@jit
+def _cached_residual_norm_kernel(
+    x,
+    terms,
+    num_terms,
+    affine,
+    stream_ptr,
+    normed_ptr,
+    num_tokens,
+    dim,
+    eps,
+    NUM_TERMS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LAYER: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
+    # [BLOCK_T, BLOCK_D]
+    total = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
+    total = add_terms(
+        total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D
+    )
+    store_tile(stream_ptr, total, batch, tokens, channels, num_tokens, dim)
+    # A launch that further terms follow has no norm.
+    if normed_ptr is not None:
+        normed = total.to(stream_ptr.dtype.element_ty).to(tl.float32)
+        size = dim.to(tl.float32)
+        if LAYER:
+            mean = tl.sum(normed, axis=1) / size
+            normed = tl.where((channels < dim)[None, :], normed - mean[:, None], 0.0)
+        square = tl.sum(normed * normed, axis=1) / size
+        normed = normed * (1.0 / tl.sqrt_rn(square + tl.cast(eps, tl.float32)))[:, None]
+        if affine[0] is not None:
+            normed *= load_tile(affine, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
+        if affine[4] is not None:
+            normed += load_tile(affine, batch, tokens, channels, num_tokens, dim, 4, BLOCK_T, BLOCK_D)
+        if affine[8] is not None:
+            normed *= 1.0 + load_tile(affine, batch, tokens, channels, num_tokens, dim, 8, BLOCK_T, BLOCK_D)
+        if affine[12] is not None:
+            normed += load_tile(affine, batch, tokens, channels, num_tokens, dim, 12, BLOCK_T, BLOCK_D)
+        store_tile(normed_ptr, normed, batch, tokens, channels, num_tokens, dim)
+
+
+def plan_norm(
+    x: Tensor,
+    terms: Terms,
+    norm: str,
+    eps: float,
+    affine: Sequence[Tensor | None],
+    stream: Tensor,
+    normed: Tensor,
+) -> list[Launch]:
+    """Return the launches that write ``stream`` and ``normed`` (contiguous, of the shape of ``x``), in order.
+
+    ``affine`` is norm_weight, norm_bias, mod_scale, mod_shift.
+    """
+    layout = Layout.of(x)
+    block_tokens, block_dim, num_warps = _tile(layout)
+    programs = layout.num_batches * -(-layout.num_tokens // block_tokens)
+    chunks = terms.chunks()
+    launches, source = [], x
+    for chunk in chunks:
+        # A sum that further launches go on with stays in float32, so that it is rounded once.
+        last = chunk is chunks[-1]
+        target = stream if last else torch.empty_like(stream, dtype=torch.float32)
+        arguments: dict[str, Argument] = {
+            "x": layout.operand(source, x),
+            "terms": layout.terms(chunk, x),
+            "num_terms": len(chunk),
+            "affine": tuple(entry for tensor in affine for entry in layout.operand(tensor, x)),
+            "stream_ptr": target,
+            "normed_ptr": normed if last else None,
+            "num_tokens": layout.num_tokens,
+            "dim": layout.dim,
+            "eps": eps,
+            "NUM_TERMS": len(chunk),
+            "GROUP": chunk.group(),
+            "LAYER": norm == "layer",
+            "BLOCK_T": block_tokens,
+            "BLOCK_D": block_dim,
+        }
+        launches.append(Launch(_cached_residual_norm_kernel, programs, arguments, num_warps))
+        source = target
+    return launches
+
+
+def _tile(layout: Layout) -> tuple[int, int, int]:
+    """Return tokens and channels of a tile, and warps."""
+    # Channels: all of them, because the norm needs the whole row; what is beyond the width moves no memory.
+    block_dim = max(next_power_of_2(layout.dim), 16)
+    # Tokens: up to 4096 elements a tile, for which a gate comes from beyond the L1 cache once; fewer where the stream
+    # is so small that an H100 (132 multiprocessors) would get fewer than 8 programs each.
+    block_tokens = max(4096 // block_dim, 1)
+    while block_tokens > 1 and layout.num_rows < 1024 * block_tokens:
+        block_tokens //= 2
+    # Warps: 16 elements a thread, as in cached_residual; a small tile still gets 4.
+    return block_tokens, block_dim, min(max(block_tokens * block_dim // 512, 4), 16)
+
+
+@torch.library.custom_op(
+    "l2c::cached_residual_norm",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor[] caches, Tensor?[] gates, Tensor?[] scales, Tensor?[] shifts, float[] weights, "
+        "Tensor?[] token_scales, str norm, float eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? mod_scale, "
+        "Tensor? mod_shift) -> (Tensor, Tensor)"
+    ),
+)
+def cached_residual_norm_op(
+    x: Tensor,
+    caches: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    shifts: Sequence[Tensor | None],
+    weights: Sequence[float],
+    token_scales: Sequence[Tensor | None],
+    norm: str,
+    eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mod_scale: Tensor | None,
+    mod_shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute both; what a pass emits. Each list has one entry a term or is empty. The results are contiguous."""
+    terms = Terms(caches, gates, scales, shifts, weights, token_scales)
+    affine = (norm_weight, norm_bias, mod_scale, mod_shift)
+    _check(x, terms, norm, affine)
+    if not runs_triton(x):
+        stream, normed = decompose_cached_residual_norm(
+            x, caches, gates, scales, shifts, weights, token_scales, norm, eps, *affine
+        )
+        # Without terms the reference returns x itself, which an op must not.
+        return torch.clone(stream, memory_format=torch.contiguous_format), normed.contiguous()
+    stream, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    if stream.numel():
+        for launch in plan_norm(x, terms, norm, eps, affine, stream, normed):
+            launch.run(x.device)
+    return stream, normed
+
+
+@cached_residual_norm_op.register_fake
+def _(
+    x: Tensor,
+    caches: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    shifts: Sequence[Tensor | None],
+    weights: Sequence[float],
+    token_scales: Sequence[Tensor | None],
+    norm: str,
+    eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mod_scale: Tensor | None,
+    mod_shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    terms = Terms(caches, gates, scales, shifts, weights, token_scales)
+    _check(x, terms, norm, (norm_weight, norm_bias, mod_scale, mod_shift))
+    stream, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    return stream, normed
+
+
+def cached_residual_norm(
+    x: Tensor,
+    caches: Sequence[Tensor],
+    gates: Sequence[Tensor | None] | None = None,
+    scales: Sequence[Tensor | None] | None = None,
+    shifts: Sequence[Tensor | None] | None = None,
+    weights: Sequence[float] | None = None,
+    token_scales: Sequence[Tensor | None] | None = None,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    mod_scale: Tensor | None = None,
+    mod_shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream after its cached terms, and its modulated norm.
+
+    Args:
+        x: As for ``cached_residual``, with at most 8192 channels.
+        caches: As for ``cached_residual``; there may be none.
+        gates: As for ``cached_residual``.
+        scales: As for ``cached_residual``.
+        shifts: As for ``cached_residual``.
+        weights: As for ``cached_residual``.
+        token_scales: As for ``cached_residual``.
+        norm: ``"layer"`` or ``"rms"``.
+        eps: What is added to the variance, or to the mean square.
+        norm_weight: What the normalised values are multiplied with; None is 1.
+        norm_bias: What is added then; None is 0.
+        mod_scale: The result is multiplied with one more than this; None is 0.
+        mod_shift: What is added last; None is 0.
+
+    Returns:
+        Two new contiguous tensors with the shape and dtype of ``x``.
+
+    Raises:
+        KernelError: Something does not fit; or, in the backward, because there is none.
+    """
+    terms = Terms(caches, gates or (), scales or (), shifts or (), weights or (), token_scales or ())
+    lists = (terms.gates, terms.scales, terms.shifts, terms.weights, terms.token_scales)
+    result: tuple[Tensor, Tensor] = cached_residual_norm_op(
+        x, list(terms.caches), *map(list, lists), norm, eps, norm_weight, norm_bias, mod_scale, mod_shift
+    )
+    return result
+
+
+def _no_backward(*_: Any) -> None:  # noqa: ANN401
+    raise KernelError(NO_GRADIENT)
+
+
+cached_residual_norm_op.register_autograd(_no_backward)
+
+
+def _check(x: Tensor, terms: Terms, norm: str, affine: Sequence[Tensor | None]) -> None:
+    op = "cached_residual_norm"
+    check_stream(op, x)
+    terms.check(op, x)
+    if x.shape[-1] > MAX_DIM:
+        raise KernelError(f"{op} wants at most {MAX_DIM} channels, got {x.shape[-1]}; norm the sum of cached_residual")
+    # torch.library does not look for tensors that require gradients in a list that also has a None.
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in terms.tensors()):
+        raise KernelError(NO_GRADIENT)
+    if norm not in NORMS:
+        raise KernelError(f"{op} wants norm 'layer' or 'rms', got {norm!r}")
+    for name, tensor in zip(("norm_weight", "norm_bias", "mod_scale", "mod_shift"), affine, strict=True):
+        check_operand(op, name, tensor, x)

@@ -1,0 +1,181 @@
+"""Tiny denoisers, loops and graphs for tests, and what it means to be equal bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map
+
+from l2c_compile import CacheSchedule, CompiledSampler, api, l2c_compile, run_reference
+from l2c_compile.capture import CallSignature, capture
+from l2c_compile.graph import EvaluationGraph, LoopGraph, ProgramGraph
+from l2c_compile.models import DiT, UViT
+from l2c_compile.passes.pipeline import EVALUATION, SKELETON
+from l2c_compile.sites import Site
+from l2c_compile.trace import Loop, trace_loop
+from l2c_compile.unroll import unroll
+
+
+class Residual(nn.Module):
+    """Two residual sublayers on (B, D) latents; the second is gated by the timestep."""
+
+    def __init__(self, dim: int = 4) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.a = nn.Linear(dim, dim)
+        self.b = nn.Linear(dim, dim)
+
+    def forward(self, x_BD: Tensor, t_B: Tensor, y: Tensor | float | None = None) -> Tensor:
+        c_BD = torch.sin(self.time(t_B[:, None].to(self.time.weight.dtype)))
+        x_BD = x_BD + self.a(self.norm(x_BD))
+        x_BD = x_BD + c_BD * self.b(torch.tanh(x_BD))
+        return x_BD if y is None else x_BD * y
+
+
+def seeded(module: nn.Module, seed: int = 0, std: float = 0.3) -> Any:  # noqa: ANN401 - the module itself
+    """Give every parameter other values than its initialisation, which may be zero, and switch to eval."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=std, generator=generator)
+    return module.eval()
+
+
+def residual(dim: int = 4) -> Residual:
+    return seeded(Residual(dim))  # type: ignore[no-any-return]
+
+
+def tiny_dit(depth: int = 2) -> DiT:
+    model = DiT(input_size=4, patch_size=2, hidden_size=16, depth=depth, num_heads=2, num_classes=5)
+    return seeded(model)  # type: ignore[no-any-return]
+
+
+def tiny_uvit() -> UViT:
+    model = UViT(img_size=4, patch_size=2, embed_dim=16, depth=2, num_heads=2, num_classes=6)
+    return seeded(model)  # type: ignore[no-any-return]
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def at(x: Tensor, timestep: float) -> Tensor:
+    """Return the timestep for every sample of a batch."""
+    return torch.full((x.shape[0],), float(timestep), device=x.device)
+
+
+def steps(count: int) -> Loop:
+    """Return a loop of ``count`` evaluations."""
+
+    def loop(denoiser: Callable[..., Any], noise: Any, **conditions: object) -> Tensor:  # noqa: ANN401
+        x: Tensor = noise
+        for i in range(count):
+            x = x - 0.25 * denoiser(x, at(x, count - i), **conditions)
+        return x
+
+    return loop
+
+
+def same_bits(got: object, wanted: object) -> bool:
+    """Tell whether two nested results have equal structure, dtypes, layouts and bits, the sign of zero included."""
+    got_leaves, got_spec = tree_flatten(got)
+    wanted_leaves, wanted_spec = tree_flatten(wanted)
+    return got_spec == wanted_spec and all(map(_same_leaf, got_leaves, wanted_leaves))
+
+
+def _same_leaf(got: object, wanted: object) -> bool:
+    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
+        return type(got) is type(wanted) and got == wanted
+    equal = got.dtype == wanted.dtype and got.stride() == wanted.stride() and torch.equal(got, wanted)
+    return equal and (got.is_complex() or torch.equal(torch.signbit(got), torch.signbit(wanted)))
+
+
+def own(tree: Any) -> Any:  # noqa: ANN401
+    """Return a copy whose tensors a loop may write into."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def check_equals_reference(
+    model: nn.Module,
+    schedule: CacheSchedule,
+    loop: Loop,
+    noise: object,
+    **conditions: object,
+) -> CompiledSampler:
+    """Compile, and compare with the reference, and with the plain loop where nothing is reused, bit for bit."""
+    sampler = l2c_compile(model, schedule, loop)
+    sampler.capture(own(noise), **own(conditions))
+    # Another seed than the capture ran under, so that nothing drawn then can be right.
+    torch.manual_seed(11)
+    got = sampler(own(noise), **own(conditions))
+    torch.manual_seed(11)
+    wanted = run_reference(model, loop, sampler.schedule, own(noise), own(conditions))
+    assert same_bits(got, wanted), (got, wanted)
+    if not schedule.reuses:
+        torch.manual_seed(11)
+        with torch.no_grad():
+            assert same_bits(got, loop(model, own(noise), **own(conditions)))
+    assert str(sampler.summary())
+    return sampler
+
+
+@contextmanager
+def captured_once() -> Iterator[None]:
+    """Let compilations share the captures of equal calls of one denoiser, for tests of what comes after."""
+    known: dict[object, EvaluationGraph] = {}
+    kept: list[nn.Module] = []
+
+    def capture_once(
+        denoiser: nn.Module, signature: CallSignature, sites: tuple[Site, ...], read_inputs_of: set[Site]
+    ) -> EvaluationGraph:
+        key = id(denoiser), signature, sites, frozenset(read_inputs_of)
+        if key not in known:
+            kept.append(denoiser)
+            known[key] = capture(denoiser, signature, sites, read_inputs_of)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "capture", capture_once)
+        yield
+
+
+def program(function: Callable[..., object], *inputs: Tensor) -> ProgramGraph:
+    """Return the graph of a function of tensors that returns a list of tensors."""
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    return ProgramGraph(module.graph, module)
+
+
+def run(graph: ProgramGraph, *inputs: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return list(fx.Interpreter(graph.root, graph=graph.graph).run(*inputs))
+
+
+def targets(graph: ProgramGraph) -> list[str]:
+    """Return the names of the operations in order."""
+    return [str(n.target).removeprefix("aten.") for n in graph.graph.nodes if n.op == "call_function"]
+
+
+def unrolled(
+    model: nn.Module, schedule: CacheSchedule, loop: Loop, noise: object, conditions: Mapping[str, object] | None = None
+) -> LoopGraph:
+    """Return the loop graph before its pipeline runs."""
+    forms: dict[CallSignature, EvaluationGraph] = {}
+
+    def capture_call(signature: CallSignature) -> EvaluationGraph:
+        if signature not in forms:
+            forms[signature] = capture(model, signature, schedule.sites)
+        return forms[signature]
+
+    skeleton = trace_loop(loop, model, noise, conditions or {}, capture_call)
+    SKELETON.run(skeleton)
+    skeleton.note_dependencies()
+    for evaluation in forms.values():
+        EVALUATION.run(evaluation)
+    return unroll(skeleton, model, schedule)

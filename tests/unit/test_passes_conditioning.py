@@ -1,0 +1,154 @@
+"""prune-projections and batch-conditioning: what is projected from timestep and condition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from l2c_compile import CacheSchedule
+from l2c_compile.graph import LoopGraph
+from l2c_compile.passes.batch_conditioning import BatchConditioning
+from l2c_compile.passes.drop_dead import DropDead
+from l2c_compile.passes.merge_common import MergeCommon
+from l2c_compile.passes.pipeline import BITWISE
+from l2c_compile.passes.prune_projections import PruneProjections
+from tests.tiny import draw, run, tiny_dit, unrolled
+
+aten = torch.ops.aten
+DIM = 16
+INPUTS = (draw(2, 4, 4, 4), torch.tensor([1, 3]))
+
+# Each sublayer of a DiT projects its modulation from timestep and label; 6 of DIM columns a block.
+ROWS = {
+    "blocks.0.attn": [1, 0, 1, 0],
+    "blocks.0.mlp": [1, 1, 1, 0],
+    "blocks.1.attn": [1, 1, 1, 0],
+    "blocks.1.mlp": [1, 0, 1, 0],
+}
+
+
+def loop_graph(rows: dict[str, list[int]]) -> LoopGraph:
+    schedule = CacheSchedule.from_table(rows)
+    noise, labels = INPUTS
+    graph = unrolled(tiny_dit(), schedule, steps_of_dit(schedule.num_evaluations), noise, {"y": labels})
+    BITWISE.run(graph)
+    return graph
+
+
+def steps_of_dit(count: int):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def loop(denoiser, noise, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        x = noise
+        for i in range(count):
+            x = x - 0.1 * denoiser(x, torch.full((len(x),), count - i), y)[:, :4]
+        return x
+
+    return loop
+
+
+def projections(graph: LoopGraph) -> list[tuple[int, int]]:
+    """Return (rows, columns) of every projection of the conditioning vector that is made, in order."""
+    shapes = [n.meta["val"].shape for n in graph.graph.find_nodes(op="call_function", target=aten.linear.default)]
+    return [(s[0], s[1]) for s in shapes if len(s) == 2]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    # A product of other shape may sum its 16 terms in another order; four evaluations of two blocks pass it on.
+    return torch.allclose(a, b, rtol=0, atol=64 * torch.finfo(a.dtype).eps * float(b.abs().max()))
+
+
+def test_shift_and_scale_of_skipped_layers_are_not_projected() -> None:
+    graph = loop_graph(ROWS)
+    (before,) = run(graph, *INPUTS)
+    report = PruneProjections().run(graph)
+    DropDead().run(graph)
+    (after,) = run(graph, *INPUTS)
+    assert close(after, before)
+    # Evaluation 1: block 0 lacks shift and scale of attn (columns 2D..6D remain), block 1 those of mlp (0..3D, 5D..6D).
+    # Evaluation 3: all four are gone: each block keeps its two gates.
+    assert report.rewrites == 4
+    columns = sorted(width for _, width in projections(graph))
+    full, final = [6 * DIM] * 4, [2 * DIM] * 4
+    assert columns == sorted([*full, *final, 4 * DIM, 3 * DIM, DIM, DIM, DIM, DIM, DIM])
+
+
+def test_no_column_is_projected_twice_or_lost() -> None:
+    graph = loop_graph(ROWS)
+    needed = sum(width for _, width in projections(graph)) - (2 + 2 + 4 + 4) * DIM
+    PruneProjections().run(graph)
+    DropDead().run(graph)
+    assert sum(width for _, width in projections(graph)) == needed
+
+
+def test_a_projection_that_is_used_whole_is_left_alone() -> None:
+    graph = loop_graph({name: [1, 1] for name in ROWS})
+    report = PruneProjections().run(graph)
+    assert report.rewrites == 0
+    assert set(report.left_alone.values()) == {"every output is used", "is used as a whole"}
+
+
+def test_projections_of_all_evaluations_are_one_product() -> None:
+    graph = loop_graph({name: [1, 1, 1] for name in ROWS})
+    (before,) = run(graph, *INPUTS)
+    report = BatchConditioning().run(graph)
+    MergeCommon().run(graph)
+    DropDead().run(graph)
+    (after,) = run(graph, *INPUTS)
+    assert close(after, before)
+    assert report.rewrites == 3 * 3
+    assert projections(graph) == [(3 * 2, 6 * DIM), (3 * 2, 6 * DIM), (3 * 2, 2 * DIM)]
+    cats = graph.graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert sum(len(cat.args[0]) == 3 for cat in cats) == 1  # one stack of conditioning vectors serves all
+
+
+def test_batched_projections_come_before_the_first_evaluation() -> None:
+    graph = loop_graph({name: [1, 1, 1] for name in ROWS})
+    BatchConditioning().run(graph)
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    products = [i for i, n in enumerate(nodes) if n.target is aten.linear.default and n.meta["evaluation"] is None]
+    first_latent = next(
+        i for i, n in enumerate(nodes) if n.target is aten.convolution.default or "conv" in str(n.target)
+    )
+    assert max(products) < first_latent
+
+
+@pytest.mark.parametrize(("evaluations_that_fit", "products"), [(1, 0), (2, 2), (4, 1)])
+def test_beyond_the_budget_evaluations_are_taken_in_chunks(evaluations_that_fit: int, products: int) -> None:
+    graph = loop_graph({name: [1, 1, 1, 1] for name in ROWS})
+    (before,) = run(graph, *INPUTS)
+    one_evaluation = 2 * (6 + 6 + 2) * DIM * 4
+    report = BatchConditioning(budget_bytes=evaluations_that_fit * one_evaluation).run(graph)
+    MergeCommon().run(graph)
+    DropDead().run(graph)
+    (after,) = run(graph, *INPUTS)
+    assert close(after, before)
+    batched = [shape for shape in projections(graph) if shape == (2 * evaluations_that_fit, 6 * DIM)]
+    if products:
+        assert len(batched) == 2 * products
+    else:
+        assert report.rewrites == 0
+        assert set(report.left_alone.values()) == {"no other evaluation projects with these weights"}
+
+
+def test_what_depends_on_the_latent_stays_in_its_evaluation() -> None:
+    graph = loop_graph({name: [1, 1] for name in ROWS})
+    BatchConditioning().run(graph)
+    token_products = [
+        n for n in graph.graph.find_nodes(op="call_function", target=aten.linear.default) if n.meta["val"].ndim == 3
+    ]
+    assert {n.meta["evaluation"] for n in token_products} == {0, 1}
+    assert len(token_products) == 2 * (2 * 4 + 1)
+
+
+def test_pruning_then_batching_groups_by_the_columns_that_are_left() -> None:
+    graph = loop_graph(ROWS)
+    (before,) = run(graph, *INPUTS)
+    PruneProjections().run(graph)
+    DropDead().run(graph)
+    BatchConditioning().run(graph)
+    MergeCommon().run(graph)
+    DropDead().run(graph)
+    (after,) = run(graph, *INPUTS)
+    assert close(after, before)
+    # Both full evaluations of each block together.
+    assert projections(graph).count((2 * 2, 6 * DIM)) == 2

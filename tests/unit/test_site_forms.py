@@ -1,0 +1,273 @@
+"""What a site may be: each form, compiled, equals the reference bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from l2c_compile import CacheSchedule, Reuse, Rule, Site
+from l2c_compile.errors import CaptureError, ScheduleError
+from l2c_compile.rules import Reading, T
+from tests.tiny import Residual, at, captured_once, check_equals_reference, draw, residual, seeded, steps
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.keep = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.keep(x) + self.mlp(x)  # type: ignore[no-any-return]
+
+
+class Stack(nn.Module):
+    """Blocks, one of them shared, a module that ends with another, and one that returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.shared = Block()
+        self.outer = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+        self.pair = Pair()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        x = self.shared(self.shared(x) + t[:, None])
+        x = self.outer(x)
+        scale, _, extra = self.pair(x)
+        return x * scale + extra["shift"]  # type: ignore[no-any-return]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_two = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, dict[str, Tensor]]:
+        scale, shift = self.to_two(x).chunk(2, dim=-1)
+        return scale, None, {"shift": shift}
+
+
+@pytest.fixture(scope="module")
+def stack() -> Any:  # noqa: ANN401
+    return seeded(Stack())
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"blocks.1": [1, 0, 1, 0]},
+        {"delta(blocks.1)": [1, 0, 0, 1]},
+        {"blocks.0..blocks.2": [1, 0, 1, 0]},
+        {"delta(blocks.0..blocks.2)": [1, 0, 0, 0]},
+        {"blocks.1..blocks.2": [1, 0, 0, 1], "blocks.0.mlp": [1, 1, 0, 0]},
+        {"shared": [1, 0, 1, 0]},
+        {"shared@1": [1, 0, 1, 0]},
+        {"shared": [1, 0, 0, 1], "delta(shared@1)": [1, 1, 0, 0]},
+        {"pair": [1, 0, 0, 1]},
+        {"blocks.0.keep": [1, 0, 0, 1]},
+        {"delta(blocks.0.keep)": [1, 0, 0, 1]},
+        {"outer": [1, 0, 1, 1], "outer.0": [1, 1, 0, 1], "outer.0.0": [1, 1, 1, 0]},
+        {"blocks.1": [1, 0, 1, 0], "blocks.1.mlp": [1, 0, 0, 1], "delta(blocks.1.mlp.0)": [1, 0, 1, 0]},
+    ],
+    ids=lambda table: " ".join(table),
+)
+def test_a_schedule_over_it_equals_the_reference(stack: Stack, table: Mapping[str, Sequence[int]]) -> None:
+    sampler = check_equals_reference(stack, CacheSchedule.from_table(table), steps(4), draw(3, 4))
+    computed = sum(row.num_computed for row in sampler.summary().rows)
+    assert computed == sum(sampler.schedule.computed_per_evaluation())
+    assert sampler.verify(draw(3, 4, seed=5)).bitwise
+
+
+def test_sources_may_be_of_any_age(stack: Stack) -> None:
+    site = Site.parse("blocks.1.mlp")
+    reuses = {(e, site): Reuse((source,)) for e, source in {2: 0, 3: 1, 4: 0, 5: 1}.items()}
+    check_equals_reference(stack, CacheSchedule(6, (site,), reuses), steps(6), draw(3, 4))
+
+
+@dataclass(frozen=True)
+class Combination(Rule):
+    """c0 * newest + c1 * older."""
+
+    name: ClassVar[str] = "test combination"
+    coefficients: tuple[float, ...]
+
+    @property
+    def num_sources(self) -> int:
+        return len(self.coefficients)
+
+    def combine(self, reading: Reading[T]) -> T:
+        total: Any = None
+        for weight, value in zip(self.coefficients, reading.history, strict=True):
+            term = torch.ops.aten.mul.Scalar(value, weight)
+            total = term if total is None else torch.ops.aten.add.Tensor(total, term)
+        return total  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Decay(Rule):
+    """A part of whatever the site held before, itself a reused value perhaps."""
+
+    name: ClassVar[str] = "test decay"
+    history: ClassVar[Literal["computed", "trace"]] = "trace"
+
+    @property
+    def num_sources(self) -> int:
+        return 1
+
+    def combine(self, reading: Reading[T]) -> T:
+        return torch.ops.aten.mul.Scalar(reading.history[0], 0.9)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class FollowInput(Rule):
+    """The value at the source plus what its input has changed since."""
+
+    name: ClassVar[str] = "test follow input"
+    needs_input: ClassVar[bool] = True
+
+    @property
+    def num_sources(self) -> int:
+        return 1
+
+    def combine(self, reading: Reading[T]) -> T:
+        change = torch.ops.aten.sub.Tensor(reading.current_input, reading.inputs[0])
+        return torch.ops.aten.add.Tensor(reading.history[0], change)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("site", ["a", "delta(a)"])
+@pytest.mark.parametrize(
+    ("rule", "row"),
+    [
+        (Combination((2.0, -1.0)), [1, 1, 0, 1, 0]),
+        (Combination((0.5, 0.3, 0.2)), [1, 1, 1, 0, 0]),
+        (Decay(), [1, 0, 0, 1, 0]),
+        (FollowInput(), [1, 0, 0, 1, 0]),
+    ],
+    ids=["two sources", "three sources", "reads reused values", "reads inputs"],
+)
+def test_a_rule_of_ones_own_equals_the_reference(site: str, rule: Rule, row: list[int]) -> None:
+    schedule = CacheSchedule.from_table({site: row}, rule=rule)
+    check_equals_reference(residual(), schedule, steps(5), draw(3, 4))
+
+
+def test_a_rule_may_read_evaluations_of_another_form() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        for i in range(4):
+            x = x + 0.1 * denoiser(x, at(x, i), None if i % 2 else 2.0)
+        return x
+
+    schedule = CacheSchedule.from_table({"a": [1, 1, 0, 0]}, rule=Combination((2.0, -1.0)))
+    check_equals_reference(residual(), schedule, loop, draw(3, 4))
+
+
+class WritesLater(nn.Module):
+    """Somebody writes into a reused value after the site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.a(x)
+        h.mul_(2.0)
+        h[:, 0] = t
+        return x + self.relu(h)  # type: ignore[no-any-return]
+
+
+def test_a_write_into_a_reused_value_does_not_reach_the_cache() -> None:
+    schedule = CacheSchedule.from_table({"a": [1, 0, 0, 1, 0]})
+    check_equals_reference(seeded(WritesLater()), schedule, steps(5), draw(3, 4))
+
+
+class Stem(nn.Module):
+    """A denoiser whose site shares memory with something else, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.a, self.i, self.relu = way, nn.Linear(4, 4), nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        before = self.a(x) + t[:, None]
+        after = self.relu(before) if self.way == "writes input" else self.i(before)
+        if self.way == "writes output":
+            after.add_(1.0)
+        if self.way == "writes input later":
+            before.add_(1.0)
+        return before + after  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("way", "site", "message"),
+    [
+        ("writes input", "relu", "site 'relu': module 'relu' writes into its input in place"),
+        ("writes input", "delta(relu)", "site 'delta\\(relu\\)': module 'relu' writes into its input in place"),
+        ("writes output", "i", "site 'i': Stem writes in place into a tensor that shares memory with the site's value"),
+        ("writes input later", "i", "site 'i': Stem writes in place into a tensor that shares memory"),
+    ],
+)
+def test_a_site_whose_memory_is_written_elsewhere_is_refused(way: str, site: str, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        check_equals_reference(seeded(Stem(way)), CacheSchedule.from_table({site: [1, 0]}), steps(2), draw(3, 4))
+
+
+def test_a_source_of_another_batch_is_refused() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        both = torch.cat([x, x])
+        return denoiser(denoiser(both, at(both, 1))[:3], at(x, 0))  # type: ignore[no-any-return]
+
+    message = r"site 'a', evaluation 1: reuses evaluation 0, where it holds \(6, 4\).* needs \(3, 4\).*equal batch"
+    with pytest.raises(ScheduleError, match=message):
+        check_equals_reference(residual(), CacheSchedule.from_table({"a": [1, 0]}), loop, draw(3, 4))
+
+
+def test_a_source_of_another_memory_layout_is_refused() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.i = nn.Identity()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            h: Tensor = self.i(x)
+            return h.reshape(-1, 4).view(3, 5, 4) + t[:, None, None]
+
+    def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        return denoiser(denoiser(x.transpose(0, 1).contiguous().transpose(0, 1), at(x, 0)), at(x, 1))  # type: ignore[no-any-return]
+
+    with pytest.raises(ScheduleError, match=r"site 'i', evaluation 1: .* with strides .*memory layout"):
+        check_equals_reference(Views(), CacheSchedule.from_table({"i": [1, 0]}), loop, draw(3, 5, 4))
+
+
+class Shared(nn.Module):
+    """Tied weights, buffers, constants made in forward, weights of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.table, self.hidden = nn.Buffer(torch.arange(4.0)), nn.Buffer(torch.ones(4), persistent=False)
+        self.plain = torch.full((4,), 0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        fresh = torch.tensor([1.0, 2.0, 3.0, 4.0]) * torch.arange(4)
+        x = self.b(torch.tanh(self.a(x))) + self.table + self.hidden * t[:, None] + fresh + self.plain
+        return x.double().float()
+
+
+def test_buffers_tied_weights_and_constants_of_forward_are_kept() -> None:
+    schedule = CacheSchedule.from_table({"a": [1, 0, 1], "b": [1, 1, 0]})
+    with captured_once():
+        check_equals_reference(seeded(Shared()), CacheSchedule.all_compute(3, ["a", "b"]), steps(3), draw(3, 4))
+        check_equals_reference(seeded(Shared()), schedule, steps(3), draw(3, 4))
+
+
+def test_a_schedule_without_sites_compiles() -> None:
+    assert isinstance(residual(), Residual)
+    check_equals_reference(residual(), CacheSchedule.all_compute(2), steps(2), draw(3, 4))

@@ -1,0 +1,108 @@
+"""What the tracer records, and what it answers without recording. Whole loops are in test_user_loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from l2c_compile.capture import CallSignature, capture
+from l2c_compile.graph import EvaluationGraph, draws_random_numbers
+from l2c_compile.trace import LoopSkeleton, trace_loop
+from tests.tiny import at, draw, residual, targets
+
+MODEL = residual()
+FORMS: dict[CallSignature, EvaluationGraph] = {}
+
+
+def traced(loop: Callable[..., object], noise: object = None, **conditions: object) -> LoopSkeleton:
+    def capture_call(signature: CallSignature) -> EvaluationGraph:
+        if signature not in FORMS:
+            FORMS[signature] = capture(MODEL, signature, ())
+        return FORMS[signature]
+
+    return trace_loop(loop, MODEL, draw(3, 4) if noise is None else noise, conditions, capture_call)
+
+
+def test_equal_calls_share_a_form_and_each_is_recorded() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        for i in range(3):
+            x = denoiser(x, at(x, i))
+        return denoiser(x, at(x, 0), 2.0)
+
+    skeleton = traced(loop)
+    assert len(skeleton.calls) == 4
+    assert len({id(call.graph) for call in skeleton.calls}) == 2
+    assert [len(nodes) for nodes in skeleton.argument_nodes()] == [2, 2, 2, 2]
+    assert [len(nodes) for nodes in skeleton.output_nodes()] == [1, 1, 1, 1]
+
+
+def test_arithmetic_on_the_schedule_leaves_no_trace() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        sigmas = torch.linspace(1, 0, 8).cumsum(0)
+        return x * float(sigmas[3].sqrt()) + denoiser(x, at(x, int(sigmas.argmax())))
+
+    names = {target for target in targets(traced(loop)) if not target.startswith("clone")}
+    assert names == {"mul.Tensor", "add.Tensor"}
+
+
+def test_a_constant_is_taken_as_it_is_at_each_use() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        scale = torch.ones(4)
+        x = denoiser(x * scale, at(x, 1)) + x * scale
+        scale.mul_(3.0)
+        return x * scale
+
+    skeleton = traced(loop)
+    kept = [value for value in skeleton.constants.values() if value.shape == (4,)]
+    assert [value.tolist() for value in kept] == [[1.0] * 4, [3.0] * 4]
+
+
+def test_weights_in_the_loop_are_referenced() -> None:
+    skeleton = traced(lambda d, x: d(x, at(x, 1)) + d.a.bias)
+    assert skeleton.constants["denoiser.a.bias"] is MODEL.a.bias
+
+
+def test_only_what_depends_on_noise_draws_or_predictions_is_latent() -> None:
+    def loop(denoiser: Any, x: Tensor, y: Tensor) -> Any:  # noqa: ANN401
+        first = denoiser(x, at(x, 1), 2 * y)
+        return denoiser(first, at(x, 0), 2 * y)
+
+    skeleton = traced(loop, y=draw(3, 4))
+    skeleton.note_dependencies()
+    form = skeleton.calls[0].graph.graph.find_nodes(op="placeholder")
+    assert [sorted(d.value for d in n.meta["depends"]) for n in form] == [["latent"], ["time"], ["condition"]]
+
+
+def test_draws_are_recorded_in_order_used_or_not() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        torch.randn(2)
+        return denoiser(x + torch.rand(3, 4) + torch.randn_like(x), at(x, 1)) + torch.empty_like(x).normal_()
+
+    drawn = [n for n in traced(loop).graph.nodes if draws_random_numbers(n)]
+    assert len(drawn) == 4
+
+
+def test_noise_is_counted_apart_from_conditions() -> None:
+    skeleton = traced(lambda d, xs, y: d(xs[0], at(xs[0], 1)) + xs[1] * y, (draw(3, 4), draw(3, 4)), y=draw(4))
+    assert (skeleton.num_inputs, skeleton.num_noise) == (3, 2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_callers_grad_mode_does_not_matter(mode: Callable[[], Any]) -> None:
+    with mode():
+        assert len(traced(lambda d, x: d(x, at(x, 1)) * torch.ones(4)).calls) == 1
+
+
+def test_numbers_assigned_to_a_part_are_kept() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        x = x.clone()
+        x[:, 0] = 7.0
+        x[1] = 2
+        return denoiser(x, at(x, 1))
+
+    skeleton = traced(loop)
+    assert {float(value) for value in skeleton.root.buffers()} <= {7.0, 2.0}

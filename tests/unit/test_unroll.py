@@ -1,0 +1,115 @@
+"""One graph of the whole loop: what is copied, what is shared, and that it all grows linearly."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.node import Target
+
+from l2c_compile import CacheSchedule, Site
+from l2c_compile.api import build_loop_graph
+from l2c_compile.graph import LoopGraph, evaluation_of, site_marks
+from l2c_compile.verify import Fact, check
+from tests.tiny import at, captured_once, draw, residual, run, same_bits, steps, unrolled
+
+MODEL = residual()
+aten = torch.ops.aten
+
+
+def count(graph: LoopGraph, target: Target) -> int:
+    return len(graph.graph.find_nodes(op="call_function", target=target))
+
+
+def test_every_evaluation_is_marked_in_execution_order() -> None:
+    graph = unrolled(MODEL, CacheSchedule.from_table({"a": [1, 0, 0], "b": [1, 1, 1]}), steps(3), draw(3, 4))
+    check(graph, {Fact.SITES_MARKED})
+    assert [(m.evaluation, m.site) for m in site_marks(graph.graph)] == [(e, s) for e in range(3) for s in "ab"]
+    order = [e for n in graph.graph.nodes if (e := evaluation_of(n)) is not None and n.op == "call_function"]
+    assert [e for e in order if e] == sorted(e for e in order if e)
+
+
+def test_the_unrolled_graph_equals_the_loop() -> None:
+    graph, x = unrolled(MODEL, CacheSchedule.all_compute(3, ["a"]), steps(3), draw(3, 4)), draw(3, 4)
+    with torch.no_grad():
+        assert same_bits(run(graph, x), [steps(3)(MODEL, x)])
+
+
+def test_what_does_not_depend_on_the_latent_is_shared() -> None:
+    def loop(denoiser: Any, x: Tensor, y: Tensor) -> Any:  # noqa: ANN401
+        t = at(x, 1)
+        for _ in range(4):
+            x = denoiser(x, t * 2, y)
+        return x
+
+    graph = unrolled(MODEL, CacheSchedule.all_compute(4, ["a"]), loop, draw(3, 4), {"y": draw(3, 4)})
+    # t * 2 is another constant of the loop in every evaluation.
+    assert count(graph, aten.sin.default) == 4
+    assert count(graph, aten.tanh.default) == 4
+
+    def same_t(denoiser: Any, x: Tensor, y: Tensor) -> Any:  # noqa: ANN401
+        t = at(x, 1)
+        for _ in range(4):
+            x = denoiser(x, t, y)
+        return x
+
+    graph = unrolled(MODEL, CacheSchedule.all_compute(4, ["a"]), same_t, draw(3, 4), {"y": draw(3, 4)})
+    assert count(graph, aten.sin.default) == 1
+    assert count(graph, aten.tanh.default) == 4
+
+
+def test_an_evaluation_whose_result_is_not_used_takes_its_place_and_is_dropped_later() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        y = denoiser(x, at(x, 1))
+        denoiser(y, at(x, 0))
+        return y
+
+    graph = unrolled(MODEL, CacheSchedule.all_compute(2, ["a"]), loop, draw(3, 4))
+    assert graph.num_evaluations == 2
+    final, _ = build_loop_graph(MODEL, loop, CacheSchedule.all_compute(2, ["a"]), draw(3, 4), {})
+    assert {evaluation_of(n) for n in final.graph.nodes if n.target is aten.tanh.default} == {0}
+
+
+def schedule_of(num_evaluations: int) -> CacheSchedule:
+    rows = {"a": [int(e % 2 == 0) for e in range(num_evaluations)], "b": [1] * num_evaluations}
+    return CacheSchedule.from_table({Site(path): row for path, row in rows.items()})
+
+
+def calls_in(function: Callable[[], object]) -> int:
+    """Return how many Python functions of this package a function calls."""
+    made: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if event == "call" and name.startswith("l2c_compile"):
+            made[name] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return made.total()
+
+
+def test_nodes_and_work_grow_linearly_with_the_evaluations() -> None:
+    nodes, work = {}, {}
+    with captured_once():
+
+        def build(num_evaluations: int) -> LoopGraph:
+            schedule = schedule_of(num_evaluations)
+            graph, _ = build_loop_graph(MODEL, steps(num_evaluations), schedule, draw(3, 4), {})
+            return graph
+
+        build(2)
+        for num_evaluations in (8, 16, 32):
+            work[num_evaluations] = calls_in(lambda e=num_evaluations: nodes.update({e: len(build(e).graph.nodes)}))  # type: ignore[misc]
+    assert nodes[32] - nodes[16] == 2 * (nodes[16] - nodes[8])
+    # A quadratic part of even one call for each pair of evaluations would add (32**2 - 2 * 16**2 + 8**2) = 576 calls.
+    assert abs((work[32] - work[16]) - 2 * (work[16] - work[8])) < 100
