@@ -133,7 +133,7 @@ CONFIGS: tuple[Config, ...] = (
         for dim in (1152, 4096)
         for packed in PACKED
     ),
-    *(Config("cached_residual_norm", dim, 12) for dim in (64, 1000, 5120, 8192)),
+    *(Config("cached_residual_norm", dim, 12) for dim in (1, 64, 1000, 5120, 8192)),
     *(Config("pack_cache", dim, packed=packed) for dim in (1152, 4096, 8192) for packed in PACKED),
 )
 """What ``python -m bench kernel-compile`` compiles, for each target."""

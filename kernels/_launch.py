@@ -324,37 +324,31 @@ class Launch:
 
 @jit
 def tile_position(num_tokens, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return batch, tokens [BLOCK_T] and channels [BLOCK_D] of this program; channels run fastest."""
+    """Return the place of this program: batch, tokens [BLOCK_T], channels [BLOCK_D], and the sizes they end at.
+
+    Channels run fastest.
+    """
     program = tl.program_id(0)
     num_channel_tiles = tl.cdiv(dim, BLOCK_D)
     num_token_tiles = tl.cdiv(num_tokens, BLOCK_T)
     channels = (program % num_channel_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
     program = program // num_channel_tiles
     tokens = (program % num_token_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    return (program // num_token_tiles).to(tl.int64), tokens, channels.to(tl.int64)
+    return (program // num_token_tiles).to(tl.int64), tokens, channels.to(tl.int64), num_tokens, dim
 
 
 @jit
-def load_tile(
-    operands,
-    batch,
-    tokens,
-    channels,
-    num_tokens,
-    dim,
-    AT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Load the operand that begins at ``operands[AT]`` in float32: [BLOCK_T, BLOCK_D], zero outside."""
+def load_tile(operand, place, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load an operand in float32: [BLOCK_T, BLOCK_D], zero outside."""
+    batch, tokens, channels, num_tokens, dim = place
     # Pointers are broadcast, values are not: a gate read as [1, BLOCK_D] comes in another register layout than the
     # caches and goes through shared memory, term after term. What threads read twice comes from the L1 cache.
-    pointers = operands[AT] + batch * operands[AT + 1]
+    pointers = operand[0] + batch * operand[1]
     mask = (tokens < num_tokens)[:, None] & (channels < dim)[None, :]
-    if operands[AT + 2] is not None:
-        pointers = pointers + tokens[:, None] * operands[AT + 2]
-    if operands[AT + 3] is not None:
-        pointers = pointers + channels[None, :] * operands[AT + 3]
+    if operand[2] is not None:
+        pointers = pointers + tokens[:, None] * operand[2]
+    if operand[3] is not None:
+        pointers = pointers + channels[None, :] * operand[3]
     tile = tl.load(tl.broadcast_to(pointers, (BLOCK_T, BLOCK_D)), mask=mask, other=0)
     if tile.dtype == tl.uint8:
         return decode_e4m3(tile)
@@ -376,11 +370,7 @@ def add_terms(
     total,
     terms,
     num_terms,
-    batch,
-    tokens,
-    channels,
-    num_tokens,
-    dim,
+    place,
     NUM_TERMS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -388,22 +378,23 @@ def add_terms(
 ):
     """Add the terms to ``total`` [BLOCK_T, BLOCK_D], float32, in the order given.
 
-    Their number comes twice, once unknown to the compiler.
+    Their number comes twice, once unknown to the compiler. The terms are not passed on as a whole: Triton looks at all
+    of a tuple in each call, and 56 terms took eight times as long to compile.
     """
     for first in tl.static_range(0, NUM_TERMS, GROUP):
         # Always true, but unknown to the compiler: it keeps the loads of 56 terms from being hoisted to the front,
         # where they take all registers and spill.
         if first < num_terms:
             for at in tl.static_range(first * TERM_WIDTH, min(first + GROUP, NUM_TERMS) * TERM_WIDTH, TERM_WIDTH):
-                value = load_tile(terms, batch, tokens, channels, num_tokens, dim, at, BLOCK_T, BLOCK_D)
+                value = load_tile(terms[at : at + 4], place, BLOCK_T, BLOCK_D)
                 if terms[at + 4] is not None:
-                    value *= load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 4, BLOCK_T, BLOCK_D)
+                    value *= load_tile(terms[at + 4 : at + 8], place, BLOCK_T, BLOCK_D)
                 if terms[at + 8] is not None:
-                    value *= load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 8, BLOCK_T, BLOCK_D)
+                    value *= load_tile(terms[at + 8 : at + 12], place, BLOCK_T, BLOCK_D)
                 if terms[at + 12] is not None:
-                    value += load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 12, BLOCK_T, BLOCK_D)
+                    value += load_tile(terms[at + 12 : at + 16], place, BLOCK_T, BLOCK_D)
                 if terms[at + 16] is not None:
-                    value *= load_tile(terms, batch, tokens, channels, num_tokens, dim, at + 16, BLOCK_T, BLOCK_D)
+                    value *= load_tile(terms[at + 16 : at + 20], place, BLOCK_T, BLOCK_D)
                 if terms[at + 20] is not None:
                     # Inductor passes Python floats as float64.
                     value *= tl.cast(terms[at + 20], tl.float32)
@@ -412,8 +403,9 @@ def add_terms(
 
 
 @jit
-def store_tile(out_ptr, tile, batch, tokens, channels, num_tokens, dim):
+def store_tile(out_ptr, tile, place):
     """Store [BLOCK_T, BLOCK_D] to a contiguous output, rounded to its dtype."""
+    batch, tokens, channels, num_tokens, dim = place
     rows = batch * num_tokens + tokens
     mask = (tokens < num_tokens)[:, None] & (channels < dim)[None, :]
     tl.store(out_ptr + rows[:, None] * dim + channels[None, :], tile.to(out_ptr.dtype.element_ty), mask=mask)

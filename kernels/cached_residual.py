@@ -68,13 +68,11 @@ def _cached_residual_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
+    place = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
-    total = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
-    total = add_terms(
-        total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D
-    )
-    store_tile(out_ptr, total, batch, tokens, channels, num_tokens, dim)
+    total = load_tile(x, place, BLOCK_T, BLOCK_D)
+    total = add_terms(total, terms, num_terms, place, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D)
+    store_tile(out_ptr, total, place)
 
 
 def plan_cached_residual(x: Tensor, terms: Terms, out: Tensor) -> list[Launch]:

@@ -101,31 +101,29 @@ def _cached_residual_norm_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
+    place = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
-    total = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
-    total = add_terms(
-        total, terms, num_terms, batch, tokens, channels, num_tokens, dim, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D
-    )
-    store_tile(stream_ptr, total, batch, tokens, channels, num_tokens, dim)
+    total = load_tile(x, place, BLOCK_T, BLOCK_D)
+    total = add_terms(total, terms, num_terms, place, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D)
+    store_tile(stream_ptr, total, place)
     # A launch that further terms follow has no norm.
     if normed_ptr is not None:
         normed = total.to(stream_ptr.dtype.element_ty).to(tl.float32)
-        size = dim.to(tl.float32)
+        size = tl.cast(dim, tl.float32)
         if LAYER:
             mean = tl.sum(normed, axis=1) / size
-            normed = tl.where((channels < dim)[None, :], normed - mean[:, None], 0.0)
+            normed = tl.where((place[2] < dim)[None, :], normed - mean[:, None], 0.0)
         square = tl.sum(normed * normed, axis=1) / size
         normed = normed * (1.0 / tl.sqrt_rn(square + tl.cast(eps, tl.float32)))[:, None]
         if affine[0] is not None:
-            normed *= load_tile(affine, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
+            normed *= load_tile(affine[0:4], place, BLOCK_T, BLOCK_D)
         if affine[4] is not None:
-            normed += load_tile(affine, batch, tokens, channels, num_tokens, dim, 4, BLOCK_T, BLOCK_D)
+            normed += load_tile(affine[4:8], place, BLOCK_T, BLOCK_D)
         if affine[8] is not None:
-            normed *= 1.0 + load_tile(affine, batch, tokens, channels, num_tokens, dim, 8, BLOCK_T, BLOCK_D)
+            normed *= 1.0 + load_tile(affine[8:12], place, BLOCK_T, BLOCK_D)
         if affine[12] is not None:
-            normed += load_tile(affine, batch, tokens, channels, num_tokens, dim, 12, BLOCK_T, BLOCK_D)
-        store_tile(normed_ptr, normed, batch, tokens, channels, num_tokens, dim)
+            normed += load_tile(affine[12:16], place, BLOCK_T, BLOCK_D)
+        store_tile(normed_ptr, normed, place)
 
 
 def plan_norm(

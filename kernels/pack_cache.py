@@ -70,21 +70,22 @@ def _pack_cache_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    batch, tokens, channels = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
+    place = tile_position(num_tokens, dim, BLOCK_T, BLOCK_D)
     # [BLOCK_T, BLOCK_D]
-    values = load_tile(x, batch, tokens, channels, num_tokens, dim, 0, BLOCK_T, BLOCK_D)
+    values = load_tile(x, place, BLOCK_T, BLOCK_D)
     # [BLOCK_T]
     scale = tl.maximum(tl.max(tl.abs(values), axis=1) * (1.0 / LARGEST_VALUE), SMALLEST)
-    tl.store(scale_ptr + batch * num_tokens + tokens, scale, mask=tokens < num_tokens)
+    rows = place[0] * num_tokens + place[1]
+    tl.store(scale_ptr + rows, scale, mask=place[1] < num_tokens)
     # The usual division may be two units off, and that is another byte here and there.
     quotient = tl.div_rn(values, tl.broadcast_to(scale[:, None], (BLOCK_T, BLOCK_D)))
     quotient = tl.minimum(tl.maximum(quotient, -LARGEST_VALUE), LARGEST_VALUE)
     if FP8:
-        store_tile(q_ptr, _encode_e4m3(quotient), batch, tokens, channels, num_tokens, dim)
+        store_tile(q_ptr, _encode_e4m3(quotient), place)
     else:
         # Adding 1.5 * 2^23 leaves no bits below 1: the sum is rounded to the nearest integer, ties to even.
         rounded = (quotient + 12582912.0) - 12582912.0
-        store_tile(q_ptr, rounded.to(tl.int32), batch, tokens, channels, num_tokens, dim)
+        store_tile(q_ptr, rounded.to(tl.int32), place)
 
 
 @jit

@@ -21,6 +21,8 @@ BOUNDED = [
     *(Config("pack_cache", dim, packed=packed) for dim in WIDTHS for packed in PACKED),
     Config("cached_residual", 1152, 56, batch=2),
     Config("cached_residual", 4096, 12, dtype=torch.float32),
+    # A size of 1 is a constant to the compiler, which has no methods.
+    Config("cached_residual_norm", 1, 5),
 ]
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, not compiled")
