@@ -83,15 +83,22 @@ def _groups(nodes: list[Node], early: set[Node]) -> Iterator[_Group]:
     ready: set[Node] = set()
     for node in nodes:
         evaluation = evaluation_of(node)
-        if node.op != "call_function" or evaluation is None or node in early or draws_random_numbers(node):
+        if evaluation is None or node in early or not _is_light(node):
             continue
         if all(a in early or a in ready or _is_before(a, evaluation) for a in node.all_input_nodes):
             ready.add(node)
     for node in nodes:
         if node in ready and not all(user in ready for user in node.users):
             yield _Group(tuple(sorted(_tree(node, ready))))
-        elif node in ahead and node not in ready and node not in early and not draws_random_numbers(node):
+        elif node in ahead and node not in ready and node not in early and _is_light(node):
             yield _Group((node,))
+
+
+def _is_light(node: Node) -> bool:
+    """Tell whether a node is elementwise arithmetic or a view; a product is done in the evaluation it belongs to."""
+    if not isinstance(node.target, OpOverload) or draws_random_numbers(node):
+        return False
+    return node.target.is_view or torch.Tag.pointwise in node.target.tags
 
 
 def _is_before(argument: Node, evaluation: int) -> bool:

@@ -246,6 +246,28 @@ def test_gates_stay_where_a_value_is_read_alone_as_well() -> None:
     assert "is also read by" in reasons
 
 
+class Restart(nn.Module):
+    """What follows the first sublayer looks at its output only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(DIM, DIM)
+        self.second = nn.Linear(DIM, DIM)
+        self.third = nn.Linear(DIM, DIM)
+
+    def forward(self, x_BD: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        a_BD = self.first(x_BD)
+        result: Tensor = x_BD - self.third(t_B[:, None] * a_BD + self.second(a_BD))
+        return result
+
+
+def test_a_matrix_product_stays_in_its_evaluation_even_if_its_operands_were_kept() -> None:
+    sampler = compiled(Restart(), {"first": [1, 0], "second": [1, 0]}, "bitwise")
+    assert sampler._latest is not None
+    products = sampler._latest.graph.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert [node.meta["evaluation"] for node in products] == [0, 0, 0, 1]
+
+
 class GatedByLatent(nn.Module):
     """The gate looks at the latent, so it does not exist before its evaluation."""
 
