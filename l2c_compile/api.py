@@ -9,13 +9,14 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, passes_for
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, num_regions, passes_for
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.cost import NodeTimes
@@ -135,15 +136,20 @@ class Program:
 
     graph: LoopGraph
     passes: list[PassRun]
-    module: fx.GraphModule
     run: Callable[..., Sequence[object]]
-    """The module, through the backend."""
+    """The graph, through the backend."""
     inputs: CallSignature
     """The form of ``(noise, conditions)``."""
     weights: object
     """Dtypes and devices of the denoiser's parameters, and which of them are one."""
     versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Identity, memory and version of the weights that constants were folded from, when they were folded."""
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph as a module, flat; made when it is first asked for, unless the backend made it."""
+        is_flat = isinstance(self.run, fx.GraphModule) and num_regions(self.run) == 0
+        return self.run if is_flat else self.graph.module()  # type: ignore[return-value]
 
 
 class CompiledSampler(nn.Module):
@@ -278,7 +284,7 @@ class CompiledSampler(nn.Module):
         for program in self._programs.values():
             for folded in program.graph.folded:
                 for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
-                    getattr(program.module, name).copy_(value)
+                    program.graph.root.get_buffer(name).copy_(value)
             program.versions = _weight_versions(program.graph)
 
     def save(
@@ -335,9 +341,8 @@ class CompiledSampler(nn.Module):
             graph, passes = build_loop_graph(
                 self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
             )
-        module = graph.module()
-        run = lower_to_backend(graph, module, self.backend, self._progress or _silent)
-        return Program(graph, passes, module, run, inputs, self._weights(), _weight_versions(graph))
+        run = lower_to_backend(graph, self.backend, self._progress or _silent)
+        return Program(graph, passes, run, inputs, self._weights(), _weight_versions(graph))
 
     def _form(self, inputs: CallSignature) -> object:
         """Return what a program is specialised on."""
@@ -366,6 +371,7 @@ class CompiledSampler(nn.Module):
         self._known = [program for program in self._known if program.weights == weights]
         for program in self._known:
             _check_fresh(program)
+            _ = program.module  # made here: Dynamo could not trace how
 
     def _weights(self) -> object:
         names: dict[nn.Parameter, list[str]] = {}

@@ -8,11 +8,14 @@ any other     ``torch.compile(graph, backend=..., fullgraph=True)`` of the flat 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.async_compile import AsyncCompile
 
 from l2c_compile.capture import TensorSpec
 from l2c_compile.errors import BackendError, nearest
@@ -57,22 +60,21 @@ def passes_for(backend: Backend, numerics: str | None, without: Collection[str])
     return LOOP.within(words[numerics or ("bitwise" if backend == EAGER else "rounding")]).without(without)
 
 
-def lower_to_backend(
-    graph: LoopGraph, module: fx.GraphModule, backend: Backend, progress: Progress
-) -> Callable[..., Sequence[object]]:
-    """Return a callable that computes what ``module`` computes, through ``backend``.
+def lower_to_backend(graph: LoopGraph, backend: Backend, progress: Progress) -> Callable[..., Sequence[object]]:
+    """Return a callable that computes what ``graph`` computes, through ``backend``.
 
     Args:
         graph: the finished loop graph; it is not changed.
-        module: the same as a module.
         backend: what runs it.
         progress: told which region is compiled.
     """
     if backend == EAGER:
-        return module
+        return graph.module()
     if backend == INDUCTOR:
         return _compile_regions(graph.copy(), progress)
-    compiled: Callable[..., Sequence[object]] = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    compiled: Callable[..., Sequence[object]] = torch.compile(
+        graph.module(), backend=backend, fullgraph=True, dynamic=False
+    )
     return compiled
 
 
@@ -80,9 +82,10 @@ def _compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
     """Compile each distinct region with Inductor; return the loop that calls them."""
     REGIONS.run(graph)
     bodies = {name: body for name, body in graph.root.named_children() if isinstance(body, fx.GraphModule)}
-    for number, (name, body) in enumerate(bodies.items(), start=1):
-        progress(f"compile region {number} of {len(bodies)}")
-        setattr(graph.root, name, _CompiledRegion(body))
+    with _kernels_compiled_together(_runs_on_cpu(graph)):
+        for number, (name, body) in enumerate(bodies.items(), start=1):
+            progress(f"compile region {number} of {len(bodies)}")
+            setattr(graph.root, name, _CompiledRegion(body))
     for call in graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
         body, name, *operands = call.args
         with graph.graph.inserting_before(call):
@@ -91,6 +94,39 @@ def _compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
         graph.graph.erase_node(call)
         graph.graph.erase_node(body)
     return graph.module()
+
+
+def _runs_on_cpu(graph: LoopGraph) -> bool:
+    return all(node.meta["val"].device.type == "cpu" for node in graph.graph.find_nodes(op="placeholder"))
+
+
+@contextmanager
+def _kernels_compiled_together(enabled: bool) -> Iterator[None]:
+    """Wait for Inductor's C++ kernels once for all regions, not after each: the compiler then never idles.
+
+    Inductor starts a kernel's compilation in the background and waits for it when the region's code is loaded; nothing
+    needs the kernel before the first call. Only this thread's waits are put off. On other devices Inductor may run
+    kernels while it compiles, so there it waits as usual.
+    """
+    if not enabled:
+        yield
+        return
+    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    wait, owner = AsyncCompile.wait, threading.get_ident()
+
+    def put_off(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() == owner:
+            waiting.append((self, scope))
+        else:
+            wait(self, scope)
+
+    AsyncCompile.wait = put_off  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AsyncCompile.wait = wait  # type: ignore[method-assign]
+    for compiler, scope in waiting:
+        wait(compiler, scope)
 
 
 def num_regions(run: object) -> int:

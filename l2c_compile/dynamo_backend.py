@@ -64,7 +64,7 @@ def l2c(
     # What is folded and compiled here has nothing to do with Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
         passes.run(loop.graph)
-        run = lower_to_backend(loop.graph, loop.graph.module(), backend, _silent)
+        run = lower_to_backend(loop.graph, backend, _silent)
     positions = loop.positions
 
     @torch.no_grad()

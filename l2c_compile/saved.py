@@ -207,7 +207,7 @@ def load(
     except VerificationError as error:
         raise FileFormatError(f"the graph is none that l2c_compile makes: {error}") from error
     module = graph.module()
-    run = lower_to_backend(graph, module, backend, progress or (lambda what: None))
+    run = lower_to_backend(graph, backend, progress or (lambda what: None))
     return LoadedSampler(manifest, inputs, graph, module, run)
 
 

@@ -188,9 +188,9 @@ assert not any("test_saved" in name for name in sys.modules)
     ) -> None:
         graphs: list[LoopGraph] = []
 
-        def keep(graph: LoopGraph, module: nn.Module, *rest: object) -> nn.Module:
+        def keep(graph: LoopGraph, *rest: object) -> nn.Module:
             graphs.append(graph)
-            return module
+            return graph.module()
 
         monkeypatch.setattr(saved_module, "lower_to_backend", keep)
         load(saved, backend="inductor")
