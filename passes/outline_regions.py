@@ -3,10 +3,12 @@
     n0 = layer_norm(x); f0 = linear(n0, W0); y = add(x, f0);      y = invoke_subgraph(region_0, "region_0", x, W0)
     n1 = layer_norm(y); f1 = linear(n1, W1); z = add(y, f1)   ->  z = invoke_subgraph(region_0, "region_0", y, W1)
 
-50 evaluations of 28 blocks are 1400 copies of a handful of block variants: computed or skipped, kept for later or not.
-Where a part begins and ends is read from the module paths (a numbered module, as in ``blocks.3``, is a part; what lies
-between is one, too). Which parts are equal is decided by structure alone: the same operations on the same shapes in
-the same order. Weights, conditions and cached values are operands.
+50 evaluations of 28 blocks are 1400 copies of a handful of variants: computed or skipped, kept for later or not.
+Where a part begins and ends is read from the module paths (a numbered module, as in ``blocks.3``, is a part; what
+lies between is one, too), and inside it from the dataflow: where a single tensor is all that goes on, as between the
+attention and the MLP of a block, it is cut in two. So the variants of attention and those of the MLP add up instead
+of multiplying. Which parts are equal is decided by structure alone: the same operations on the same shapes in the
+same order. Weights, conditions and cached values are operands.
 """
 
 from __future__ import annotations
@@ -14,13 +16,23 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, argument_key, draws_random_numbers, module_path, packet_of
+from l2c_compile.graph import (
+    LoopGraph,
+    ProgramGraph,
+    argument_key,
+    draws_random_numbers,
+    emit,
+    evaluation_of,
+    module_path,
+    packet_of,
+)
+from l2c_compile.liveness import cache_work
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -50,7 +62,10 @@ class OutlineRegions(Pass):
         assert isinstance(program, LoopGraph)
         report = PassReport()
         bodies: dict[object, str] = {}
-        for part in list(self._parts(program.graph)):
+        early = program.known_before_the_loop()
+        _sink(program.graph, early)
+        aside = early | cache_work(program.graph.nodes)
+        for part in list(self._parts(program.graph, aside)):
             form = _Form(part)
             if not form.outputs:
                 report.left_alone[part[0].name] = "computes nothing that anybody uses"
@@ -62,7 +77,7 @@ class OutlineRegions(Pass):
             report.rewrites += 1
         return report
 
-    def _parts(self, graph: fx.Graph) -> Iterator[list[Node]]:
+    def _parts(self, graph: fx.Graph, aside: set[Node]) -> Iterator[list[Node]]:
         """Yield the runs of nodes to outline, in order."""
         light: list[list[Node]] = []
         for key, part in _neighbours(graph):
@@ -72,7 +87,7 @@ class OutlineRegions(Pass):
             yield from self._join(light)
             light = []
             if key is not None:
-                yield part
+                yield from _cut(part, aside)
         yield from self._join(light)
 
     def _join(self, light: list[list[Node]]) -> Iterator[list[Node]]:
@@ -147,6 +162,66 @@ def _replace(graph: fx.Graph, part: list[Node], form: _Form, name: str) -> None:
         output.replace_all_uses_with(after)
     for node in reversed(part):
         graph.erase_node(node)
+
+
+def _sink(graph: fx.Graph, early: set[Node]) -> None:
+    """Move what is known before the loop to its first user, so that it crosses no cut.
+
+    A split is made into one slice for each user first: it is one node with many users in many places.
+    """
+    for split in graph.find_nodes(op="call_function", target=aten.split.Tensor):
+        if split not in early or evaluation_of(split) is None:
+            continue
+        source, size, *dims = split.args
+        assert isinstance(size, int)
+        dim = dims[0] if dims else split.kwargs.get("dim", 0)
+        for getitem in list(split.users):
+            start = cast(int, getitem.args[1]) * size
+            with graph.inserting_before(getitem):
+                piece = emit(graph, aten.slice.Tensor, (source, dim, start, start + size), evaluation_of(split))
+            piece.meta["nn_module_stack"] = getitem.meta.get("nn_module_stack", {})
+            early.add(piece)
+            getitem.replace_all_uses_with(piece)
+            graph.erase_node(getitem)
+        graph.erase_node(split)
+    for node in reversed(list(graph.nodes)):
+        if node in early and node.op == "call_function" and evaluation_of(node) is not None:
+            first = min(node.users)
+            if evaluation_of(first) == evaluation_of(node):
+                first.prepend(node)
+
+
+def _cut(part: list[Node], aside: set[Node]) -> Iterator[list[Node]]:
+    """Yield the pieces of a part: a cut where one tensor goes on, and both sides have a matrix product.
+
+    What is known before the loop, or made for later evaluations (``aside``), does not count.
+    """
+    evaluation = evaluation_of(part[0])
+    index = {node: position for position, node in enumerate(part)}
+    last_heavy = max(position for node, position in index.items() if packet_of(node) in _HEAVY)
+    # Living values at each position: what this evaluation makes or is given, from there to its last use in it.
+    born: dict[int, list[Node]] = {}
+    dies: dict[int, list[Node]] = {}
+    arguments = (argument for user in part for argument in user.all_input_nodes)
+    for node in dict.fromkeys([*part, *arguments]):
+        if node in aside or evaluation_of(node) not in (None, evaluation):
+            continue
+        last = max((index[user] for user in node.users if user in index), default=-1)
+        if node in index and any(u not in index and evaluation_of(u) in (None, evaluation) for u in node.users):
+            last = len(part)
+        born.setdefault(index.get(node, -1), []).append(node)
+        dies.setdefault(last, []).append(node)
+    alive = set(born.get(-1, ()))
+    piece: list[Node] = []
+    is_heavy = False
+    for position, node in enumerate(part):
+        piece.append(node)
+        is_heavy = is_heavy or packet_of(node) in _HEAVY
+        alive = (alive | set(born.get(position, ()))) - set(dies.get(position, ()))
+        if is_heavy and position < last_heavy and len(alive) == 1 and isinstance(next(iter(alive)).meta["val"], Tensor):
+            yield piece
+            piece, is_heavy = [], False
+    yield piece
 
 
 _Key = tuple[int, str]
