@@ -169,3 +169,31 @@ def test_a_smaller_limit_cuts_runs_of_skipped_blocks_shorter() -> None:
     UNMERGED.run(flat)
     wide, narrow = flat.copy(), flat.copy()
     assert OutlineRegions(1).run(narrow).rewrites == OutlineRegions(8).run(wide).rewrites + 3
+
+
+def test_a_block_is_cut_where_one_tensor_goes_on() -> None:
+    _, graph, _ = outlined(full(2))
+    attentions = [b for b in bodies(graph) if any("scaled_dot_product" in str(n.target) for n in b.graph.nodes)]
+    activations = [b for b in bodies(graph) if any("gelu" in str(n.target) for n in b.graph.nodes)]
+    assert attentions
+    assert activations
+    assert not set(attentions) & set(activations)
+
+
+def test_variants_of_attention_and_mlp_add_up() -> None:
+    # Attention computed or kept, times MLP computed or kept: four blocks that all differ, made of two and two.
+    rows = {
+        "blocks.0.attn": [1, 1],
+        "blocks.0.mlp": [1, 1],
+        "blocks.1.attn": [1, 0],
+        "blocks.1.mlp": [1, 1],
+        "blocks.2.attn": [1, 1],
+        "blocks.2.mlp": [1, 0],
+        "blocks.3.attn": [1, 0],
+        "blocks.3.mlp": [1, 0],
+    }
+    flat, graph, _ = outlined(rows, 4, UNMERGED)
+    assert torch.equal(run(graph, *INPUTS)[0], run(flat, *INPUTS)[0])
+    attentions = [b for b in bodies(graph) if any("scaled_dot_product" in str(n.target) for n in b.graph.nodes)]
+    # Computed, kept, and the first block's, whose tokens still have the memory layout of the patches.
+    assert len(attentions) == 3
