@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor.async_compile import AsyncCompile
 
 from l2c_compile.capture import TensorSpec
 from l2c_compile.errors import BackendError, nearest
@@ -111,6 +110,9 @@ def _kernels_compiled_together(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
+    # Imported here: not everyone who imports the package waits for Inductor.
+    from torch._inductor.async_compile import AsyncCompile
+
     waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
     wait, owner = AsyncCompile.wait, threading.get_ident()
 
