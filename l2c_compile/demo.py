@@ -121,7 +121,8 @@ def run_demo(console: Console, *, out: Path, steps: int = 20, per_class: int = 1
     console.print()
     num_nodes = len(cached.graph_module.graph.nodes)
     _say(console, f"the cached loop as one static graph: {num_nodes} nodes, made in {graph_s:.1f} s;")
-    _say(console, f"  {cached.summary().in_short()}")
+    for total in cached.summary().in_short().split("; "):
+        _say(console, f"  {total}")
     change = float((torch.cat(sides[3].images) - torch.cat(sides[1].images)).abs().mean())
     _say(console, f"caching moves a pixel by {change:.3f} on average, on a scale from -1 to 1")
     path = out / "digits.png"

@@ -196,7 +196,8 @@ def schedule_of(router: object, threshold: float | None = None) -> CacheSchedule
         return router.schedule(threshold)
     if not isinstance(router, CacheSchedule):
         raise ScheduleError(
-            f"wanted a Router or a CacheSchedule, got {type(router).__name__}; load_schedule_file reads one from a file"
+            f"l2c_compile wants a Router or a CacheSchedule, got {type(router).__name__};"
+            " load_schedule_file reads one from a file"
         )
     if threshold is not None:
         raise ScheduleError("a schedule has no scores for a threshold to cut; give the router it came from")
