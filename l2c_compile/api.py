@@ -155,7 +155,10 @@ class Program:
 class CompiledSampler(nn.Module):
     """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.
 
-    Holds no state between calls. Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
+    Holds no state between calls, so threads may sample at once; but no form may be captured while another thread
+    samples or uses the model, because torch.export swaps its weights meanwhile: capture first.
+
+    Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
     ``load_state_dict`` reach its weights; after changing weights in place call ``refresh``.
 
     ``torch.compile(sampler, fullgraph=True)`` takes the static graph into its own, for every form that was captured
@@ -222,16 +225,15 @@ class CompiledSampler(nn.Module):
     def capture(self, noise: object, **conditions: object) -> Program:
         """Return the program for this form of input, building it if there is none yet; nothing is sampled."""
         inputs = _form_of(noise, conditions)
-        form = self._form(inputs)
-        program = self._programs.get(form)
-        if program is None:
-            with self._lock:
-                program = self._programs.get(form)
-                if program is None:
-                    program = self._build(inputs, noise, conditions)
-                    self._programs[form] = program
-                    self._known = list(reversed(self._programs.values()))
-        self._latest = program
+        # Also around the form: while another thread captures, torch.export puts fake weights into the model.
+        with self._lock:
+            form = self._form(inputs)
+            program = self._programs.get(form)
+            if program is None:
+                program = self._build(inputs, noise, conditions)
+                self._programs[form] = program
+                self._known = list(reversed(self._programs.values()))
+            self._latest = program
         return program
 
     @property
