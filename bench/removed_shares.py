@@ -6,7 +6,6 @@ The numbers are facts of the files, so any other value means that an importer re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rich.progress import Progress
 
 from bench.cases import BenchError
 from bench.report import Row
+from bench.workloads import routers_folder
 from l2c_compile.importers import import_l2c_dit, import_smoothcache, load_schedule_file
 from l2c_compile.router import Router
 
@@ -31,7 +31,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """
     if len(args) > 1:
         raise BenchError(f"removed-shares wants at most one folder, got {' '.join(args)}")
-    folder = Path(args[0]) if args else _default_folder()
+    folder = Path(args[0]) if args else routers_folder()
     for name in (*_ROUTERS, _COPY):
         if not (folder / name).is_file():
             raise BenchError(f"removed-shares wants {name} in {folder}; name the folder of the published files")
@@ -43,11 +43,6 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     rows.append(_agreement(folder))
     progress.advance(task)
     return rows
-
-
-def _default_folder() -> Path:
-    root = Path(__file__).resolve().parent.parent
-    return Path(os.environ.get("L2C_SHARED", root.parent / "shared")) / "routers"
 
 
 def _removed(path: Path) -> Row:

@@ -15,7 +15,7 @@ from l2c_compile.importers import import_l2c_dit, import_l2c_uvit
 from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance, Loop
 from l2c_compile.models import DiT, UViT
 
-__all__ = ["Workload", "dit_workload", "published_router", "scaled_to_depth", "uvit_workload"]
+__all__ = ["Workload", "dit_workload", "published_router", "routers_folder", "scaled_to_depth", "uvit_workload"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,19 @@ class Workload:
         return CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
 
 
+def routers_folder() -> Path:
+    """Return where the published routers are: in ``../shared`` beside the checkout, or in ``$L2C_SHARED``."""
+    root = Path(__file__).resolve().parent.parent
+    return Path(os.environ.get("L2C_SHARED", root.parent / "shared")) / "routers"
+
+
 def published_router(name: str) -> Router:
     """Read a published router from ``../shared/routers`` (or ``$L2C_SHARED/routers``).
 
     Raises:
         BenchError: it is not there.
     """
-    root = Path(__file__).resolve().parent.parent
-    path = Path(os.environ.get("L2C_SHARED", root.parent / "shared")) / "routers" / name
+    path = routers_folder() / name
     if not path.is_file():
         raise BenchError(f"this bench wants the published router {name} in {path.parent}; set L2C_SHARED to its folder")
     return import_l2c_uvit(path) if "dpm" in name else import_l2c_dit(path)

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, num_regions, passes_for
-from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
+from l2c_compile.backend import (
+    EAGER,
+    Backend,
+    Progress,
+    check_backend,
+    lower_to_backend,
+    num_regions,
+    passes_for,
+    silent,
+)
+from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist, tensors_in
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.cost import NodeTimes
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
@@ -98,7 +107,7 @@ def build_loop_graph(
     progress: Progress | None = None,
 ) -> tuple[LoopGraph, list[PassRun]]:
     """Return the loop as one static graph, and what the passes did."""
-    say = progress or _silent
+    say = progress or silent
     evaluations: dict[CallSignature, EvaluationGraph] = {}
     read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
 
@@ -219,7 +228,7 @@ class CompiledSampler(nn.Module):
             _check_fresh(program)
             run = program.run
         with torch.no_grad():
-            leaves = run(*_tensors((noise, conditions)))
+            leaves = run(*tensors_in((noise, conditions)))
         return tree_unflatten(list(leaves), program.graph.out_spec)
 
     def capture(self, noise: object, **conditions: object) -> Program:
@@ -343,7 +352,7 @@ class CompiledSampler(nn.Module):
             graph, passes = build_loop_graph(
                 self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
             )
-        run = lower_to_backend(graph, self.backend, self._progress or _silent)
+        run = lower_to_backend(graph, self.backend, self._progress or silent)
         return Program(graph, passes, run, inputs, self._weights(), _weight_versions(graph))
 
     def _form(self, inputs: CallSignature) -> object:
@@ -385,7 +394,7 @@ class CompiledSampler(nn.Module):
 
     def _check_devices(self, noise: object, conditions: Mapping[str, object]) -> None:
         weights = {w.device for w in self.model.parameters()}
-        given = {x.device for x in _tensors((noise, dict(conditions)))}
+        given = {x.device for x in tensors_in((noise, dict(conditions)))}
         if len(weights) == 1 and not given <= weights:
             (device,) = weights
             stray = ", ".join(sorted(str(d) for d in given - weights))
@@ -399,20 +408,12 @@ class CompiledSampler(nn.Module):
         return self._latest
 
 
-def _silent(what: str) -> None:
-    """Tell nobody."""
-
-
 _PER_PROCESS = frozenset({"_programs", "_known", "_latest", "_lock"})
 
 
 def _form_of(noise: object, conditions: Mapping[str, object]) -> CallSignature:
     leaves, spec = tree_flatten((noise, dict(conditions)))
     return CallSignature(spec, tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def _weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int, int]]:

@@ -22,7 +22,17 @@ from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.pipeline import LOOP, REGIONS
 
-__all__ = ["EAGER", "INDUCTOR", "Backend", "Progress", "check_backend", "lower_to_backend", "num_regions", "passes_for"]
+__all__ = [
+    "EAGER",
+    "INDUCTOR",
+    "Backend",
+    "Progress",
+    "check_backend",
+    "lower_to_backend",
+    "num_regions",
+    "passes_for",
+    "silent",
+]
 
 EAGER = "eager"
 INDUCTOR = "inductor"
@@ -32,6 +42,10 @@ Backend = str | Callable[..., object]
 
 Progress = Callable[[str], None]
 """Told what the compiler is about to do, in a few words."""
+
+
+def silent(what: str) -> None:
+    """Tell nobody: the progress of who wants none."""
 
 
 def check_backend(backend: Backend) -> None:

@@ -32,7 +32,7 @@ from l2c_compile.graph import (
 )
 from l2c_compile.sites import Site
 
-__all__ = ["CallSignature", "StaticValue", "TensorSpec", "capture", "check_sites_exist"]
+__all__ = ["CallSignature", "StaticValue", "TensorSpec", "capture", "check_sites_exist", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -221,14 +221,14 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
                             " another rule"
                         )
                     args = (SITE(args[0], str(site), INPUT_PORT, -1), *args[1:])
-            versions[path] = [tensor._version for tensor in _tensors(args)]
+            versions[path] = [tensor._version for tensor in tensors_in(args)]
             return args
 
         return hook
 
     def mark_output(path: str, wanted: list[Site]) -> Callable[..., object]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
-            inputs = _tensors(args)
+            inputs = tensors_in(args)
             here = [site for site in wanted if site.call == calls[path]]
             if here and versions[path] != [tensor._version for tensor in inputs]:
                 raise CaptureError(
@@ -261,7 +261,8 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
         yield
 
 
-def _tensors(tree: object) -> list[Tensor]:
+def tensors_in(tree: object) -> list[Tensor]:
+    """Return the tensors of a nested container, in order."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 

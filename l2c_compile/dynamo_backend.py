@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from l2c_compile.backend import INDUCTOR, Backend, check_backend, lower_to_backend, passes_for
+from l2c_compile.backend import INDUCTOR, Backend, check_backend, lower_to_backend, passes_for, silent
 from l2c_compile.dynamo_graph import loop_graph_of
 from l2c_compile.errors import L2CError, ScheduleError, nearest
 from l2c_compile.importers import load_schedule_file
@@ -64,7 +64,7 @@ def l2c(
     # What is folded and compiled here has nothing to do with Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
         passes.run(loop.graph)
-        run = lower_to_backend(loop.graph, backend, _silent)
+        run = lower_to_backend(loop.graph, backend, silent)
     positions = loop.positions
 
     @torch.no_grad()
@@ -82,7 +82,3 @@ def _schedule(router: object, threshold: float | None) -> CacheSchedule:
     if isinstance(router, (str, os.PathLike)):
         router = load_schedule_file(router)
     return schedule_of(router, threshold)
-
-
-def _silent(what: str) -> None:
-    """Tell nobody."""

@@ -52,6 +52,7 @@ __all__ = [
     "emit",
     "evaluation_of",
     "expression",
+    "form_of",
     "infer",
     "module_path",
     "num_bytes",
@@ -345,6 +346,12 @@ def _arguments(node: Node) -> dict[str, Argument]:
     given.update(zip((argument.name for argument in schema), node.args, strict=False))
     given.update(node.kwargs)
     return given
+
+
+def form_of(node: Node) -> object:
+    """Return shape, dtype and device of the tensor that a node makes; None where it makes none."""
+    value = node.meta.get("val")
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def num_bytes(node: Node) -> int:

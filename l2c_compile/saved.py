@@ -36,7 +36,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from l2c_compile.archive import Archive
-from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, silent
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec
 from l2c_compile.errors import BackendError, FileFormatError, InputFormError, SaveError, VerificationError
 from l2c_compile.exported import compile_ahead_of_time, root_tensor, to_exported_program
@@ -207,7 +207,7 @@ def load(
     except VerificationError as error:
         raise FileFormatError(f"the graph is none that l2c_compile makes: {error}") from error
     module = graph.module()
-    run = lower_to_backend(graph, backend, progress or (lambda what: None))
+    run = lower_to_backend(graph, backend, progress or silent)
     return LoadedSampler(manifest, inputs, graph, module, run)
 
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, evaluation_of
+from l2c_compile.graph import LoopGraph, ProgramGraph, evaluation_of, form_of
 from l2c_compile.passes.base import Numerics, Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -103,7 +102,7 @@ def _split(node: Node, early: set[Node]) -> tuple[Node, _Term] | None:
         return None
     a, b = node.args
     for rest, added in ((a, b), (b, a)):
-        if not isinstance(rest, Node) or not isinstance(added, Node) or _form(rest) != _form(node):
+        if not isinstance(rest, Node) or not isinstance(added, Node) or form_of(rest) != form_of(node):
             continue
         term = _term(added, node, early)
         if term is not None:
@@ -117,7 +116,7 @@ def _term(added: Node, addition: Node, early: set[Node]) -> _Term | None:
     current = added
     while True:
         made = evaluation_of(current)
-        if made is None or reader is None or current in early or _form(current) != _form(addition):
+        if made is None or reader is None or current in early or form_of(current) != form_of(addition):
             return None
         if made < reader:
             return _Term(current, tuple(reversed(products)))
@@ -128,11 +127,6 @@ def _term(added: Node, addition: Node, early: set[Node]) -> _Term | None:
             return None
         products.append(current)
         current = factors[0]
-
-
-def _form(node: Node) -> object:
-    value = node.meta.get("val")
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def _why_not(runs: Sequence[_Run]) -> str | None:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of
+from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, form_of
 from l2c_compile.passes.base import Numerics, Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -96,17 +95,12 @@ def _kept_term(node: Node) -> tuple[Node, Node] | None:
         return None
     a, b = node.args
     for rest, term in ((a, b), (b, a)):
-        if not isinstance(rest, Node) or not isinstance(term, Node) or _form(term) != _form(node):
+        if not isinstance(rest, Node) or not isinstance(term, Node) or form_of(term) != form_of(node):
             continue
         made, read = evaluation_of(term), evaluation_of(node)
-        if made is not None and read is not None and made < read and _form(rest) == _form(node):
+        if made is not None and read is not None and made < read and form_of(rest) == form_of(node):
             return rest, term
     return None
-
-
-def _form(node: Node) -> object:
-    value = node.meta.get("val")
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
 
 
 def _why_not(terms: tuple[Node, ...], runs: list[_Run]) -> str | None:
