@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -52,6 +52,11 @@ class TensorSpec:
     def empty(self) -> Tensor:
         """Return an uninitialised tensor of this description (a fake one under a fake tensor mode)."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def of_copy(self) -> TensorSpec:
+        """Return the description of a copy of such a tensor: its strides have neither gaps nor overlaps."""
+        copy = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta").clone()
+        return replace(self, stride=copy.stride())
 
 
 @dataclass(frozen=True)

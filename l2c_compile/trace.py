@@ -356,7 +356,8 @@ class LoopTracer(fx.proxy.TracerBase):
 
     def _leaf_signature(self, leaf: object) -> object:
         if isinstance(leaf, Tensor):
-            return TensorSpec.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf)
+            # The lowered loop passes a copy, so that no later write reaches it.
+            return TensorSpec.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf).of_copy()
         try:
             hash(leaf)
         except TypeError:

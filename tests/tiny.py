@@ -179,3 +179,16 @@ def unrolled(
     for evaluation in forms.values():
         EVALUATION.run(evaluation)
     return unroll(skeleton, model, schedule)
+
+
+def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
+    """Run the graph and compare the strides of every value with those in its metadata: backends rely on them."""
+
+    class Checked(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and n.op == "call_function":
+                assert value.stride() == n.meta["val"].stride(), n.format_node()
+            return value
+
+    Checked(graph.module()).run(*inputs)

@@ -16,7 +16,7 @@ from l2c_compile import CacheSchedule, Site
 from l2c_compile.api import build_loop_graph
 from l2c_compile.graph import LoopGraph, evaluation_of, site_marks
 from l2c_compile.verify import Fact, check
-from tests.tiny import at, captured_once, draw, residual, run, same_bits, steps, unrolled
+from tests.tiny import assert_strides_as_noted, at, captured_once, draw, residual, run, same_bits, steps, unrolled
 
 MODEL = residual()
 aten = torch.ops.aten
@@ -38,6 +38,17 @@ def test_the_unrolled_graph_equals_the_loop() -> None:
     graph, x = unrolled(MODEL, CacheSchedule.all_compute(3, ["a"]), steps(3), draw(3, 4)), draw(3, 4)
     with torch.no_grad():
         assert same_bits(run(graph, x), [steps(3)(MODEL, x)])
+
+
+def test_strides_are_noted_as_they_are_where_the_loop_passes_views_with_gaps_or_overlaps() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        t = torch.tensor(3.0)
+        for _ in range(2):
+            x = denoiser(torch.cat([x, x], 1)[:, ::2], t.expand(len(x)))
+        return x
+
+    graph = unrolled(MODEL, CacheSchedule.all_compute(2, ["a"]), loop, draw(3, 4))
+    assert_strides_as_noted(graph, draw(3, 4))
 
 
 def test_what_does_not_depend_on_the_latent_is_shared() -> None:
