@@ -54,6 +54,7 @@ __all__ = [
     "expression",
     "form_of",
     "infer",
+    "is_pointwise",
     "module_path",
     "num_bytes",
     "output_list",
@@ -326,6 +327,11 @@ def output_list(graph: fx.Graph) -> list[Argument]:
 def packet_of(node: Node) -> object:
     """Return the operator of a node whatever its overload (``aten.clone``), None where it calls no torch operator."""
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def is_pointwise(node: Node) -> bool:
+    """Tell whether each element of the result depends on one element of each argument only."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def draws_random_numbers(node: Node) -> bool:

@@ -1,8 +1,8 @@
 """Project the conditioning of all evaluations at once, before the loop.
 
-    evaluation 0:  m0 = linear(c0, W); ...            C = cat([c0, c1, ...]); M = linear(C, W)
-    evaluation 1:  m1 = linear(c1, W); ...       ->   evaluation 0:  m0 = M[0:B]; ...
-                                                      evaluation 1:  m1 = M[B:2B]; ...
+    evaluation 0:  s0, g0 = split(linear(c0, W), D)        C = cat([c0, c1, ...]); M = linear(C, W)
+    evaluation 1:  s1, g1 = split(linear(c1, W), D)   ->   s0, s1, ... = split(contiguous(M[:, :D]), B)
+                                                           g0, g1, ... = split(contiguous(M[:, D:]), B)
 
 Timestep and condition are known before the loop starts, so what is computed from them alone need not wait for the
 latent. A modulation weight (6 D^2 of the 18 D^2 of an adaLN block) is then read once instead of once an evaluation,
@@ -11,6 +11,7 @@ and E products with a handful of rows become one. Beyond a memory budget, evalua
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch.fx.node import Node
 
+from l2c_compile.columns import Piece, pieces_of
 from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, num_bytes
 from l2c_compile.passes.base import Numerics, Pass, PassReport
 from l2c_compile.verify import Fact
@@ -93,6 +95,7 @@ class _Batcher:
             for group in groups.values():
                 if len(group) == 1:
                     report.left_alone[group[0].name] = "no other evaluation projects with these weights"
+                    self._deal(group[0], group)
                 else:
                     rewrites += self._batch(group)
         return rewrites
@@ -119,13 +122,46 @@ class _Batcher:
         with self.graph.inserting_before(self.anchor):
             stacked = emit(self.graph, aten.cat.default, (inputs, 0), None)
             product = emit(self.graph, aten.linear.default, (stacked, *rest), None)
-            start = 0
-            for node in group:
-                end = start + node.meta["val"].shape[0]
-                own = emit(self.graph, aten.slice.Tensor, (product, 0, start, end), None)
-                node.replace_all_uses_with(own)
-                start = end
+        self._deal(product, group)
         return len(group)
+
+    def _deal(self, product: Node, group: list[Node]) -> None:
+        """Give each user its columns, and each evaluation its rows of them, in memory of their own.
+
+        All evaluations' vectors then have the same strides, whatever columns were pruned: one region fits them all.
+        """
+        taken = [pieces_of(node) or [] for node in group]
+        batches = [node.meta["val"].shape[0] for node in group]
+        with self.graph.inserting_before(self.anchor):
+            if len(set(map(_columns, taken))) > 1 or not _columns(taken[0]):
+                if len(group) > 1:
+                    for node, own in zip(group, self._split(product, batches), strict=True):
+                        node.replace_all_uses_with(own)
+                return
+            for number, piece in enumerate(taken[0]):
+                value = emit(self.graph, aten.slice.Tensor, (product, -1, piece.low, piece.high), None)
+                value = emit(self.graph, aten.contiguous.default, (value,), None)
+                for dim in piece.unsqueezed:
+                    value = emit(self.graph, aten.unsqueeze.default, (value, dim), None)
+                for pieces, own in zip(taken, self._split(value, batches), strict=True):
+                    pieces[number].node.replace_all_uses_with(own)
+
+    def _split(self, value: Node, batches: list[int]) -> list[Node]:
+        """Return the rows of each evaluation."""
+        parts = emit(self.graph, aten.split_with_sizes.default, (value, batches), None)
+        return [self._get(parts, index) for index in range(len(batches))]
+
+    def _get(self, parts: Node, index: int) -> Node:
+        part = self.graph.call_function(operator.getitem, (parts, index))
+        part.meta.update(val=parts.meta["val"][index], evaluation=None)
+        return part
+
+
+def _columns(pieces: list[Piece]) -> object:
+    """Return which columns are taken in which shape; None where a dimension is put before the batch."""
+    if any(0 in piece.unsqueezed for piece in pieces):
+        return None
+    return tuple((piece.low, piece.high, piece.unsqueezed) for piece in pieces)
 
 
 def _is_projection(node: Node, early: set[Node]) -> bool:

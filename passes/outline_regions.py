@@ -6,15 +6,16 @@
 50 evaluations of 28 blocks are 1400 copies of a handful of variants: computed or skipped, kept for later or not.
 Where a part begins and ends is read from the module paths (a numbered module, as in ``blocks.3``, is a part; what
 lies between is one, too), and inside it from the dataflow: where a single tensor is all that goes on, as between the
-attention and the MLP of a block, it is cut in two. So the variants of attention and those of the MLP add up instead
-of multiplying. Which parts are equal is decided by structure alone: the same operations on the same shapes in the
+attention and the MLP of a block, it is cut in two. What is added of cached values, or summed up for later, is taken
+out of either. So a block is the same two regions whatever the schedule does around it. Which parts are equal is decided by structure alone: the same operations on the same shapes in the
 same order. Weights, conditions and cached values are operands.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
@@ -29,10 +30,11 @@ from l2c_compile.graph import (
     draws_random_numbers,
     emit,
     evaluation_of,
+    is_pointwise,
     module_path,
     packet_of,
 )
-from l2c_compile.liveness import cache_work
+from l2c_compile.liveness import Storages, cache_work
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -61,33 +63,42 @@ class OutlineRegions(Pass):
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         assert isinstance(program, LoopGraph)
         report = PassReport()
-        bodies: dict[object, str] = {}
         early = program.known_before_the_loop()
+        _hoist_views(program, early)
         _sink(program.graph, early)
-        aside = early | cache_work(program.graph.nodes)
-        for part in list(self._parts(program.graph, aside)):
+        forms: list[_Form] = []
+        for part in list(self._parts(program.graph, early, cache_work(program.graph.nodes))):
             form = _Form(part)
-            if not form.outputs:
+            if form.outputs:
+                forms.append(form)
+            else:
                 report.left_alone[part[0].name] = "computes nothing that anybody uses"
-                continue
-            name = bodies.get(form.key)
-            if name is None:
-                name = bodies[form.key] = program.new_region(form.body())
-            _replace(program.graph, part, form, name)
+        outputs: dict[object, set[int]] = {}
+        for form in forms:
+            outputs.setdefault(form.key, set()).update(form.outputs)
+        bodies: dict[object, str] = {}
+        moved: dict[Node, Node] = {}
+        for form in forms:
+            form.operands = [moved.get(operand, operand) for operand in form.operands]
+            returned = sorted(outputs[form.key])
+            if form.key not in bodies:
+                bodies[form.key] = program.new_region(form.body(returned))
+            moved.update(_replace(program.graph, form, returned, bodies[form.key]))
             report.rewrites += 1
         return report
 
-    def _parts(self, graph: fx.Graph, aside: set[Node]) -> Iterator[list[Node]]:
+    def _parts(self, graph: fx.Graph, early: set[Node], ahead: set[Node]) -> Iterator[list[Node]]:
         """Yield the runs of nodes to outline, in order."""
         light: list[list[Node]] = []
-        for key, part in _neighbours(graph):
+        for key, part in list(_neighbours(graph)):
             if key is not None and not any(packet_of(node) in _HEAVY for node in part):
                 light.append(part)
                 continue
             yield from self._join(light)
             light = []
             if key is not None:
-                yield from _cut(part, aside)
+                for piece in _cut(part, early | ahead):
+                    yield from _separate_caches(piece, early, ahead)
         yield from self._join(light)
 
     def _join(self, light: list[list[Node]]) -> Iterator[list[Node]]:
@@ -105,7 +116,8 @@ class _Form:
 
     nodes: list[Node]
     operands: list[Node] = field(default_factory=list)
-    outputs: list[Node] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    """Positions in ``nodes`` of what others use."""
     key: object = None
 
     def __post_init__(self) -> None:
@@ -128,11 +140,13 @@ class _Form:
             for node in self.nodes
         )
         self.operands = list(numbers)
-        self.outputs = [node for node in self.nodes if any(user not in inside for user in node.users)]
-        self.key = (operations, tuple(map(_operand_key, self.operands)), tuple(inside[node] for node in self.outputs))
+        self.outputs = [inside[node] for node in self.nodes if any(user not in inside for user in node.users)]
+        # A product is in memory anyway, so whether it is returned makes no other body: all return it, if one must.
+        fused = tuple(index for index in self.outputs if packet_of(self.nodes[index]) not in _HEAVY)
+        self.key = (operations, tuple(map(_operand_key, self.operands)), fused)
 
-    def body(self) -> fx.GraphModule:
-        """Return the part as a function of its operands that returns the tuple of its outputs."""
+    def body(self, returned: Sequence[int]) -> fx.GraphModule:
+        """Return the part as a function of its operands that returns the tuple of the nodes at these positions."""
         graph = fx.Graph()
         copies: dict[Node, Node] = {}
         for index, operand in enumerate(self.operands):
@@ -140,28 +154,43 @@ class _Form:
             copies[operand].meta["val"] = operand.meta["val"]
         for node in self.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(tuple(copies[node] for node in self.outputs)).meta["val"] = tuple(
-            node.meta["val"] for node in self.outputs
-        )
+        results = [self.nodes[index] for index in returned]
+        graph.output(tuple(copies[node] for node in results)).meta["val"] = tuple(node.meta["val"] for node in results)
         return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def _replace(graph: fx.Graph, part: list[Node], form: _Form, name: str) -> None:
-    """Put a call of region ``name`` in the place of ``part``."""
-    with graph.inserting_after(part[-1]):
+def _replace(graph: fx.Graph, form: _Form, returned: Sequence[int], name: str) -> dict[Node, Node]:
+    """Put a call of region ``name`` in the place of a part; return what stands for each of its outputs now."""
+    moved: dict[Node, Node] = {}
+    with graph.inserting_after(form.nodes[-1]):
         body = graph.create_node("get_attr", name)
     with graph.inserting_after(body):
         call = graph.call_function(torch.ops.higher_order.invoke_subgraph, (body, name, *form.operands))
-    evaluation = part[0].meta.get("evaluation")
-    call.meta.update(evaluation=evaluation, val=tuple(node.meta["val"] for node in form.outputs))
+    results = [form.nodes[index] for index in returned]
+    call.meta.update(evaluation=evaluation_of(form.nodes[0]), val=tuple(node.meta["val"] for node in results))
     after = call
-    for index, output in enumerate(form.outputs):
+    for index, (position, node) in enumerate(zip(returned, results, strict=True)):
+        if position not in form.outputs:
+            continue  # returned for the sake of other calls
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (call, index))
-        after.meta = {key: output.meta[key] for key in ("val", "evaluation", "sites") if key in output.meta}
-        output.replace_all_uses_with(after)
-    for node in reversed(part):
+        after.meta = {key: node.meta[key] for key in ("val", "evaluation", "sites") if key in node.meta}
+        node.replace_all_uses_with(after)
+        moved[node] = after
+    for node in reversed(form.nodes):
         graph.erase_node(node)
+    return moved
+
+
+def _hoist_views(program: LoopGraph, early: set[Node]) -> None:
+    """Take views of what was made before the loop out of the evaluations: no region then depends on what was viewed."""
+    storages = Storages(program.graph.nodes)
+    for node in list(program.graph.nodes):
+        if node in early and node.op == "call_function" and evaluation_of(node) is not None:
+            is_view = storages.base(node) is not node
+            if is_view and all(evaluation_of(source) is None for source in node.all_input_nodes):
+                max(node.all_input_nodes).append(node)
+                node.meta["evaluation"] = None
 
 
 def _sink(graph: fx.Graph, early: set[Node]) -> None:
@@ -224,19 +253,67 @@ def _cut(part: list[Node], aside: set[Node]) -> Iterator[list[Node]]:
     yield piece
 
 
+def _separate_caches(piece: list[Node], early: set[Node], ahead: set[Node]) -> Iterator[list[Node]]:
+    """Yield a piece in three: what first adds cached values to its input, itself, and what adds them to its output.
+
+    Sums that are kept for later evaluations (``ahead``) are of the third. Whether cached values are added, or sums
+    begun or continued, differs from call to call, and each is one pass over memory: on their own they are a few small
+    regions, inside they would make variants of every large one.
+    """
+    evaluation = evaluation_of(piece[0])
+    inside = set(piece)
+    # Made of cached values, and of what is known before the loop, alone. What is more than added up, is the input.
+    cached = {
+        argument
+        for node in piece
+        for argument in node.all_input_nodes
+        if argument not in inside and argument not in early and evaluation_of(argument) not in (None, evaluation)
+        if all(is_pointwise(user) for user in argument.users if user in inside)
+    }
+    adds_cached: set[Node] = set()
+    for node in piece:
+        if is_pointwise(node) and not cached.isdisjoint(node.all_input_nodes):
+            adds_cached.add(node)
+            if all(argument in cached or argument in early for argument in node.all_input_nodes):
+                cached.add(node)
+    after = ahead & inside
+    for node in reversed(piece):
+        if node in adds_cached and all(user in after or user not in inside for user in node.users):
+            after.add(node)
+    before: set[Node] = set()
+    for node in piece:
+        inner = (a for a in node.all_input_nodes if a in inside and a not in early)
+        if node in adds_cached and node not in after and before.issuperset(inner):
+            before.add(node)
+    for node in reversed(piece):
+        if node in early and not before.isdisjoint(node.users):
+            before.add(node)
+    parts = (
+        [node for node in piece if node in before],
+        [node for node in piece if node not in before and node not in after],
+        [node for node in piece if node in after],
+    )
+    end = piece[-1].next
+    for part in parts:
+        for node in part:
+            end.prepend(node)
+    yield from filter(None, parts)
+
+
 _Key = tuple[int, str]
+"""Evaluation, and path of the module: down to its number, or one component where there is none."""
 
 
 def _neighbours(graph: fx.Graph) -> Iterator[tuple[_Key | None, list[Node]]]:
-    """Yield runs of nodes that belong to the same part, with (evaluation, numbered module); None: to no evaluation."""
+    """Yield runs of nodes that belong to the same part, with its key; None: to no evaluation."""
     run: list[Node] = []
     current: _Key | None = None
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         key = _part_key(node)
-        if key is not None and current is not None and "nn_module_stack" not in node.meta and key[0] == current[0]:
-            key = current  # made by a pass, between the nodes of a module
+        if key is not None and current is not None and key[0] == current[0] and _joins(node, current):
+            key = current
         if run and key != current:
             yield current, run
             run = []
@@ -250,12 +327,14 @@ def _part_key(node: Node) -> _Key | None:
     evaluation = node.meta.get("evaluation")
     if evaluation is None or draws_random_numbers(node):
         return None
-    numbered: list[str] = []
-    for name in module_path(node).split("."):
-        numbered.append(name)
-        if name.isdigit():
-            return evaluation, ".".join(numbered)
-    return evaluation, ""
+    path = module_path(node)
+    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path)
+    return evaluation, numbered.group() if numbered else path.partition(".")[0]
+
+
+def _joins(node: Node, current: _Key) -> bool:
+    """Tell whether a node goes with what comes before it: one that a pass made, or the denoiser itself after a part."""
+    return "nn_module_stack" not in node.meta or (not module_path(node) and not current[1][-1:].isdigit())
 
 
 def _operand_key(operand: Node) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.batch_conditioning import BatchConditioning
 from l2c_compile.passes.bind_times import BindTimes
+from l2c_compile.passes.contiguous_layout import ContiguousLayout
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
@@ -51,6 +52,7 @@ LOOP = Pipeline(
         MergeCommon(),  # evaluations may turn out to share work once their differences are cut
         FoldConstants(),  # what is left over timesteps and weights only
         DropDead(),
+        ContiguousLayout(),  # before anything is added that would have to follow the strides
         GateAtSource(),  # right before: gated outputs can be added up once they are products at their source
         MergeDeltas(),  # kept values are plain values by now, so a run of them is a run of additions
         DropDead(),  # the additions that were merged

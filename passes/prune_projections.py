@@ -9,16 +9,15 @@ the gate that is. Rows of a weight are taken as views: nothing is copied.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
+from l2c_compile.columns import Piece, pieces_of
 from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of
 from l2c_compile.passes.base import Numerics, Pass, PassReport
 from l2c_compile.verify import Fact
@@ -44,7 +43,7 @@ class PruneProjections(Pass):
         report = PassReport()
         rows = _Rows(program)
         for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
-            pieces = _pieces(node)
+            pieces = pieces_of(node)
             if not pieces:
                 report.left_alone[node.name] = "is used as a whole"
                 continue
@@ -71,17 +70,7 @@ class _Rows:
         return self.taken[weight, rows]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What one user takes of a projection: columns low..high, after inserting dimensions in front of the last."""
-
-    node: Node
-    low: int
-    high: int
-    unsqueezed: tuple[int, ...]
-
-
-def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: Sequence[_Piece], used: Sequence[_Range]) -> None:
+def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: Sequence[Piece], used: Sequence[_Range]) -> None:
     source, weight, *bias = node.args
 
     def insert(target: OpOverload, args: tuple[Argument, ...], like: Node) -> Node:
@@ -102,41 +91,6 @@ def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: Sequence[_Piec
                     if (piece.low, piece.high) != (low, high):
                         value = insert(aten.slice.Tensor, (value, -1, piece.low - low, piece.high - low), piece.node)
                 piece.node.replace_all_uses_with(value)
-
-
-def _pieces(node: Node, unsqueezed: tuple[int, ...] = ()) -> list[_Piece] | None:
-    """Return what the users of a projection take of its last dimension; None if anybody takes it all."""
-    value = node.meta["val"]
-    if not isinstance(value, Tensor):
-        return None
-    width, rank = value.shape[-1], value.ndim
-    pieces: list[_Piece] = []
-    for user in node.users:
-        if user.target is aten.unsqueeze.default and _dim(user, 1) % (rank + 1) < rank:
-            inner = _pieces(user, (*unsqueezed, _dim(user, 1)))
-            if inner is None:
-                return None
-            pieces += inner
-            continue
-        if user.target is aten.split.Tensor and _dim(user, 2) % rank == rank - 1:
-            size = user.args[1]
-            assert isinstance(size, int)
-            ends = [min(start + size, width) for start in range(0, width, size)]
-        elif user.target is aten.split_with_sizes.default and _dim(user, 2) % rank == rank - 1:
-            ends = list(itertools.accumulate(cast("Sequence[int]", user.args[1])))
-        else:
-            return None
-        for getitem in user.users:
-            index = getitem.args[1]
-            assert isinstance(index, int)
-            pieces.append(_Piece(getitem, ([0, *ends])[index], ends[index], unsqueezed))
-    return pieces
-
-
-def _dim(node: Node, position: int) -> int:
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
-    return dim
 
 
 def _union(ranges: Iterable[_Range]) -> list[_Range]:

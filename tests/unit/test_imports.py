@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph",),
     ("loops", "loops.*", "models", "models.*"),
     ("verify",),
-    ("cost", "liveness"),
+    ("columns", "cost", "liveness"),
     ("router", "importers", "capture", "trace", "unroll", "dynamo_graph"),
     ("exported",),
     ("graph_lines",),
@@ -75,7 +75,19 @@ ONLY: dict[str, tuple[str, ...]] = {
     "kernels.*": ("errors", "kernels._launch"),
     # A pass knows of no sampler, no model and no file.
     "passes.*": (
-        *("errors", "kernels", "kernels.*", "rules", "sites", "schedule", "graph", "verify", "cost", "liveness"),
+        *(
+            "errors",
+            "kernels",
+            "kernels.*",
+            "rules",
+            "sites",
+            "schedule",
+            "graph",
+            "verify",
+            "cost",
+            "liveness",
+            "columns",
+        ),
         *("unroll", "passes.*"),
     ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +101,21 @@ def test_projections_of_all_evaluations_are_one_product() -> None:
     assert projections(graph) == [(3 * 2, 6 * DIM), (3 * 2, 6 * DIM), (3 * 2, 2 * DIM)]
     cats = graph.graph.find_nodes(op="call_function", target=aten.cat.default)
     assert sum(len(cat.args[0]) == 3 for cat in cats) == 1  # one stack of conditioning vectors serves all
+
+
+def test_vectors_of_all_evaluations_have_equal_strides_whatever_was_pruned() -> None:
+    graph = loop_graph(ROWS)
+    PruneProjections().run(graph)
+    DropDead().run(graph)
+    (before,) = run(graph, *INPUTS)
+    BatchConditioning().run(graph)
+    MergeCommon().run(graph)
+    DropDead().run(graph)
+    assert close(run(graph, *INPUTS)[0], before)
+    vectors = [n.meta["val"] for n in graph.graph.nodes if n.op == "call_function" and n.target is operator.getitem]
+    vectors = [v for v in vectors if v.shape == (2, 1, DIM)]
+    assert len(vectors) >= 4 * 2  # one gate a sublayer and evaluation at least
+    assert {v.stride() for v in vectors} == {(DIM, DIM, 1)}
 
 
 def test_batched_projections_come_before_the_first_evaluation() -> None:

@@ -180,8 +180,8 @@ def test_a_block_is_cut_where_one_tensor_goes_on() -> None:
     assert not set(attentions) & set(activations)
 
 
-def test_variants_of_attention_and_mlp_add_up() -> None:
-    # Attention computed or kept, times MLP computed or kept: four blocks that all differ, made of two and two.
+def test_blocks_that_all_differ_share_their_halves() -> None:
+    # Attention computed or kept, times MLP computed or kept: four blocks that all differ.
     rows = {
         "blocks.0.attn": [1, 1],
         "blocks.0.mlp": [1, 1],
@@ -195,5 +195,41 @@ def test_variants_of_attention_and_mlp_add_up() -> None:
     flat, graph, _ = outlined(rows, 4, UNMERGED)
     assert torch.equal(run(graph, *INPUTS)[0], run(flat, *INPUTS)[0])
     attentions = [b for b in bodies(graph) if any("scaled_dot_product" in str(n.target) for n in b.graph.nodes)]
-    # Computed, kept, and the first block's, whose tokens still have the memory layout of the patches.
-    assert len(attentions) == 3
+    # Whether the result is kept makes no other body: it is in memory anyway, so every call returns it.
+    assert len(attentions) == 1
+
+
+def test_sums_of_cached_values_are_regions_of_their_own() -> None:
+    rows = {f"blocks.{i}.{name}": [1, 1, 0] for i in range(4) for name in ("attn", "mlp")}
+    rows["blocks.1.mlp"] = rows["blocks.2.attn"] = [1, 0, 1]
+    flat, graph, _ = outlined(rows, 4, LOOP.without(("contiguous-layout",)))
+    heavy = [b for b in bodies(graph) if any("linear" in str(n.target) for n in b.graph.nodes)]
+    computed = CacheSchedule.from_table(full(3, 4))
+    uncached, _, _ = outlined({str(site): [1, 1, 1] for site in computed.sites}, 4)
+    assert torch.equal(run(graph, *INPUTS)[0], run(flat, *INPUTS)[0])
+    assert not torch.equal(run(flat, *INPUTS)[0], run(uncached, *INPUTS)[0])
+    # Attention, MLP and the final layer: no variant for what is added to their input or kept of their output.
+    assert len([b for b in heavy if any("gelu" in str(n.target) for n in b.graph.nodes)]) == 1
+    assert len([b for b in heavy if any("scaled_dot_product" in str(n.target) for n in b.graph.nodes)]) == 1
+
+
+def test_the_latent_of_the_previous_evaluation_is_no_cached_value() -> None:
+    # The input of evaluation 1 is evaluation 0's result itself: adding to it is the block's own work.
+    class Residual(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([_First()])
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            result: Tensor = self.blocks[0](x)
+            return result
+
+    def two(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return denoiser(denoiser(x, x[:, 0]), x[:, 0])
+
+    flat = unrolled(seeded(Residual()), CacheSchedule.from_table({"blocks.0.linear": [1, 1]}), two, draw(2, 4))
+    BITWISE.run(flat)
+    graph = flat.copy()
+    REGIONS.run(graph)
+    assert len(bodies(graph)) == 1
+    assert torch.equal(run(graph, draw(2, 4))[0], run(flat, draw(2, 4))[0])
