@@ -7,8 +7,9 @@
 Where a part begins and ends is read from the module paths (a numbered module, as in ``blocks.3``, is a part; what
 lies between is one, too), and inside it from the dataflow: where a single tensor is all that goes on, as between the
 attention and the MLP of a block, it is cut in two. What is added of cached values, or summed up for later, is taken
-out of either. So a block is the same two regions whatever the schedule does around it. Which parts are equal is decided by structure alone: the same operations on the same shapes in the
-same order. Weights, conditions and cached values are operands.
+out of either, so a block is the same two regions whatever the schedule does around it. Which parts are equal is decided
+by structure alone: the same operations on the same shapes in the same order. Weights, conditions and cached values are
+operands.
 """
 
 from __future__ import annotations
