@@ -43,14 +43,16 @@ def run_reference(
     Args:
         denoiser: restored when this returns or raises.
         loop: the sampler.
-        schedule: resolved, without patterns.
+        schedule: patterns in it are resolved to the modules of ``denoiser``.
         noise: first argument of the loop.
         conditions: keyword arguments of the loop.
         record: told every computed value, for finding where two runs part.
 
     Raises:
+        UnknownSiteError: a pattern fits no module.
         ScheduleError: the loop does not perform as many evaluations as the schedule has.
     """
+    schedule = schedule.resolve([path for path, _ in denoiser.named_modules()])
     state = _State(denoiser, schedule, record)
     with state.installed():
         result = loop(denoiser, noise, **conditions)

@@ -75,20 +75,14 @@ class _Batcher:
         self.graph = program.graph
         self.order = {node: index for index, node in enumerate(self.graph.nodes)}
         self.projections = set(projections)
-        self.needed = _ancestors(projections)
+        self.levels = self._levels(_ancestors(projections))
         self.anchor = self._anchor(min(evaluation_of(node) or 0 for node in projections))
 
     def run(self, report: PassReport) -> int:
-        # A projection of a projection waits for it: what is moved is ordered by how many come before it.
-        levels: dict[Node, int] = {}
-        for node in self.graph.nodes:
-            if node in self.needed:
-                before = [levels[a] + (a in self.projections) for a in node.all_input_nodes if a in levels]
-                levels[node] = max(before, default=0)
         rewrites = 0
-        for level in range(max(levels.values(), default=0) + 1):
+        for level in range(max(self.levels.values(), default=0) + 1):
             groups: dict[object, list[Node]] = {}
-            for node in [n for n in levels if levels[n] == level]:
+            for node in [n for n in self.levels if self.levels[n] == level]:
                 self._move(node)
                 if node in self.projections:
                     groups.setdefault(_group_key(node), []).append(node)
@@ -100,19 +94,30 @@ class _Batcher:
                     rewrites += self._batch(group)
         return rewrites
 
+    def _levels(self, needed: set[Node]) -> dict[Node, int]:
+        """Return how many projections come before each node: a projection of a projection waits for it."""
+        levels: dict[Node, int] = {}
+        for node in self.graph.nodes:
+            if node in needed:
+                before = [levels[a] + (a in self.projections) for a in node.all_input_nodes if a in levels]
+                levels[node] = max(before, default=0)
+        return levels
+
     def _anchor(self, evaluation: int) -> Node:
-        """Return the first node that stays where it is and is of the chunk's first evaluation or uses the product."""
+        """Return the first node that stays where it is and is of the chunk's first evaluation or uses what is moved."""
+        moved = self.projections | {node for node, level in self.levels.items() if level > 0}
         for node in self.graph.nodes:
             assert isinstance(node, Node)
-            if node.op != "call_function" or node in self.needed:
+            if node.op != "call_function" or node in self.levels:
                 continue
             # A gate may be used earlier than in its own evaluation.
-            if (evaluation_of(node) or 0) >= evaluation or not self.projections.isdisjoint(node.all_input_nodes):
+            if (evaluation_of(node) or 0) >= evaluation or not moved.isdisjoint(node.all_input_nodes):
                 return node
         raise AssertionError("an evaluation without a node of its own")
 
     def _move(self, node: Node) -> None:
-        if self.order[node] > self.order[self.anchor]:
+        # What waits for a projection comes after it, wherever it was.
+        if self.order[node] > self.order[self.anchor] or self.levels[node] > 0:
             self.anchor.prepend(node)
         node.meta["evaluation"] = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -63,7 +63,7 @@ class Loop(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able description that ``loop_from_dict`` reads."""
         description: dict[str, Any] = {"name": self.name}
-        for item in fields(self):
+        for item in filter(_is_setting, fields(self)):
             value = getattr(self, item.name)
             if isinstance(value, Guidance):
                 value = value.to_dict()
@@ -116,9 +116,13 @@ def check_number(what: str, value: object, *, above: float = -float("inf"), at_l
         raise LoopError(f"{what} must be a number{bound}, got {value!r}")
 
 
+def _is_setting(item: Field[Any]) -> bool:
+    return item.init  # the others follow from them
+
+
 def _build(cls: type[_T], values: Mapping[str, Any]) -> _T:
     """Call a dataclass, with errors that name unknown and missing fields."""
-    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    known: dict[str, Field[Any]] = {item.name: item for item in fields(cls) if _is_setting(item)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
             hint = nearest(name, known) or f"known: {', '.join(known)}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -41,17 +41,19 @@ class DDIM(Loop):
     """The schedule that the model was trained with."""
     guidance: Guidance | None = None
     """Classifier-free guidance, if any."""
+    # Made once: torch.compile of a function that samples should find numbers here, not the arithmetic behind them.
+    _coefficients: tuple[tuple[float, float, float], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_number("eta", self.eta, at_least=0.0)
         self._check_parts()
-        self._coefficients()
+        object.__setattr__(self, "_coefficients", tuple(self._make_coefficients()))
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
         """Sample; see ``Loop``."""
         x = noise
-        for timestep, (keep, change, fresh) in zip(self.network_timesteps, self._coefficients(), strict=True):
+        for timestep, (keep, change, fresh) in zip(self.network_timesteps, self._coefficients, strict=True):
             x = keep * x + change * self._predict(denoiser, x, timestep, conditions)
             if fresh > 0.0:
                 x = x + fresh * torch.randn_like(x)
@@ -62,7 +64,7 @@ class DDIM(Loop):
         """The timestep of each guided prediction, in execution order."""
         return respaced_timesteps(self.betas.num_timesteps, self.steps, self.spacing)[::-1]
 
-    def _coefficients(self) -> list[tuple[float, float, float]]:
+    def _make_coefficients(self) -> list[tuple[float, float, float]]:
         """Return the factors of the latent, of the predicted and of the fresh noise, in execution order."""
         alphas_bar = self.betas.alphas_bar()
         levels = [float(alphas_bar[t]) for t in self.network_timesteps] + [1.0]

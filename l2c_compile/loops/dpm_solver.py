@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
@@ -74,6 +74,8 @@ class DPMSolver(Loop):
     """Let a multistep solver make its last step with order 1, which is steadier for few evaluations."""
     guidance: Guidance | None = None
     """Classifier-free guidance, if any."""
+    # Made once: torch.compile of a function that samples should find numbers here, not the arithmetic behind them.
+    _steps: tuple[_Step, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_count("evaluations", self.evaluations)
@@ -89,6 +91,7 @@ class DPMSolver(Loop):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise LoopError(f"{self.method} DPMSolver wants {name} in {allowed}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "_steps", tuple(self._make_steps()))
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
         """Sample; see ``Loop``."""
@@ -98,10 +101,10 @@ class DPMSolver(Loop):
     @property
     def network_timesteps(self) -> tuple[float, ...]:
         """The timestep of each guided prediction, in execution order."""
-        return tuple(self._timestep(level) for step in self._steps() for level in step.stages)
+        return tuple(self._timestep(level) for step in self._steps for level in step.stages)
 
     def _singlestep(self, denoiser: Denoiser, x: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        for stages, end in self._steps():
+        for stages, end in self._steps:
             start = stages[0]
             whole = self._move(start, end)
             first = self._prediction(denoiser, x, start, conditions)
@@ -122,7 +125,7 @@ class DPMSolver(Loop):
         return x
 
     def _multistep(self, denoiser: Denoiser, x: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        steps = self._steps()
+        steps = self._steps
         previous: Tensor | None = None
         length_before = 0.0
         for i, (stages, end) in enumerate(steps):
@@ -158,7 +161,7 @@ class DPMSolver(Loop):
     def _timestep(self, level: NoiseLevel) -> float:
         return level.time * self.betas.num_timesteps + (self.first_timestep - 1)
 
-    def _steps(self) -> list[_Step]:
+    def _make_steps(self) -> list[_Step]:
         """Return the solver steps in execution order."""
         schedule = DiscreteVP(self.betas)
         orders = self._orders()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, Router, Site, run_reference
 from l2c_compile.dynamo_backend import l2c
+from l2c_compile.loops import DDIM, DPMSolver, FlowEuler, Guidance
+from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.models import DiT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +83,45 @@ def check_equals_reference(loop: Loop, denoiser: nn.Module, schedule: CacheSched
     assert isinstance(wanted, Tensor)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     assert torch.equal(wanted, uncached) == (not schedule.reuses)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        DDIM(steps=4, guidance=Guidance(scale=2.0, null={"y": 3}, channels=2)),
+        DDIM(steps=4),
+        DPMSolver(evaluations=4),
+        FlowEuler(steps=4),
+    ],
+    ids=["ddim guided", "ddim", "dpm_solver", "flow_euler"],
+)
+@pytest.mark.parametrize("numerics", ["bitwise", "rounding"])
+def test_the_loops_of_the_package(loop: BuiltInLoop, numerics: str) -> None:
+    torch.manual_seed(0)
+    model = DiT(
+        input_size=4, patch_size=2, in_channels=2, hidden_size=8, depth=2, num_heads=2, num_classes=3, learn_sigma=False
+    )
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.3)
+    model.eval().requires_grad_(False)
+    schedule = CacheSchedule.from_table({"blocks.*.attn": [1, 0, 1, 0], "blocks.*.mlp": [1, 1, 0, 1]})
+    noise, y = inputs()
+    wanted = run_reference(model, loop, schedule, noise, {"y": y})
+    assert isinstance(wanted, Tensor)
+
+    def sample(noise: Tensor, y: Tensor) -> Tensor:
+        return loop(model, noise, y=y)
+
+    options: Any = {"router": schedule, "backend": "eager", "numerics": numerics}
+    with torch.no_grad():
+        got = torch.compile(sample, backend=l2c, options=options, fullgraph=True)(noise, y)
+    if numerics == "bitwise":
+        assert torch.equal(got, wanted)
+    else:
+        # The same sums in another order: 4 evaluations of 2 blocks of width 8.
+        torch.testing.assert_close(
+            got, wanted, rtol=0, atol=256 * torch.finfo(got.dtype).eps * float(wanted.abs().max())
+        )
 
 
 @pytest.mark.parametrize(
