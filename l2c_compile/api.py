@@ -288,7 +288,12 @@ class CompiledSampler(nn.Module):
         )
 
     def refresh(self) -> None:
-        """Fold the constants again after weights changed; forms that the weights no longer have are forgotten."""
+        """Follow the weights after they changed: constants are folded, and weights packed, again.
+
+        Forms that the weights no longer have are forgotten.
+        """
+        # Writing through ``weight.data`` is not counted; whoever keeps something made of a weight goes by the count.
+        torch.autograd.graph.increment_version(list(self.model.parameters()))
         weights = self._weights()
         self._programs = {form: program for form, program in self._programs.items() if program.weights == weights}
         self._known = list(reversed(self._programs.values()))

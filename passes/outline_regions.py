@@ -35,6 +35,7 @@ from l2c_compile.graph import (
     module_path,
     packet_of,
 )
+from l2c_compile.kernels.packed_linear import packed_linear_op
 from l2c_compile.liveness import Storages, cache_work
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
@@ -46,6 +47,7 @@ aten = torch.ops.aten
 _HEAVY = frozenset(
     {aten.linear, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.matmul, aten.einsum, aten.convolution}
     | {aten.conv1d, aten.conv2d, aten.conv3d, aten.scaled_dot_product_attention}
+    | {packed_linear_op._overloadpacket}
 )
 
 

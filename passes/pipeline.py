@@ -15,6 +15,7 @@ from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.merge_deltas import MergeDeltas
 from l2c_compile.passes.outline_regions import OutlineRegions
+from l2c_compile.passes.pack_weights import PackWeights
 from l2c_compile.passes.plan_memory import PlanMemory
 from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
@@ -68,7 +69,10 @@ LOOP = Pipeline(
 """Runs on the loop graph."""
 
 REGIONS = Pipeline(
-    (OutlineRegions(),),  # last of all: nothing looks into a region any more
+    (
+        PackWeights(),  # first: what multiplies with weights is still to be seen
+        OutlineRegions(),  # last of all: nothing looks into a region any more
+    ),
     assumes=frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES}),
 )
 """Runs on a copy of the finished loop graph, for backends that compile region by region."""

@@ -10,7 +10,8 @@ from l2c_compile import CacheSchedule
 from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.outline_regions import OutlineRegions
-from l2c_compile.passes.pipeline import BITWISE, LOOP, REGIONS
+from l2c_compile.passes.pipeline import BITWISE, LOOP
+from l2c_compile.verify import Fact, check
 from tests.tiny import draw, run, seeded, tiny_dit, unrolled
 
 INPUTS = (draw(2, 4, 4, 4), torch.tensor([1, 3]))
@@ -35,8 +36,9 @@ def outlined(
     flat = unrolled(tiny_dit(depth), schedule, loop, INPUTS[0], conditions)
     passes.run(flat)
     graph = flat.copy()
-    (done,) = REGIONS.run(graph)
-    return flat, graph, done.report.rewrites
+    report = OutlineRegions().run(graph)
+    check(graph, {Fact.OUTLINED})
+    return flat, graph, report.rewrites
 
 
 def full(count: int, depth: int = 2) -> dict[str, list[int]]:
@@ -123,7 +125,7 @@ def test_structure_decides_not_the_class() -> None:
     flat = unrolled(seeded(Other()), schedule, two, noise)
     BITWISE.run(flat)
     graph = flat.copy()
-    REGIONS.run(graph)
+    OutlineRegions().run(graph)
     assert len(bodies(graph)) == 1
     assert len(graph.graph.find_nodes(op="call_function", target=CALL)) == 6
     assert torch.equal(run(graph, noise)[0], run(flat, noise)[0])
@@ -154,7 +156,7 @@ def test_random_draws_stay_outside() -> None:
     flat = unrolled(tiny_dit(), schedule, noisy, INPUTS[0], {"y": INPUTS[1]})
     BITWISE.run(flat)
     graph = flat.copy()
-    REGIONS.run(graph)
+    OutlineRegions().run(graph)
     assert not any("randn" in str(n.target) for body in bodies(graph) for n in body.graph.nodes)
     torch.manual_seed(5)
     wanted = run(flat, *INPUTS)[0]
@@ -230,6 +232,6 @@ def test_the_latent_of_the_previous_evaluation_is_no_cached_value() -> None:
     flat = unrolled(seeded(Residual()), CacheSchedule.from_table({"blocks.0.linear": [1, 1]}), two, draw(2, 4))
     BITWISE.run(flat)
     graph = flat.copy()
-    REGIONS.run(graph)
+    OutlineRegions().run(graph)
     assert len(bodies(graph)) == 1
     assert torch.equal(run(graph, draw(2, 4))[0], run(flat, draw(2, 4))[0])

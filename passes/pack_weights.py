@@ -1,0 +1,64 @@
+"""Multiply with weights that are arranged for the processor once, not in every call.
+
+    y = linear(x, W, b)   ->   y = packed_linear(x, W, b)
+
+For CPUs, and for products with enough rows to be worth it: see ``kernels/packed_linear.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx.node import Node
+
+from l2c_compile.graph import LoopGraph, ProgramGraph, evaluation_of
+from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
+from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.verify import Fact
+
+__all__ = ["PackWeights"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PackWeights(Pass):
+    """Let linear layers of the denoiser use packed weights."""
+
+    min_rows: int = 16
+    """Below, reading the weight takes longer than multiplying with it, in whatever order it is."""
+
+    name: ClassVar[str] = "pack-weights"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED})
+    numerics: ClassVar[Numerics] = Numerics.ROUNDING
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        assert isinstance(program, LoopGraph)
+        report = PassReport()
+        for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
+            reason = self._why_not(node)
+            if reason is None:
+                node.target = packed_linear_op
+                node.args = (*node.args, *([None] * (3 - len(node.args))))
+                report.rewrites += 1
+            else:
+                report.left_alone[node.name] = reason
+        return report
+
+    def _why_not(self, node: Node) -> str | None:
+        x, weight, *_ = node.args
+        assert isinstance(x, Node)
+        assert isinstance(weight, Node)
+        if weight.op != "get_attr" or evaluation_of(node) is None:
+            return "multiplies once, or with something made in the graph"
+        if not can_pack(weight.meta["val"]):
+            return "has a weight that cannot be packed on its device or in its dtype"
+        value: Tensor = x.meta["val"]
+        if value.numel() < self.min_rows * value.shape[-1]:
+            return f"multiplies fewer than {self.min_rows} rows"
+        if not node.meta["val"].is_contiguous():
+            return "is read in another memory layout than the kernel writes"
+        return None

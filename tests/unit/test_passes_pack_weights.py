@@ -1,0 +1,76 @@
+"""pack-weights: which products use packed weights, and that samplers follow their weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from l2c_compile import CacheSchedule
+from l2c_compile.graph import LoopGraph
+from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
+from l2c_compile.passes.base import PassReport
+from l2c_compile.passes.pack_weights import PackWeights
+from l2c_compile.passes.pipeline import LOOP, REGIONS
+from tests.tiny import draw, run, tiny_dit, unrolled
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="this build of torch has no oneDNN")
+
+aten = torch.ops.aten
+INPUTS = (draw(2, 4, 4, 4), torch.tensor([1, 3]))
+ROWS = {"blocks.0.attn": [1, 0, 1], "blocks.0.mlp": [1, 1, 0], "blocks.1.attn": [1, 1, 1]}
+
+
+def loop(denoiser, noise, y):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    x = noise
+    for i in range(3):
+        x = x - 0.1 * denoiser(x, torch.full((len(x),), 3 - i), y)[:, :4]
+    return x
+
+
+def packed(min_rows: int = 1) -> tuple[LoopGraph, LoopGraph, PassReport]:
+    flat = unrolled(tiny_dit(), CacheSchedule.from_table(ROWS), loop, INPUTS[0], {"y": INPUTS[1]})
+    LOOP.run(flat)
+    graph = flat.copy()
+    return flat, graph, PackWeights(min_rows).run(graph)
+
+
+def count(graph: LoopGraph, target: object) -> int:
+    return sum(node.target is target for node in graph.graph.nodes)
+
+
+def test_products_with_weights_use_packed_ones() -> None:
+    flat, graph, report = packed()
+    # qkv, proj, fc1 and fc2 of what is computed, and the final layer of three evaluations.
+    assert report.rewrites == count(graph, packed_linear_op) == 2 * 2 + 2 * 3 + 2 * (2 + 3) + 3
+    (before,), (after,) = run(flat, *INPUTS), run(graph, *INPUTS)
+    # Sums of up to 64 terms in another order, through three evaluations of two blocks.
+    assert torch.allclose(after, before, rtol=0, atol=1024 * torch.finfo(before.dtype).eps * float(before.abs().max()))
+
+
+def test_projections_before_the_loop_and_products_of_few_rows_are_left_alone() -> None:
+    flat, graph, report = packed()
+    assert count(graph, aten.linear.default) == count(flat, aten.linear.default) - report.rewrites > 0
+    assert set(report.left_alone.values()) == {"multiplies once, or with something made in the graph"}
+    _, few, report = packed(min_rows=1000)
+    assert report.rewrites == 0
+    assert "multiplies fewer than 1000 rows" in report.left_alone.values()
+    assert count(few, packed_linear_op) == 0
+
+
+def test_weights_that_cannot_be_packed_are_left_alone() -> None:
+    model = tiny_dit().double()
+    inputs = INPUTS[0].double(), INPUTS[1]
+    graph = unrolled(model, CacheSchedule.from_table(ROWS), loop, inputs[0], {"y": inputs[1]})
+    LOOP.run(graph)
+    report = PackWeights(1).run(graph)
+    assert report.rewrites == 0
+    assert "has a weight that cannot be packed on its device or in its dtype" in report.left_alone.values()
+
+
+def test_regions_with_packed_weights_equal_the_packed_graph() -> None:
+    flat, _, _ = packed()
+    graph = flat.copy()
+    REGIONS.run(graph)
+    alone = flat.copy()
+    PackWeights().run(alone)
+    assert torch.equal(run(graph, *INPUTS)[0], run(alone, *INPUTS)[0])
