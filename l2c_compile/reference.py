@@ -115,7 +115,7 @@ class _State:
             self.calls[path] += 1
             for site in begins:
                 if site in self.reads_input and site.call == call and args and isinstance(args[0], Tensor):
-                    self.inputs[e, site] = args[0].clone()
+                    self.inputs[e, site] = _copy_of(args[0])
             here = [site for site in ends if site.call == call]
             skipped = any(site.last is None and self.schedule.active(e, site) for site in here)
             output = None if skipped else original(*args, **kwargs)
@@ -157,8 +157,13 @@ class _State:
 
 
 def _copy(value: object) -> object:
-    # Whoever gets the original may write into it.
-    return value.clone() if isinstance(value, Tensor) else value
+    return _copy_of(value) if isinstance(value, Tensor) else value
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    # Whoever gets the original may write into it. clone() would close the gaps of a view, and torch may round
+    # differently where elements lie side by side.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _delete(module: nn.Module, name: str, original: object) -> None:

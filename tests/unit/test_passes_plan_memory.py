@@ -10,10 +10,12 @@ import networkx as nx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from l2c_compile import CacheSchedule, CompiledSampler, Rule, l2c_compile, run_reference
 from l2c_compile.liveness import MemoryPlan, plan_memory
 from l2c_compile.rules import HOLD, Reading, T
+from tests.tiny import check_equals_reference, draw, seeded, steps
 
 aten = torch.ops.aten
 DIM = 4
@@ -302,3 +304,41 @@ def test_planning_twice_changes_nothing() -> None:
     sampler = compiled(Residuals(6, gated=True), every_layer(6, [1, 0, 1, 0]))
     assert sampler._latest is not None
     assert PlanMemory().run(sampler._latest.graph).rewrites == 0
+
+
+class HalfRead(nn.Module):
+    """A site that is half of a larger tensor, read by a function that torch rounds as its memory layout is."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part = Half()
+        self.read = read
+
+    def forward(self, x_BD: Tensor, t_B: Tensor) -> Tensor:
+        return self.read(self.part(x_BD), x_BD) + x_BD * t_B[:, None]
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(13, 26)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return self.linear(x_BD)[:, :13]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("read", "copied"),
+    [
+        (torch.atan2, 0),
+        (torch.logaddexp, 0),
+        (torch.mul, 1),
+        (lambda half, x: functional.gelu(half) * x, 0),
+    ],
+    ids=["atan2", "logaddexp", "mul", "gelu"],
+)
+def test_only_correctly_rounded_arithmetic_reads_a_copy(read: Callable[[Tensor, Tensor], Tensor], copied: int) -> None:
+    sampler = check_equals_reference(
+        seeded(HalfRead(read)), CacheSchedule.from_table({"part": [1, 0, 0]}), steps(3), draw(7, 13)
+    )
+    assert report(sampler, "plan-memory")[0] == copied

@@ -1,0 +1,139 @@
+"""What an operation returns, derived from the forms of its operands: the notes of a graph are not asked.
+
+Asks torch, on fake tensors, once for each operation and form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from l2c_compile.errors import VerificationError
+
+__all__ = ["Form", "Inference", "Inferred", "bind", "hashable", "name_of", "replace_tensors"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor is, besides its elements."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """Describe ``tensor``."""
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+    def empty(self) -> Tensor:
+        """Return an uninitialised tensor of this form (a fake one under a fake tensor mode)."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}, strides {list(self.stride)}"
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What an operation returns."""
+
+    forms: Form | tuple[Form | None, ...] | None
+    """Of one tensor, of several, or None for anything else."""
+    shares: int | None
+    """Which of its tensor operands the result shares memory with, by position; None: it has memory of its own."""
+
+
+class Inference:
+    """Derives forms; each question is asked once."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Inferred] = {}
+        self._mode = FakeTensorMode()
+
+    def of(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
+        """Return what ``target`` gives for arguments in the order of its schema, with a ``Form`` for each tensor.
+
+        Raises:
+            VerificationError: torch refuses these arguments.
+        """
+        key = target, hashable(bound)
+        if key not in self._known:
+            self._known[key] = self._ask(target, bound)
+        return self._known[key]
+
+    def _ask(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
+        tensors: list[Tensor] = []
+
+        def fake(form: Form) -> Tensor:
+            tensors.append(form.empty())
+            return tensors[-1]
+
+        schema = target._schema.arguments
+        with self._mode, torch.no_grad():
+            given = [replace_tensors(argument, Form, fake) for argument in bound]
+            args = [value for value, argument in zip(given, schema, strict=True) if not argument.kwarg_only]
+            kwargs = {a.name: value for value, a in zip(given, schema, strict=True) if a.kwarg_only}
+            try:
+                result = target(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+                shown = ", ".join(str(argument) for argument in bound if isinstance(argument, Form))
+                raise VerificationError(f"{name_of(target)} does not take ({shown}): {error}") from error
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        made = next((r.untyped_storage()._cdata for r in results if isinstance(r, Tensor)), None)
+        forms = tuple(Form.of(r) if isinstance(r, Tensor) else None for r in results)
+        shares = storages.index(made) if made in storages else None
+        return Inferred(forms if isinstance(result, (tuple, list)) else forms[0], shares)
+
+
+def bind(target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[object, ...]:
+    """Return the arguments of a call in the order of the schema, defaults included, lists as tuples.
+
+    Raises:
+        VerificationError: an argument is missing or unknown.
+    """
+    schema = target._schema.arguments
+    given = dict(zip((argument.name for argument in schema), args, strict=False))
+    given.update(kwargs)
+    missing = [a.name for a in schema if a.name not in given and not a.has_default_value()]
+    if missing or len(args) > len(schema) or len(given) > len(schema):
+        raise VerificationError(f"{name_of(target)} is called with {len(args)} arguments and lacks {missing}")
+    return tuple(_frozen(given.get(argument.name, argument.default_value)) for argument in schema)
+
+
+def replace_tensors(argument: object, kind: type, replace: Callable[..., object]) -> object:
+    """Return an argument with everything of type ``kind`` replaced, also in tuples and lists."""
+    if isinstance(argument, kind):
+        return replace(argument)
+    if isinstance(argument, (tuple, list)):
+        return tuple(replace_tensors(element, kind, replace) for element in argument)
+    return argument
+
+
+def hashable(argument: object) -> object:
+    """Return a key that is equal for two arguments iff they are interchangeable: 1, 1.0 and True are three."""
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(hashable, argument))
+    if isinstance(argument, float):
+        return float, argument.hex()
+    return type(argument), argument
+
+
+def name_of(target: object) -> str:
+    """Return the short name of an operation: ``add.Tensor``."""
+    return (
+        str(target).removeprefix("aten.")
+        if isinstance(target, OpOverload)
+        else getattr(target, "__name__", str(target))
+    )
+
+
+def _frozen(argument: object) -> object:
+    return tuple(map(_frozen, argument)) if isinstance(argument, (tuple, list)) else argument
