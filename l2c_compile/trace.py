@@ -417,7 +417,12 @@ class LoopTracer(fx.proxy.TracerBase):
 
 
 class StandIn:
-    """Stands for the denoiser in a loop: has its attributes and its class, but calling it calls ``evaluate``."""
+    """Stands for the denoiser while a loop runs: has all that it has, but calls are made by ``evaluate``.
+
+    Args:
+        denoiser: what it passes for.
+        evaluate: given ``(args, kwargs)`` of each call; returns what the denoiser would.
+    """
 
     def __init__(
         self, denoiser: nn.Module, evaluate: Callable[[tuple[object, ...], dict[str, object]], object]
@@ -430,7 +435,7 @@ class StandIn:
         return type(self.__denoiser)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Call ``evaluate`` with the arguments."""
+        """Return what ``evaluate`` does."""
         return self.__evaluate(args, kwargs)
 
     forward = __call__

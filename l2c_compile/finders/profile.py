@@ -1,7 +1,7 @@
 """Profiles: how much the sites of a loop change from evaluation to evaluation, measured once, kept as data.
 
 ``take_profile`` runs the loop without reuse through the captured evaluation graphs, which return what their sites hold
-(``passes/probe_sites.py``). Selectors (``select.py``) are functions of the ``Profile`` alone.
+(``passes/return_sites.py``). Selectors (``select.py``) are functions of the ``Profile`` alone.
 
 Shapes: R runs of the loop, K lags, E evaluations, S sites.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,13 +25,13 @@ from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture,
 from l2c_compile.errors import FileFormatError, L2CError, ProfileError
 from l2c_compile.files import MAX_JSON_BYTES, frozen_json, parse_json, plain_json, write_atomically
 from l2c_compile.finders.work import Work, work_of
-from l2c_compile.graph import EvaluationGraph
+from l2c_compile.graph import INPUT_PORT, EvaluationGraph, site_marks
 from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.merge_common import MergeCommon
-from l2c_compile.passes.probe_sites import ProbeSites, probed_marks
+from l2c_compile.passes.return_sites import ReturnSites
 from l2c_compile.schedule import MAX_CELLS, CacheSchedule
 from l2c_compile.sites import Site
 from l2c_compile.trace import Loop, StandIn
@@ -47,7 +47,7 @@ _TENSORS = ("change", "evaluation_work", "growth", "site_work", "size")
 _MAX_FILE_BYTES = 2**30
 
 _SIMPLIFY = Pipeline((DropNoOps(), MergeCommon(), DropDead()), assumes=frozenset({Fact.SITES_MARKED}))
-_PROBE = Pipeline((ProbeSites(),), assumes=frozenset({Fact.SITES_MARKED}))
+_OBSERVE = Pipeline((ReturnSites(),), assumes=frozenset({Fact.SITES_MARKED}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,12 +252,13 @@ class _Probe:
             probed = self._probed(CallSignature(spec, tuple(forms)))
             returned = probed.module(*tensors_in(leaves))
             num_outputs = len(returned) - len(probed.site_of_value)
+            # The loop may write into its tensors, and a site may hold the same memory.
+            writable = {_memory(tensor) for tensor in (*tensors_in(leaves), *returned[:num_outputs])}
             values: dict[Site, list[Tensor]] = {}
             for site, value in zip(probed.site_of_value, returned[num_outputs:], strict=True):
-                values.setdefault(site, []).append(value)
+                values.setdefault(site, []).append(value.clone() if _memory(value) in writable else value)
             run.note(values, probed.work)
-            # The loop may write into what it gets, and a site may hold the same memory.
-            outputs = iter([output.clone() for output in returned[:num_outputs]])
+            outputs = iter(returned[:num_outputs])
             results = [next(outputs) if isinstance(leaf, Tensor) else leaf for leaf in probed.graph.out_leaves]
             assert probed.graph.out_spec is not None
             return tree_unflatten(results, probed.graph.out_spec)
@@ -269,8 +270,9 @@ class _Probe:
             graph = capture(self.denoiser, signature, self.sites)
             _SIMPLIFY.run(graph)
             work = work_of(graph)
-            site_of_value = [Site.parse(mark.site) for mark in probed_marks(graph)]
-            _PROBE.run(graph)
+            ports = Counter(mark.site for mark in site_marks(graph.graph) if mark.port != INPUT_PORT)
+            site_of_value = [site for site in self.sites for _ in range(ports[str(site)])]
+            _OBSERVE.run(graph)
             self.forms[signature] = _ProbedGraph(graph.module(), graph, site_of_value, work)
         return self.forms[signature]
 
@@ -330,6 +332,10 @@ class _Run:
                     f"site {site}, evaluation {e}: holds {after} where an evaluation of the same branch held {before}, "
                     "so they cannot be compared; say how many branches the loop has"
                 )
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _l1(values: Iterable[Tensor]) -> Tensor:

@@ -138,8 +138,10 @@ def test_a_loop_may_write_into_what_it_gets_and_ask_the_denoiser_for_its_attribu
         return x
 
     model, noise = residual(), draw(2, 4)
-    profile = take_profile(model, loop, ["b"], [(noise, {})], lags=2)
-    check_against_hooks(profile, 0, hooked_values(model, ["b"], loop, noise))
+    model.last = nn.Identity()
+    model.register_forward_hook(lambda module, args, output: module.last(output))
+    profile = take_profile(model, loop, ["b", "last"], [(noise, {})], lags=2)
+    check_against_hooks(profile, 0, hooked_values(model, ["b", "last"], loop, noise))
     assert profile.loop is None
 
 
