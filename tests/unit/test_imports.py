@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saved", "prediction"),
     ("api", "dynamo_backend"),
     ("",),
-    ("finders", "finders.*", "testing"),
+    ("finders", "finders.*", "quality", "testing"),
     ("report", "plots"),
     ("cli", "demo", "inspection", "preview", "__main__"),
 )
