@@ -101,6 +101,19 @@ class Profile:
         """The number of evaluations, E."""
         return self.change.shape[2]
 
+    def relative_change(self, lag: int) -> Tensor:
+        """Return the change at a lag over the size of the later value, both summed over the runs: (E, S) float64.
+
+        0 where nothing changes, infinite where the later value is zero and the earlier was not.
+
+        Raises:
+            ProfileError: the profile does not hold this lag.
+        """
+        if not 1 <= lag <= self.num_lags:
+            raise ProfileError(f"the profile holds lags 1..{self.num_lags}, not {lag}; profile with more lags")
+        change_ES = self.change[:, lag - 1].double().sum(0)
+        return torch.where(change_ES == 0, 0.0, change_ES / self.size.double().sum(0))
+
     def __repr__(self) -> str:
         return (
             f"Profile({self.num_runs} runs, lags 1..{self.num_lags}, {self.num_evaluations} evaluations x "

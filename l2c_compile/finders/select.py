@@ -21,7 +21,17 @@ from l2c_compile.finders.profile import Profile
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.sites import Site, as_site
 
-__all__ = ["ErrorOf", "block_caching", "invar_diff", "mag_cache", "mag_cache_row", "pairwise", "smooth_cache"]
+__all__ = [
+    "ErrorOf",
+    "block_caching",
+    "invar_diff",
+    "invar_diff_scaled",
+    "leaf_sites",
+    "mag_cache",
+    "mag_cache_row",
+    "pairwise",
+    "smooth_cache",
+]
 
 ErrorOf = Literal["smooth-cache", "block-caching", "invar-diff", "mag-cache"]
 """Whose statistic at lag 1 says what a reuse costs."""
@@ -31,6 +41,13 @@ INVARDIFF_QUANTILE = 0.22
 """The settings of InvarDiff's "fast" books for DiT."""
 
 _INVARDIFF_EPS = 1e-8
+
+
+def leaf_sites(profile: Profile) -> tuple[Site, ...]:
+    """Return the sites that selectors decide about by default: the outputs that contain no other site."""
+    return tuple(
+        site for site in profile.sites if site.kind == "out" and not any(site.covers(other) for other in profile.sites)
+    )
 
 
 def smooth_cache(
@@ -64,14 +81,13 @@ def smooth_cache(
     _check_lags(profile, lookahead, "smooth_cache")
     columns = _columns(profile, sites)
     groups = _types(columns) if by == "type" else [[site] for site in columns]
-    size_ES = profile.size.double().sum(0)
-    errors = [_ratio(profile.change[:, k].double().sum(0), size_ES) for k in range(lookahead)]
+    errors = [profile.relative_change(k) for k in range(1, lookahead + 1)]
 
     def decide(branch: slice, group: list[Site]) -> list[int]:
         where = [profile.sites.index(site) for site in group]
         # Row k - 1, entry i: the error of what i computed, k evaluations later.
         rows = [errors[k][branch][:, where].mean(1)[k + 1 :].tolist() for k in range(lookahead)]
-        return _jump(rows, alpha, len(size_ES[branch]))
+        return _jump(rows, alpha, len(errors[0][branch]))
 
     info = {"method": "SmoothCache", "alpha": alpha, "lookahead": lookahead, "by": by}
     return _decided(profile, groups, decide, info)
@@ -163,7 +179,21 @@ def invar_diff(
     info = {"method": "InvarDiff", "quantile": quantile, "corrected": corrected}
     if whole_quantile is not None:
         info["whole_quantile"] = whole_quantile
-    return CacheSchedule.from_table(rows, branches=profile.branches, loop=profile.loop, info=info)
+    ordered = {site: rows[site] for site in sorted(rows, key=profile.sites.index)}
+    return CacheSchedule.from_table(ordered, branches=profile.branches, loop=profile.loop, info=info)
+
+
+def invar_diff_scaled(profile: Profile, strength: float) -> CacheSchedule:
+    """Select as ``invar_diff`` does, with both quantiles in the proportion of the authors' "fast" setting.
+
+    Args:
+        profile: with the whole stack among its sites.
+        strength: the quantile of the whole, 0 (nothing is reused) to 1; theirs is 0.63.
+
+    Raises:
+        ProfileError, ScheduleError: see ``invar_diff``.
+    """
+    return invar_diff(profile, strength * INVARDIFF_QUANTILE / INVARDIFF_WHOLE_QUANTILE, strength)
 
 
 def mag_cache(
@@ -282,12 +312,12 @@ def pairwise(
 def _errors(profile: Profile, error: ErrorOf) -> Tensor:
     """Return the error of reusing at e what e - 1 computed, (E, S) over all branches; infinite where undefined."""
     steps = profile.branches
-    change, size = profile.change[:, 0].double(), profile.size.double()
+    change = profile.change[:, 0].double()
     errors_ES = torch.full(change.shape[1:], float("inf"), dtype=torch.float64)
     if error == "smooth-cache":
-        errors_ES[steps:] = _ratio(change[:, steps:].sum(0), size[:, steps:].sum(0))
+        errors_ES[steps:] = profile.relative_change(1)[steps:]
     elif error == "block-caching":
-        errors_ES[steps:] = _ratio(change[:, steps:], size[:, :-steps]).mean(0)
+        errors_ES[steps:] = _ratio(change[:, steps:], profile.size[:, :-steps].double()).mean(0)
     elif error == "mag-cache":
         errors_ES[steps:] = (1.0 - profile.growth.double().mean(0)[steps:]).abs()
     elif error == "invar-diff":
@@ -391,11 +421,7 @@ def _branches(profile: Profile) -> list[slice]:
 
 def _columns(profile: Profile, sites: Iterable[Site | str] | None) -> tuple[Site, ...]:
     if sites is None:
-        return tuple(
-            site
-            for site in profile.sites
-            if site.kind == "out" and not any(site.covers(other) for other in profile.sites)
-        )
+        return leaf_sites(profile)
     columns = tuple(map(as_site, sites))
     for site in columns:
         if site not in profile.sites:
