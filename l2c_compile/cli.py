@@ -155,7 +155,7 @@ def evaluate(
     file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A schedule or router.")],
     model: Annotated[str, typer.Option(metavar="NAME", help="digits")] = "digits",
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Samples with and without caching.")] = 2000,
-    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Samples a call.")] = 100,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Samples a call.")] = 20,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Sampler steps; by default those that FILE is for.")
     ] = None,

@@ -68,6 +68,7 @@ class Judge:
         num_samples: more than the features of the classifier (64), better ten times that.
         batch: samples a call.
         seed: of the noise and the bootstrap.
+        reference: what an earlier judge of the same settings has as ``reference`` and ``multiply_adds``; None samples.
         on_batch: called after each batch, for progress.
     """
 
@@ -79,6 +80,7 @@ class Judge:
         num_samples: int,
         batch: int,
         seed: int = 0,
+        reference: tuple[Tensor, int] | None = None,
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self.known = known
@@ -87,7 +89,8 @@ class Judge:
         self.noise, self.labels = known.inputs(num_samples, seed)
         self._on_batch = on_batch
         self._classifier = load_digit_classifier()
-        self.reference, self.multiply_adds = self._sample(CacheSchedule.all_compute(loop.num_evaluations), loop)
+        uncached = CacheSchedule.all_compute(loop.num_evaluations)
+        self.reference, self.multiply_adds = reference or self._sample(uncached, loop)
         self.reference_features = self._features(self.reference)
         self.reference_as_asked = self._as_asked(self.reference)
 
@@ -132,7 +135,7 @@ def evaluate_file(
     steps: int | None = None,
     threshold: float | None = None,
     num_samples: int = 2000,
-    batch: int = 100,
+    batch: int = 20,
     seed: int = 0,
     json_path: str | os.PathLike[str] | None = None,
 ) -> None:
