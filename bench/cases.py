@@ -53,6 +53,7 @@ CASES: dict[str, str] = {
     "latency": "bench.latency:run",
     "memory": "bench.memory:run",
     "predict": "bench.predict:run",
+    "quality": "bench.quality:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",
 }

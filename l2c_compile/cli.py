@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from l2c_compile.cli_schedule import schedule_app
 from l2c_compile.errors import L2CError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(schedule_app, name="schedule")
 
 
 class _Steps(str, Enum):
@@ -109,6 +111,77 @@ def predict(
     from l2c_compile.preview import preview
 
     preview(file, Console(), model=model, steps=steps, threshold=threshold, batch=batch)
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="Where to; safetensors.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help="digits")] = "digits",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Sampler steps.")] = 20,
+    runs: Annotated[int, typer.Option(metavar="N", min=1, help="Runs of the loop, without caching.")] = 16,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Samples a run.")] = 1,
+    lags: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="The most evaluations to look back; by default all.")
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE", help="What to measure; may be repeated. Sublayers of every block, whole stack."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the noise.")] = 0,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture as well.")] = None,
+) -> None:
+    """Measure once how the sites of a model change from evaluation to evaluation; `l2c schedule` decides from that."""
+    # Imported here: `l2c --help` should not wait for torch.
+    from rich.console import Console
+
+    from l2c_compile.profiling import profile_model
+
+    profile_model(
+        out,
+        Console(),
+        model=model,
+        steps=steps,
+        num_runs=runs,
+        batch=batch,
+        lags=lags,
+        sites=site or (),
+        seed=seed,
+        png=png,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A schedule or router.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help="digits")] = "digits",
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Samples with and without caching.")] = 2000,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Samples a call.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Sampler steps; by default those that FILE is for.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="T", help="For routers: compute where the score is above T.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the noise.")] = 0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers here as well.")] = None,
+) -> None:
+    """Say what a schedule costs in quality, against the uncached model on equal noise."""
+    # Imported here: `l2c --help` should not wait for torch.
+    from rich.console import Console
+
+    from l2c_compile.evaluation import evaluate_file
+
+    evaluate_file(
+        file,
+        Console(),
+        model=model,
+        steps=steps,
+        threshold=threshold,
+        num_samples=samples,
+        batch=batch,
+        seed=seed,
+        json_path=json,
+    )
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ __all__ = [
     "LoopError",
     "LoopTraceError",
     "PassFailed",
+    "ProfileError",
+    "QualityError",
     "SaveError",
     "ScheduleError",
     "StaleConstantsError",
@@ -54,6 +56,14 @@ class CaptureError(L2CError, ValueError):
 
 class BackendError(L2CError, ValueError):
     """The backend does not exist, or cannot take the graph."""
+
+
+class ProfileError(L2CError, ValueError):
+    """A profile that cannot be taken, or that does not hold what a selector asks of it."""
+
+
+class QualityError(L2CError, ValueError):
+    """A measure of quality that the samples do not allow: too few of them, too small, not of one shape."""
 
 
 class SaveError(L2CError, ValueError):

@@ -6,20 +6,31 @@ The terminal map needs rich only; the PNG needs matplotlib, which is not a depen
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from l2c_compile.errors import L2CError
+from l2c_compile.finders import Profile
 from l2c_compile.router import Router
 from l2c_compile.schedule import CacheSchedule
+from l2c_compile.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["HIDDEN", "LEGEND", "PlotError", "save_heat_map", "source_ages", "terminal_heat_map"]
+__all__ = [
+    "HIDDEN",
+    "LEGEND",
+    "PlotError",
+    "new_figure",
+    "save_heat_map",
+    "save_profile_plot",
+    "source_ages",
+    "terminal_heat_map",
+]
 
 HIDDEN = -1
 """The age of a site that has no value in an evaluation, because a site over it is reused."""
@@ -68,24 +79,71 @@ def save_heat_map(schedule: CacheSchedule, path: str | os.PathLike[str], *, rout
     """
     if not schedule.sites:
         raise PlotError("a picture wants at least one site, the schedule has none")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise PlotError("pictures want matplotlib, which is not installed; pip install matplotlib") from error
     num_panels = 1 if router is None else 2
-    height = min(20.0, max(3.0, 1.5 + 0.16 * len(schedule.sites)))
-    figure = Figure(figsize=(8.0 * num_panels, height), layout="constrained")
+    figure = new_figure(8.0 * num_panels, _height(len(schedule.sites)))
     panels = figure.subplots(1, num_panels, squeeze=False)[0]
     _draw_ages(figure, panels[0], schedule)
     if router is not None:
         _draw_scores(figure, panels[1], router)
     for axes in panels:
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("evaluation, in execution order")
-        stride = -(-len(schedule.sites) // _MAX_LABELS)
-        ticks = range(0, len(schedule.sites), stride)
-        axes.set_yticks(ticks, [str(schedule.sites[index]) for index in ticks], fontsize=6)
+        _label(axes, schedule.sites)
     figure.savefig(path, format="png", dpi=120)
+
+
+def save_profile_plot(profile: Profile, path: str | os.PathLike[str]) -> None:
+    """Write a PNG of a profile: relative change at lag 1 (over the later value) and magnitude ratio.
+
+    Raises:
+        PlotError: If matplotlib is not installed.
+        OSError: If the file cannot be written.
+    """
+    import numpy as np
+
+    figure = new_figure(16.0, _height(len(profile.sites)))
+    change = profile.relative_change(1).T.numpy()
+    growth = profile.growth.double().mean(0).T.numpy()
+    # What has nothing before it has no change and no ratio.
+    change[:, : profile.branches] = growth[:, : profile.branches] = np.nan
+    furthest = float(np.nanmax(np.abs(growth - 1), initial=1e-3))
+    panels = figure.subplots(1, 2, squeeze=False)[0]
+    shown = (
+        (change, "relative change (L1) from the evaluation before", {"cmap": "viridis", "vmin": 0.0}),
+        (growth, "magnitude ratio", {"cmap": "RdBu_r", "vmin": 1 - furthest, "vmax": 1 + furthest}),
+    )
+    for axes, (values, title, colors) in zip(panels, shown, strict=True):
+        axes.set_facecolor("0.85")
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", **colors)
+        figure.colorbar(image, ax=axes)
+        axes.set_title(title)
+        _label(axes, profile.sites)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of that size in inches.
+
+    Raises:
+        PlotError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise PlotError("pictures want matplotlib, which is not installed; pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _height(num_sites: int) -> float:
+    return min(20.0, max(3.0, 1.5 + 0.16 * num_sites))
+
+
+def _label(axes: Axes, sites: Sequence[Site]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("evaluation, in execution order")
+    stride = -(-len(sites) // _MAX_LABELS)
+    ticks = range(0, len(sites), stride)
+    axes.set_yticks(ticks, [str(sites[index]) for index in ticks], fontsize=6)
 
 
 def _age(schedule: CacheSchedule, e: int, index: int) -> int:

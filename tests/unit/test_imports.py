@@ -38,9 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saved", "prediction"),
     ("api", "dynamo_backend"),
     ("",),
-    ("finders", "finders.*", "testing"),
-    ("report", "plots"),
-    ("cli", "demo", "inspection", "preview", "__main__"),
+    ("finders", "finders.*", "quality", "testing"),
+    ("report", "plots", "named_models"),
+    ("evaluation",),
+    ("cli", "cli_schedule", "demo", "inspection", "preview", "profiling", "scheduling", "__main__"),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
@@ -61,7 +62,10 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("finders", "finders.*"),
     ("finders.*", "finders.*"),
     ("report", "plots"),
+    ("cli", "cli_schedule"),
+    ("cli_schedule", "scheduling"),
     ("cli", "demo"),
+    ("cli", "profiling"),
     ("cli", "inspection"),
     ("cli", "preview"),
     ("__main__", "cli"),
