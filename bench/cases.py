@@ -51,6 +51,7 @@ CASES: dict[str, str] = {
     "kernel-compile": "bench.kernel_compile:run",
     "kernels": "bench.kernels:run",
     "latency": "bench.latency:run",
+    "malformed-files": "bench.malformed_files:run",
     "memory": "bench.memory:run",
     "predict": "bench.predict:run",
     "quality": "bench.quality:run",
@@ -59,7 +60,7 @@ CASES: dict[str, str] = {
 }
 
 
-ALWAYS_CHECKED = frozenset({"golden", "removed-shares"})
+ALWAYS_CHECKED = frozenset({"golden", "malformed-files", "removed-shares"})
 """Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
 
 

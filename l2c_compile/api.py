@@ -6,7 +6,6 @@ The flow is ``build_loop_graph``, one line a stage. ``CompiledSampler`` keeps on
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +42,7 @@ from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
 from l2c_compile.trace import Loop, trace_loop
 from l2c_compile.unroll import unroll
+from l2c_compile.weights_lock import one_capture, weights_in_use
 
 __all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile"]
 
@@ -164,8 +164,11 @@ class Program:
 class CompiledSampler(nn.Module):
     """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.
 
-    Holds no state between calls, so threads may sample at once; but no form may be captured while another thread
-    samples or uses the model, because torch.export swaps its weights meanwhile: capture first.
+    Holds no state between calls, so threads may sample at once. While one thread captures a new form, torch.export swaps
+    the weights of the model, and samplers in other threads wait; forms that are captured already run on while the rest of
+    the compilation goes on. Only samplers wait: code that uses the model itself, and what ``torch.compile`` made of a
+    sampler, must not run while a form is captured. Processes may be forked; in the child call
+    ``torch.set_num_threads(1)`` first, as torch's data loaders do.
 
     Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
     ``load_state_dict`` reach its weights; after changing weights in place call ``refresh``.
@@ -197,7 +200,6 @@ class CompiledSampler(nn.Module):
         self._programs: dict[object, Program] = {}
         self._known: list[Program] = []
         self._latest: Program | None = None
-        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what belongs to this process: a copy captures anew."""
@@ -222,27 +224,28 @@ class CompiledSampler(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
             program = self._captured(_form_of(noise, conditions))
-            run: Callable[..., Sequence[object]] = program.module
+            with torch.no_grad():
+                leaves = program.module(*tensors_in((noise, conditions)))
         else:
             program = self.capture(noise, **conditions)
-            _check_fresh(program)
-            run = program.run
-        with torch.no_grad():
-            leaves = run(*tensors_in((noise, conditions)))
+            with weights_in_use(), torch.no_grad():
+                _check_fresh(program)
+                leaves = program.run(*tensors_in((noise, conditions)))
         return tree_unflatten(list(leaves), program.graph.out_spec)
 
     def capture(self, noise: object, **conditions: object) -> Program:
         """Return the program for this form of input, building it if there is none yet; nothing is sampled."""
         inputs = _form_of(noise, conditions)
-        # Also around the form: while another thread captures, torch.export puts fake weights into the model.
-        with self._lock:
+        with weights_in_use():
             form = self._form(inputs)
-            program = self._programs.get(form)
-            if program is None:
-                program = self._build(inputs, noise, conditions)
+        program = self._programs.get(form)
+        if program is None:
+            with one_capture():
+                # Another thread may have built it meanwhile.
+                program = self._programs.get(form) or self._build(inputs, noise, conditions)
                 self._programs[form] = program
                 self._known = list(reversed(self._programs.values()))
-            self._latest = program
+        self._latest = program
         return program
 
     @property
@@ -276,16 +279,18 @@ class CompiledSampler(nn.Module):
             return predict(cached, uncached, NodeTimes(device))
 
     def _graph(self, schedule: CacheSchedule, noise: object, conditions: Mapping[str, object]) -> LoopGraph:
-        graph, _ = build_loop_graph(self.model, self.loop, schedule, noise, conditions, self.passes, self._progress)
+        with one_capture():
+            graph, _ = build_loop_graph(self.model, self.loop, schedule, noise, conditions, self.passes, self._progress)
         return graph
 
     def verify(self, noise: object, **conditions: object) -> VerifyReport:
         """Run compiled and reference on equal inputs and equal random numbers, and compare them."""
         program = self.capture(noise, **conditions)
-        _check_fresh(program)
-        return compare_with_reference(
-            self.model, self.loop, self.schedule, program.module, program.run, noise, conditions
-        )
+        with weights_in_use():
+            _check_fresh(program)
+            return compare_with_reference(
+                self.model, self.loop, self.schedule, program.module, program.run, noise, conditions
+            )
 
     def refresh(self) -> None:
         """Follow the weights after they changed: constants are folded, and weights packed, again.
@@ -413,7 +418,7 @@ class CompiledSampler(nn.Module):
         return self._latest
 
 
-_PER_PROCESS = frozenset({"_programs", "_known", "_latest", "_lock"})
+_PER_PROCESS = frozenset({"_programs", "_known", "_latest"})
 
 
 def _form_of(noise: object, conditions: Mapping[str, object]) -> CallSignature:

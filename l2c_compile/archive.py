@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from l2c_compile.errors import FileFormatError
+from l2c_compile.files import open_regular
 
 __all__ = ["Archive"]
 
@@ -35,12 +36,12 @@ class Archive:
     """An open archive; names are without the folder that all records of a ``.pt2`` are in.
 
     Raises:
-        FileFormatError: The file is not a zip archive of the plain kind.
+        FileFormatError: It is no regular file, or not a zip archive of the plain kind.
         OSError: It cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 - closed by __exit__
+        self._file: BinaryIO = open_regular(path)
         try:
             with _as_format_errors():
                 size_bytes = self._file.seek(0, os.SEEK_END)

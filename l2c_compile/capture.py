@@ -31,6 +31,7 @@ from l2c_compile.graph import (
     site_marks,
 )
 from l2c_compile.sites import Site
+from l2c_compile.weights_lock import weights_swapped
 
 __all__ = ["CallSignature", "StaticValue", "TensorSpec", "capture", "check_sites_exist", "tensors_in"]
 
@@ -129,7 +130,7 @@ def capture(
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
     try:
-        with torch.no_grad(), _marking(denoiser, sites, read_inputs_of):
+        with weights_swapped(), torch.no_grad(), _as_it_was(denoiser), _marking(denoiser, sites, read_inputs_of):
             program = torch.export.export(flat, example_inputs, strict=False)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.
@@ -150,6 +151,24 @@ def capture(
     _check_all_marked(denoiser, evaluation)
     return evaluation
 
+
+@contextmanager
+def _as_it_was(denoiser: nn.Module) -> Iterator[None]:
+    """Give every module its own weights and hooks back, wherever the capture ends: torch's cleanup can be interrupted."""
+    saved = [(m, {name: dict(vars(m).get(name, {})) for name in _OWN}, m.training) for m in denoiser.modules()]
+    try:
+        yield
+    finally:
+        for module, own, training in saved:
+            module.training = training
+            for name, entries in own.items():
+                held = vars(module).get(name, {})
+                if held.keys() != entries.keys() or any(held[key] is not entries[key] for key in entries):
+                    held.clear()
+                    held.update(entries)
+
+
+_OWN = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 _TENSOR = object()
 

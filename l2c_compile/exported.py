@@ -29,16 +29,19 @@ from torch.utils._pytree import tree_map, tree_structure
 
 from l2c_compile.capture import TensorSpec
 from l2c_compile.errors import BackendError
-from l2c_compile.graph import ProgramGraph, expression, output_list
+from l2c_compile.graph import ProgramGraph, argument_key, expression, is_pointwise, output_list
 
 __all__ = ["compile_ahead_of_time", "infer_values", "root_tensor", "to_exported_program"]
 
 
-def to_exported_program(program: ProgramGraph) -> ExportedProgram:
+def to_exported_program(
+    program: ProgramGraph, before: Callable[[fx.Node], None] = lambda node: None
+) -> ExportedProgram:
     """Return the graph as an ``ExportedProgram``; weights are shared.
 
     Args:
         program: a graph whose nodes are operators, ``getitem`` and ``get_attr`` of tensors.
+        before: see ``infer_values``.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -66,7 +69,7 @@ def to_exported_program(program: ProgramGraph) -> ExportedProgram:
     graph.output(tuple(results))
     # The parts of a loop graph were captured under different fake modes, and torch takes one.
     originals = {copy: node for node, copy in copies.items()}
-    infer_values(graph, lambda copy: _form(program, originals[copy]))
+    infer_values(graph, lambda copy: _form(program, originals[copy]), before)
     outputs = [
         OutputSpec(
             OutputKind.USER_OUTPUT,
@@ -125,7 +128,7 @@ def infer_values(
     """Write ``meta["val"]`` on every node by running the graph on fake tensors, all of one fake mode.
 
     Equal operations on equal forms run once, so 50 evaluations cost little more than one. Nodes of equal form share
-    their fake tensor.
+    their fake tensor. Pointwise operations that differ in a float count as equal: it changes no form.
 
     Args:
         graph: functional ATen.
@@ -147,7 +150,7 @@ def infer_values(
             if node.op == "output":
                 continue
             if node.op == "call_function":
-                key = expression(node, lambda argument: id(values[argument]))
+                key = _operation(node, lambda argument: id(values[argument]))
                 if key not in by_operation:
                     before(node)
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -156,6 +159,13 @@ def infer_values(
             else:
                 values[node] = shared(known(node).empty())
             node.meta["val"] = values[node]
+
+
+def _operation(node: fx.Node, rename: Callable[[fx.Node], object]) -> object:
+    if not is_pointwise(node):
+        return expression(node, rename)
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: float if type(a) is float else a)  # type: ignore[arg-type, return-value]
+    return node.target, argument_key(args, rename), argument_key(tuple(sorted(kwargs.items())), rename)
 
 
 def root_tensor(root: nn.Module, node: fx.Node) -> Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 from l2c_compile.errors import FileFormatError
 
 __all__ = [
     "MAX_JSON_BYTES",
     "frozen_json",
+    "open_regular",
     "parse_json",
     "plain_json",
     "read_bytes",
@@ -26,19 +30,34 @@ __all__ = [
 MAX_JSON_BYTES = 4 * 2**20
 """The largest JSON document read: 1000 evaluations x 1000 sites fit, and parsing it stays within a second."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_DEPTH = 32
 # A list costs far more memory than the two bytes it takes in a file.
 _MAX_CONTAINERS = 100_000
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading. A pipe or a device, on which reading may wait without end, is refused.
+
+    Raises:
+        FileFormatError: If it is no regular file.
+        OSError: If it cannot be opened.
+    """
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - returned open
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileFormatError(f"{os.fspath(path)} is no regular file; copy what it gives into one")
+    return file
 
 
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
     """Return the content of a file of at most ``max_bytes``.
 
     Raises:
-        FileFormatError: If the file is larger.
+        FileFormatError: If the file is larger, or no regular file.
         OSError: If it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise FileFormatError(f"{os.fspath(path)} wants at most {max_bytes} bytes to be read, has more")
@@ -60,23 +79,37 @@ def replaced_at_once(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the path of a temporary file that takes the place of ``path`` when the context ends without an error.
 
     Raises:
-        OSError: If the folder cannot be written to.
+        OSError: If the folder cannot be written to, or the disk is full; it names ``path``, which is as it was.
     """
     target = Path(path)
-    # The suffix stays: torch reads it.
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    with _as_write_errors(target):
+        # The suffix stays: torch reads it.
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes files for the owner alone; a saved schedule gets the mode that open() would have given it.
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _as_write_errors(target: Path) -> Iterator[None]:
+    """Name the file that was to be written, and the way out, in errors of the file system."""
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; a saved schedule gets the mode that open() would have given it.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        # What torch's writer raises for a failed write is a RuntimeError around the OSError, which has the number.
+        way_out = "free some space or choose another folder" if error.errno in _FULL else "choose another folder"
+        reason = error.strerror or str(error)
+        text = f"{reason}: {target} cannot be written; {way_out}, what was there is unchanged"
+        raise OSError(error.errno or errno.EIO, text, str(target)) from error
 
 
 def parse_json(text: str | bytes) -> dict[str, object]:
@@ -123,6 +156,11 @@ def plain_json(value: object) -> object:
     if isinstance(value, tuple):
         return [plain_json(item) for item in value]
     return value
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Opening a pipe waits for somebody who writes into it.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _frozen(value: object, what: str, depth: int) -> object:

@@ -27,12 +27,14 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import Argument, Node
 
 from l2c_compile.capture import TensorSpec
-from l2c_compile.errors import FileFormatError, SaveError
+from l2c_compile.errors import FileFormatError, SaveError, VerificationError
 from l2c_compile.exported import infer_values
 from l2c_compile.files import MAX_JSON_BYTES, parse_json
 from l2c_compile.graph import ProgramGraph, evaluation_of, module_path, output_list
+from l2c_compile.verify import Fact, check
 
 __all__ = [
+    "OperationBudget",
     "StoredTensor",
     "decode_form",
     "decode_graph",
@@ -68,6 +70,32 @@ _CUTS = frozenset(
     | {aten.unsafe_chunk, aten.tensor_split, aten.hsplit, aten.vsplit, aten.dsplit, aten.meshgrid}
     | {aten.broadcast_tensors, aten.atleast_1d, aten.atleast_2d, aten.atleast_3d}
 )
+
+
+class OperationBudget:
+    """Bounds how many different operations a graph may have, each of which is tried on fake tensors when it is read.
+
+    Evaluations are copies of one another, so a loop has few of them: 1500, and one for every 8 lines, are enough for
+    any, and keep the reading of a hostile file as short as that of an honest one of its size.
+    """
+
+    def __init__(self, num_lines: int, error: type[SaveError] | type[FileFormatError]) -> None:
+        self._limit = 1500 + num_lines // 8
+        self._error = error
+        self._num_spent = 0
+
+    def spend(self, node: Node) -> None:
+        """Count one operation.
+
+        Raises:
+            SaveError, FileFormatError: There are too many; which one was chosen when the budget was made.
+        """
+        self._num_spent += 1
+        if self._num_spent > self._limit:
+            raise self._error(
+                f"the graph has more than {self._limit} different operations, which a file does not hold; compile fewer"
+                " evaluations"
+            )
 
 
 @dataclass(frozen=True)
@@ -188,8 +216,20 @@ class _Reader:
         graph, root = self.program.graph, self.program.root
         forms = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
         forms |= {node: TensorSpec.of(root.get_buffer(str(node.target))) for node in graph.find_nodes(op="get_attr")}
+        budget = OperationBudget(len(self.nodes), FileFormatError)
+
+        def before(node: Node) -> None:
+            budget.spend(node)
+            _check_pieces(node)
+
         try:
-            infer_values(graph, forms.__getitem__, _check_pieces)
+            # The cheap check first: what nobody uses is not tried either.
+            check(self.program, (Fact.SITES_LOWERED, Fact.READS_LOWERED, Fact.NO_DEAD_NODES))
+            infer_values(graph, forms.__getitem__, before)
+        except FileFormatError:
+            raise
+        except VerificationError as error:
+            raise FileFormatError(f"the graph is none that l2c_compile makes: {error}") from error
         except Exception as error:  # torch's operators raise whatever they like about their arguments
             raise FileFormatError(f"an operator of the graph does not take what it is given: {error!s:.300}") from error
         if not all(isinstance(n.meta["val"], Tensor) for n in graph.output_node().all_input_nodes):

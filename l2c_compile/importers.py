@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import FileFormatError, L2CError, ScheduleError
-from l2c_compile.files import MAX_JSON_BYTES, parse_json, read_bytes
+from l2c_compile.files import MAX_JSON_BYTES, open_regular, parse_json, read_bytes
 from l2c_compile.router import Router
 from l2c_compile.schedule import FORMAT as SCHEDULE_FORMAT
-from l2c_compile.schedule import MAX_EVALUATIONS, CacheSchedule
+from l2c_compile.schedule import MAX_CELLS, MAX_EVALUATIONS, CacheSchedule
 from l2c_compile.sites import Site
 
 __all__ = [
@@ -71,14 +71,14 @@ def load_schedule_file(
         ScheduleError: If it does not have ``num_evaluations``, or an option has no meaning for this file.
         OSError: If it cannot be read.
     """
-    with open(path, "rb") as file:
-        start = file.read(9)
+    with open_regular(path) as file:
+        start, size_bytes = file.read(9), os.fstat(file.fileno()).st_size
     if family is not None and not start.startswith(b"PK"):
         raise ScheduleError(f"family {family!r} is for pickled router logits, this file is none")
     result: Router | CacheSchedule
     if start.startswith(b"PK"):
         result = _import_pickle(path, family)
-    elif len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < os.stat(path).st_size:
+    elif len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < size_bytes:
         result = Router.load(path)
     else:
         result = _import_json(read_bytes(path, max_bytes=MAX_JSON_BYTES))
@@ -310,7 +310,12 @@ def _logit_rows(source: _Source) -> tuple[Tensor, dict[str, object]]:
     rows = [_logits(name, state[name]) for name in names]
     if len({row.shape for row in rows}) != 1:
         raise FileFormatError("router logits want rows of one length")
-    logits = torch.stack(rows)
+    # Before any is copied: rows of a few bytes each can be expanded to any length.
+    if len(rows) * rows[0].numel() > MAX_CELLS:
+        raise FileFormatError(
+            f"router logits want at most {MAX_CELLS} entries, got {len(rows)} rows of {rows[0].numel()}"
+        )
+    logits = torch.stack([row.to(torch.float32) for row in rows])
     if not torch.isfinite(logits).all():
         raise FileFormatError("router logits want finite numbers, got NaN or infinity")
     return logits, _training_info(content.get("args"))
@@ -324,7 +329,7 @@ def _logits(name: str, value: object) -> Tensor:
         raise FileFormatError(
             f"{name} wants 1 to {_MAX_ROW_ENTRIES} float logits in a row, got {value.dtype} {tuple(value.shape)}"
         )
-    return value.detach().to(torch.float32, copy=True)
+    return value.detach()
 
 
 def _training_info(args: object) -> dict[str, object]:
@@ -360,7 +365,8 @@ def _load_pickle(path: str | os.PathLike[str]) -> Mapping[str, object]:
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    size_bytes = os.stat(path).st_size
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
     if size_bytes > _MAX_PICKLE_BYTES:
         raise FileFormatError(f"a router pickle wants at most {_MAX_PICKLE_BYTES} bytes, got {size_bytes}")
     try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import FileFormatError, L2CError, ScheduleError
-from l2c_compile.files import MAX_JSON_BYTES, frozen_json, parse_json, plain_json, write_atomically
+from l2c_compile.files import MAX_JSON_BYTES, frozen_json, open_regular, parse_json, plain_json, write_atomically
 from l2c_compile.schedule import MAX_CELLS, CacheSchedule
 from l2c_compile.sites import Site, as_site
 
@@ -122,7 +122,8 @@ class Router:
             FileFormatError: If it is not such a file, is of a newer version, or its parts do not fit together.
             OSError: If it cannot be read.
         """
-        size_bytes = os.stat(path).st_size
+        with open_regular(path) as opened:
+            size_bytes = os.fstat(opened.fileno()).st_size
         if size_bytes > _MAX_FILE_BYTES:
             raise FileFormatError(f"a router file wants at most {_MAX_FILE_BYTES} bytes, got {size_bytes}")
         try:

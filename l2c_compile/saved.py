@@ -38,11 +38,12 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 from l2c_compile.archive import Archive
 from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, silent
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec
-from l2c_compile.errors import BackendError, FileFormatError, InputFormError, SaveError, VerificationError
+from l2c_compile.errors import BackendError, FileFormatError, InputFormError, SaveError
 from l2c_compile.exported import compile_ahead_of_time, root_tensor, to_exported_program
 from l2c_compile.files import MAX_JSON_BYTES, parse_json, replaced_at_once
 from l2c_compile.graph import LoopGraph
 from l2c_compile.graph_lines import (
+    OperationBudget,
     StoredTensor,
     decode_form,
     decode_graph,
@@ -53,7 +54,6 @@ from l2c_compile.graph_lines import (
 )
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary
-from l2c_compile.verify import Fact, check
 
 __all__ = ["FORMAT", "VERSION", "LoadedSampler", "MapLocation", "load", "save_sampler"]
 
@@ -135,7 +135,7 @@ def save_sampler(
     # Found out before minutes are spent on the archive.
     for _ in encode_graph(graph, lambda node: _NOWHERE):
         pass
-    exported = to_exported_program(graph)
+    exported = to_exported_program(graph, OperationBudget(len(graph.graph.nodes), SaveError).spend)
     with replaced_at_once(target) as temporary:
         with temporary.open("wb") as file:
             torch.export.save(exported, file)
@@ -202,10 +202,6 @@ def load(
         )
     out_spec = _decode_result(manifest["result"], program.graph)
     graph = LoopGraph(program.graph, program.root, schedule, num_noise, [], out_spec)
-    try:
-        check(graph, (Fact.SITES_LOWERED, Fact.READS_LOWERED, Fact.NO_DEAD_NODES))
-    except VerificationError as error:
-        raise FileFormatError(f"the graph is none that l2c_compile makes: {error}") from error
     module = graph.module()
     run = lower_to_backend(graph, backend, progress or silent)
     return LoadedSampler(manifest, inputs, graph, module, run)

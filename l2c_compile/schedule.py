@@ -33,6 +33,8 @@ VERSION = 1
 MAX_EVALUATIONS = 100_000
 MAX_CELLS = 2_000_000
 """The most evaluations x sites of one schedule; bounds what a hostile file can make us allocate."""
+# 1000 evaluations x 100 sites: more than any sampler has. Checking so many takes a second.
+_MAX_REUSES = 100_000
 _MAX_MODULES = 200_000
 _MAX_SHARED_WORK = 1_000_000
 
@@ -139,7 +141,8 @@ class CacheSchedule:
         """Make a schedule whose sources are derived where they are not given."""
         sites = tuple(reused)
         _check_counts(num_evaluations, sites, branches)
-        states = _states(num_evaluations, sites, {(e, site) for site in sites for e in reused[site]})
+        _check_num_reuses(sum(map(len, reused.values())))
+        states = _states(num_evaluations, sites, ((e, site) for site in sites for e in reused[site]))
         reuses = {}
         for site in sites:
             derived = _derive_sources(states[site], reused[site], branches)
@@ -420,6 +423,7 @@ def _check_shape(schedule: CacheSchedule) -> None:
     """Check counts, sites and that every entry lies in the table."""
     num_evaluations, sites = schedule.num_evaluations, schedule.sites
     _check_counts(num_evaluations, sites, schedule.branches)
+    _check_num_reuses(len(schedule.reuses))
     known = set(sites)
     for (e, site), entry in schedule.reuses.items():
         if site not in known:
@@ -448,6 +452,14 @@ def _check_counts(num_evaluations: int, sites: Sequence[Site], branches: int) ->
         raise ScheduleError("a site occurs twice among the sites of the schedule")
     if sum(site.num_modules for site in sites) > _MAX_MODULES:
         raise ScheduleError(f"the runs among the sites name more than {_MAX_MODULES} modules")
+
+
+def _check_num_reuses(num_reuses: int) -> None:
+    if num_reuses > _MAX_REUSES:
+        raise ScheduleError(
+            f"a schedule wants at most {_MAX_REUSES} reused entries, got {num_reuses}; name a run or a module for all"
+            " that is reused together"
+        )
 
 
 def _check_entries(schedule: CacheSchedule) -> None:

@@ -1,0 +1,284 @@
+"""Whatever fails or is interrupted on the way: the model stays as it was, the sampler can be used again, files stay whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from l2c_compile import CacheSchedule, CompiledSampler, api, capture, l2c_compile, run_reference
+from l2c_compile.errors import BackendError
+from l2c_compile.files import replaced_at_once, write_atomically
+from l2c_compile.passes.base import Pipeline
+from l2c_compile.router import Router
+from tests.tiny import draw, residual, steps
+
+ROOT = Path(__file__).resolve().parents[2]
+ERRORS = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+
+
+def compiled() -> CompiledSampler:
+    return l2c_compile(residual(), CacheSchedule.from_table({"a": [1, 0, 1], "b": [1, 0, 0]}), steps(3))
+
+
+def state_of(model: nn.Module) -> list[object]:
+    """Return all that a capture touches: identities of weights and hooks, values, training flags."""
+    state: list[object] = []
+    for path, module in model.named_modules():
+        own = [*module._parameters.items(), *module._buffers.items()]
+        state += [path, module.training, list(module._forward_hooks), list(module._forward_pre_hooks)]
+        state += [(name, id(tensor), str(tensor)) for name, tensor in own]
+    return state
+
+
+def assert_usable(sampler: CompiledSampler, noise: Tensor) -> None:
+    """Check that the sampler captures and samples as if nothing had happened."""
+    assert not any(isinstance(weight, FakeTensor) for weight in sampler.model.parameters())
+    wanted = run_reference(sampler.model, sampler.loop, sampler.schedule, noise.clone(), {})
+    assert isinstance(wanted, Tensor)
+    assert torch.equal(sampler(noise), wanted)
+
+
+@contextmanager
+def raising_at_call(number: int, error: type[BaseException]) -> Iterator[list[int]]:
+    """Raise in the ``number``-th call of a Python function from here on, wherever that is; count the calls."""
+    calls = [0]
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            calls[0] += 1
+            if calls[0] == number:
+                sys.setprofile(None)
+                raise error("made up")
+
+    sys.setprofile(profile)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+class _RunsOutOfMemory(TorchDispatchMode):
+    """Makes the ``number``-th operation of torch fail."""
+
+    def __init__(self, number: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.remaining, self.error = number, error
+
+    def __torch_dispatch__(  # type: ignore[override]
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        self.remaining -= 1
+        if self.remaining == 0:
+            raise self.error("made up")
+        return func(*args, **(kwargs or {}))  # type: ignore[dict-item]
+
+
+class TestCapture:
+    @pytest.mark.parametrize("error", ERRORS)
+    @pytest.mark.parametrize(
+        ("owner", "stage"),
+        [
+            (api, "trace_loop"),
+            (capture, "_to_evaluation_graph"),
+            (api, "unroll"),
+            (Pipeline, "run"),
+            (api, "lower_to_backend"),
+        ],
+    )
+    def test_a_stage_that_fails_leaves_everything_as_it_was(
+        self, owner: object, stage: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampler, noise = compiled(), draw(2, 4)
+        before = state_of(sampler.model)
+
+        def fail(*args: object, **kwargs: object) -> None:
+            raise error("made up")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, stage, fail)
+            with pytest.raises(error, match="made up"):
+                sampler(noise)
+        assert state_of(sampler.model) == before
+        assert not sampler._programs
+        assert_usable(sampler, noise)
+
+    @pytest.mark.parametrize("error", ERRORS)
+    def test_a_forward_that_fails_leaves_everything_as_it_was(self, error: type[BaseException]) -> None:
+        sampler, noise = compiled(), draw(2, 4)
+        before = state_of(sampler.model)
+
+        def fail(module: nn.Module, args: object) -> None:
+            raise error("made up")
+
+        hook = sampler.model.norm.register_forward_pre_hook(fail)  # type: ignore[union-attr]
+        with pytest.raises((error, api.L2CError), match="made up"):
+            sampler(noise)
+        hook.remove()
+        assert state_of(sampler.model) == before
+        assert_usable(sampler, noise)
+
+    def test_an_interrupt_anywhere_leaves_everything_as_it_was(self) -> None:
+        sampler, noise = compiled(), draw(2, 4)
+        with raising_at_call(-1, KeyboardInterrupt) as calls:
+            compiled().capture(noise)
+        before = state_of(sampler.model)
+        num_interrupted = 0
+        # Evenly over all that a capture does, at odd places.
+        for number in range(97, calls[0], calls[0] // 12):
+            try:
+                with raising_at_call(number, KeyboardInterrupt):
+                    sampler.capture(noise)
+            except (KeyboardInterrupt, api.L2CError):
+                num_interrupted += 1
+            assert state_of(sampler.model) == before, number
+            sampler._begin_empty()
+        assert num_interrupted > 6
+        assert_usable(sampler, noise)
+
+    def test_weights_are_put_back_even_if_torch_was_interrupted_in_its_own_cleanup(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampler, noise = compiled(), draw(2, 4)
+        before = state_of(sampler.model)
+
+        def interrupted(flat: nn.Module, *args: object, **kwargs: object) -> None:
+            flat.denoiser.a._parameters["weight"] = torch.empty(4, 4, device="meta")  # type: ignore[union-attr, operator, index]
+            flat.denoiser.b._parameters.clear()  # type: ignore[union-attr, operator]
+            flat.denoiser.train()  # type: ignore[union-attr, operator]
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.export, "export", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                sampler(noise)
+        assert state_of(sampler.model) == before
+        assert_usable(sampler, noise)
+
+
+class TestRun:
+    @pytest.mark.parametrize("error", ERRORS)
+    def test_an_operation_that_fails_leaves_the_sampler_usable(self, error: type[BaseException]) -> None:
+        sampler, noise = compiled(), draw(2, 4)
+        wanted = sampler(noise)
+        before = state_of(sampler.model)
+        for number in (1, 4, 9):
+            with pytest.raises(error, match="made up"), _RunsOutOfMemory(number, error):
+                sampler(noise)
+            assert torch.equal(sampler(noise), wanted)
+        assert state_of(sampler.model) == before
+        # The next form is captured without waiting for the run that failed.
+        sampler.capture(draw(3, 4))
+
+
+def _full(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TestFiles:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+    def test_an_interrupted_write_leaves_the_old_file_and_no_litter(
+        self, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "s.json"
+        path.write_bytes(b"old")
+        for name in ("fsync", "replace", "chmod"):
+            with monkeypatch.context() as patch:
+
+                def fail(*args: object, **kwargs: object) -> None:
+                    raise error
+
+                patch.setattr(os, name, fail)
+                with pytest.raises(error):
+                    write_atomically(path, b"new")
+            assert path.read_bytes() == b"old"
+            assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("what", ["schedule", "router", "sampler"])
+    def test_a_full_disk_is_named_and_the_old_file_stays(
+        self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "old.pt2"
+        path.write_bytes(b"old")
+        sampler = compiled()
+        sampler.capture(draw(2, 4))
+        save = {
+            "schedule": sampler.schedule.save,
+            "router": Router(torch.ones(2, 1), ("a",), (1,), 0.5).save,  # type: ignore[arg-type]
+            "sampler": sampler.save,
+        }[what]
+        monkeypatch.setattr(os, "fsync", _full)
+        with pytest.raises(OSError, match=r"No space left.*old\.pt2.*free some space.*unchanged") as raised:
+            save(path)
+        assert raised.value.errno == errno.ENOSPC
+        assert raised.value.filename == str(path)
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_write_that_really_fails_in_the_middle_of_an_archive_is_named(self, tmp_path: Path) -> None:
+        # A limit on the size of files is a disk that is full after so many bytes, for torch's own writer, too.
+        code = """
+import resource, signal, sys, torch
+from tests.unit.test_faults import compiled
+from tests.tiny import draw
+sampler = compiled()
+sampler.capture(draw(2, 4))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (1, 5000, 20000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        sampler.save(sys.argv[1])
+    except OSError as error:
+        assert error.filename == sys.argv[1] and "unchanged" in str(error), error
+    else:
+        raise SystemExit(f"written within {limit} bytes")
+"""
+        path = tmp_path / "old.pt2"
+        path.write_bytes(b"old")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_folder_that_is_a_file_or_missing_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        for folder, kind in (("file", NotADirectoryError), ("missing", FileNotFoundError)):
+            path = tmp_path / folder / "s.json"
+            with pytest.raises(kind, match=r"s\.json.*folder") as raised:
+                write_atomically(path, b"{}")
+            assert raised.value.filename == str(path)
+
+    def test_a_folder_without_permission_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # The superuser may write anywhere, so the refusal is made up.
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "temporary")
+
+        monkeypatch.setattr("tempfile.mkstemp", refuse)
+        with pytest.raises(PermissionError, match=r"s\.json.*another folder"):
+            write_atomically(tmp_path / "s.json", b"{}")
+
+    def test_an_error_of_the_writer_itself_passes_unchanged(self, tmp_path: Path) -> None:
+        with pytest.raises(zipfile.BadZipFile), replaced_at_once(tmp_path / "x"):
+            raise zipfile.BadZipFile("no zip")
+        assert list(tmp_path.iterdir()) == []

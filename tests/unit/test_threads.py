@@ -1,0 +1,223 @@
+"""Threads and processes: samplers wait while another thread captures; forks and spawned processes sample, too."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference, weights_lock
+from l2c_compile.errors import CaptureError
+from tests.tiny import draw, residual, steps
+
+NUM_EVALUATIONS = 3
+
+
+def compiled(backend: str = "eager") -> CompiledSampler:
+    schedule = CacheSchedule.from_table({"a": [1, 0, 1], "b": [1, 0, 0]})
+    return l2c_compile(residual(), schedule, steps(NUM_EVALUATIONS), backend=backend)
+
+
+def expected(sampler: CompiledSampler, noise: Tensor) -> Tensor:
+    result = run_reference(sampler.model, sampler.loop, sampler.schedule, noise.clone(), {})
+    assert isinstance(result, Tensor)
+    return result
+
+
+def run_together(*jobs: Callable[[], None]) -> None:
+    """Run the jobs in threads that start at once; the first error of any is raised."""
+    barrier = threading.Barrier(len(jobs))
+
+    def run(job: Callable[[], None]) -> None:
+        barrier.wait()
+        job()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for done in [pool.submit(run, job) for job in jobs]:
+            done.result(timeout=60)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_threads_share_one_sampler_and_capture_forms_while_others_sample(backend: str) -> None:
+    sampler = compiled(backend)
+    inputs = {batch: draw(batch, 4, seed=batch) for batch in range(1, 5)}
+    wanted = {batch: expected(sampler, noise) for batch, noise in inputs.items()}
+    sampler.capture(inputs[1])
+
+    def sample(first: int) -> Callable[[], None]:
+        def job() -> None:
+            for turn in range(4):
+                # The form that is there already, and a new one in between.
+                for batch in (1, 1 + (first + turn) % 4):
+                    with torch.no_grad():
+                        result = sampler(inputs[batch])
+                    torch.testing.assert_close(result, wanted[batch], rtol=0, atol=0)
+
+        return job
+
+    run_together(*(sample(first) for first in range(4)))
+    assert len(sampler._programs) == 4
+
+
+def test_a_form_that_two_threads_want_is_built_once() -> None:
+    stages: list[str] = []
+    schedule = CacheSchedule.from_table({"a": [1, 0, 1]})
+    sampler = l2c_compile(residual(), schedule, steps(3), progress=stages.append)
+    run_together(*([lambda: sampler.capture(draw(2, 4)) and None] * 3))
+    assert stages.count("trace the loop") == 1
+
+
+def test_a_sampler_waits_while_another_sampler_of_the_model_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compiled()
+    second = l2c_compile(first.model, first.schedule, first.loop)
+    noise = draw(2, 4)
+    wanted = first(noise)
+    inside, go_on = threading.Event(), threading.Event()
+    export = torch.export.export
+
+    def slow_export(*args: object, **kwargs: object) -> object:
+        inside.set()
+        assert go_on.wait(30)
+        return export(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.export, "export", slow_export)
+    with ThreadPoolExecutor(2) as pool:
+        capturing = pool.submit(second.capture, noise)
+        assert inside.wait(30)
+        sampling = pool.submit(first, noise)
+        time.sleep(0.1)
+        assert not sampling.done()
+        go_on.set()
+        assert torch.equal(sampling.result(30), wanted)
+        capturing.result(30)
+
+
+def test_a_captured_form_runs_while_the_rest_of_another_capture_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = compiled()
+    wanted = sampler(draw(2, 4))
+    inside, go_on = threading.Event(), threading.Event()
+
+    def progress(stage: str) -> None:
+        if stage == "simplify":
+            inside.set()
+            assert go_on.wait(30)
+
+    sampler._progress = progress
+    with ThreadPoolExecutor(1) as pool:
+        capturing = pool.submit(sampler.capture, draw(3, 4))
+        assert inside.wait(30)
+        assert torch.equal(sampler(draw(2, 4)), wanted)
+        go_on.set()
+        capturing.result(30)
+
+
+def test_a_capture_within_a_run_is_an_error_and_no_deadlock() -> None:
+    sampler = compiled()
+    with weights_lock.weights_in_use(), pytest.raises(CaptureError, match="in the same thread"):
+        sampler.capture(draw(2, 4))
+    sampler.capture(draw(2, 4))
+
+
+def test_the_lock_may_be_taken_again_by_its_thread() -> None:
+    with weights_lock.weights_swapped(), weights_lock.weights_in_use(), weights_lock.weights_swapped():
+        pass
+    with weights_lock.weights_in_use(), weights_lock.weights_in_use():
+        pass
+
+
+def test_a_reader_that_is_in_goes_on_though_a_writer_waits() -> None:
+    waiting = threading.Event()
+
+    def write() -> None:
+        waiting.set()
+        with weights_lock.weights_swapped():
+            pass
+
+    with weights_lock.weights_in_use():
+        writer = threading.Thread(target=write)
+        writer.start()
+        waiting.wait(30)
+        time.sleep(0.05)
+        with weights_lock.weights_in_use():
+            assert writer.is_alive()
+    writer.join(30)
+    assert not writer.is_alive()
+
+
+def test_the_lock_costs_a_call_microseconds() -> None:
+    start = time.perf_counter()
+    for _ in range(1000):
+        with weights_lock.weights_in_use():
+            pass
+    assert (time.perf_counter() - start) / 1000 < 200e-6
+
+
+def _sample_in_child(sampler: CompiledSampler, noise: Tensor, connection: object) -> None:
+    torch.set_num_threads(1)
+    # One form that the parent captured, and one that only the child has.
+    connection.send([sampler(noise).tolist(), sampler(noise[:1]).tolist()])  # type: ignore[attr-defined]
+
+
+def _in_child(method: str, sampler: CompiledSampler, noise: Tensor) -> list[list[list[float]]]:
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_sample_in_child, args=(sampler, noise, sender))  # type: ignore[attr-defined]
+    child.start()
+    try:
+        assert receiver.poll(90), "the child hangs"
+        result: list[list[list[float]]] = receiver.recv()
+        return result
+    finally:
+        child.join(10)
+        child.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_samples_and_captures() -> None:
+    sampler, noise = compiled(), draw(2, 4)
+    wanted = [sampler(noise).tolist(), expected(sampler, noise[:1]).tolist()]
+    assert _in_child("fork", sampler, noise) == wanted
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_threads_sample_and_capture_does_not_hang() -> None:
+    sampler, noise = compiled(), draw(2, 4)
+    wanted = [sampler(noise).tolist(), expected(sampler, noise[:1]).tolist()]
+    stop = threading.Event()
+
+    def busy() -> None:
+        batch = 3
+        while not stop.is_set():
+            sampler(draw(batch, 4))
+            batch += 1
+
+    worker = threading.Thread(target=busy)
+    worker.start()
+    try:
+        for _ in range(2):
+            assert _in_child("fork", sampler, noise) == wanted
+    finally:
+        stop.set()
+        worker.join(60)
+
+
+def three_steps(denoiser: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Tensor:
+    return steps(NUM_EVALUATIONS)(denoiser, noise)  # type: ignore[return-value]
+
+
+def test_a_pickled_sampler_samples_alike() -> None:
+    # What a spawned process is given.
+    sampler = l2c_compile(residual(), CacheSchedule.from_table({"a": [1, 0, 1]}), three_steps)
+    noise = draw(2, 4)
+    wanted = sampler(noise)
+    assert torch.equal(pickle.loads(pickle.dumps(sampler))(noise), wanted)
+    assert torch.equal(copy.deepcopy(sampler)(noise), wanted)
