@@ -9,6 +9,7 @@ from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants
+from l2c_compile.passes.fuse_cached_residuals import FuseCachedResiduals
 from l2c_compile.passes.gate_at_source import GateAtSource
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.merge_common import MergeCommon
@@ -58,6 +59,8 @@ LOOP = Pipeline(
         DropDead(),
         BatchConditioning(),
         MergeCommon(),  # every projection was given its own stack of equal inputs
+        DropDead(),
+        FuseCachedResiduals(),  # what is kept is final, and what a kernel reads can no longer be merged or moved
         DropDead(),
         PlanMemory(),  # last: what is kept from where to where is final, and only order is left to change
     ),
