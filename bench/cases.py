@@ -52,6 +52,7 @@ CASES: dict[str, str] = {
     "kernels": "bench.kernels:run",
     "latency": "bench.latency:run",
     "memory": "bench.memory:run",
+    "packed-caches": "bench.packed_caches:run",
     "predict": "bench.predict:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",

@@ -239,10 +239,16 @@ class LoopGraph(ProgramGraph):
 _INFERENCE = FakeTensorMode()
 
 
-def emit(graph: fx.Graph, target: OpOverload, args: tuple[Argument, ...], evaluation: int | None) -> Node:
+def emit(
+    graph: fx.Graph,
+    target: OpOverload,
+    args: tuple[Argument, ...],
+    evaluation: int | None,
+    kwargs: Mapping[str, Argument] | None = None,
+) -> Node:
     """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
-    node = graph.call_function(target, args)
-    node.meta.update(val=infer(target, args, {}), evaluation=evaluation)
+    node = graph.call_function(target, args, dict(kwargs or {}))
+    node.meta.update(val=infer(target, args, kwargs or {}), evaluation=evaluation)
     return node
 
 

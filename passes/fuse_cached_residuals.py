@@ -47,9 +47,7 @@ __all__ = ["FuseCachedResiduals"]
 
 aten = torch.ops.aten
 
-_ADD, _NORM = torch.ops.l2c.cached_residual.default, torch.ops.l2c.cached_residual_norm.default
-assert cached_residual_op is not None
-assert cached_residual_norm_op is not None
+_ADD, _NORM = cached_residual_op._opoverload, cached_residual_norm_op._opoverload
 
 _ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout})
