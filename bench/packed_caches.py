@@ -1,8 +1,9 @@
 """Draw digits with packed caches and with plain ones, from equal noise, and say how far apart they are.
 
-The trained digits model, DDIM with 20 evaluations and guidance, the demo's schedule (odd evaluations reuse every attn and
-mlp output). ``plan`` says what is kept: every output (``bitwise``), or one sum for a run of skipped sublayers
-(``rounding``). Option: ``--per-class N`` samples of each digit (default 20).
+The trained digits model, DDIM with guidance, the demo's schedule (odd evaluations reuse every attn and mlp output).
+``plan`` says what is kept: every output (``bitwise``), or one sum for a run of skipped sublayers (``rounding``; its
+peak is where the sum is made, before it is packed). Options: ``--per-class N`` samples of each digit (default 20),
+``--evaluations N`` (default 20).
 
 ``relative_l2`` is ||packed - plain|| / ||plain|| over all samples, ``pixel_error`` the mean of |packed - plain| on the
 scale from -1 to 1, ``pixel_error_max`` the largest. ``schedule_pixel_error`` is what the schedule itself changes, plain
@@ -26,7 +27,6 @@ from l2c_compile.models.digits import load_digit_classifier, load_digits_dit
 
 __all__ = ["run"]
 
-_STEPS = 20
 _FORMATS = ("fp8", "int8")
 _PLANS = ("bitwise", "rounding")
 _CLASSES = torch.arange(10)
@@ -36,6 +36,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return errors, counts and bytes for both formats and plans."""
     parser = argparse.ArgumentParser(prog="python -m bench packed-caches")
     parser.add_argument("--per-class", type=int, default=20)
+    parser.add_argument("--evaluations", type=int, default=20)
     options = parser.parse_args(list(args))
     num_sides = 1 + len(_PLANS) * (1 + len(_FORMATS))
     task = progress.add_task("packed caches", total=num_sides * options.per_class)
@@ -44,16 +45,16 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
         return _draw(sampler, options.per_class, lambda: progress.advance(task))
 
     model = load_digits_dit()
-    loop = DDIM(steps=_STEPS, guidance=Guidance(GUIDANCE_SCALE, null={"y": len(_CLASSES)}))
-    schedule = every_second_evaluation(_STEPS)
-    nothing_reused = CacheSchedule.all_compute(_STEPS, ("blocks.0.attn",))
+    loop = DDIM(steps=options.evaluations, guidance=Guidance(GUIDANCE_SCALE, null={"y": len(_CLASSES)}))
+    schedule = every_second_evaluation(options.evaluations)
+    nothing_reused = CacheSchedule.all_compute(options.evaluations, ("blocks.0.attn",))
     uncached = draw(l2c_compile(model, nothing_reused, loop))
     rows = [_drawn(uncached, _conditions(options, "uncached", "none"))]
     for plan in _PLANS:
         plain = l2c_compile(model, schedule, loop, numerics=plan)  # type: ignore[arg-type]
         wanted = draw(plain)
         where = _conditions(options, plan, "none")
-        rows += [_drawn(wanted, where), _peak(plain, where)]
+        rows += [_drawn(wanted, where), *_kept(plain, where)]
         rows.append(Row("schedule_pixel_error", float((wanted - uncached).abs().mean()), "", where))
         for cache_format in _FORMATS:
             sampler = l2c_compile(model, schedule, loop, numerics=plan, caches=cache_format)  # type: ignore[arg-type]
@@ -64,14 +65,15 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
                 Row("pixel_error", float(error.mean()), "", where),
                 Row("pixel_error_max", float(error.max()), "", where),
                 _drawn(got, where),
-                _peak(sampler, where),
+                *_kept(sampler, where),
             ]
     return rows
 
 
 def _conditions(options: argparse.Namespace, plan: str, cache_format: str) -> dict[str, Condition]:
     samples = options.per_class * len(_CLASSES)
-    return {"model": "digits", "evaluations": _STEPS, "samples": samples, "plan": plan, "caches": cache_format}
+    where = {"model": "digits", "evaluations": options.evaluations, "samples": samples}
+    return {**where, "plan": plan, "caches": cache_format}
 
 
 def _draw(sampler: CompiledSampler, per_class: int, on_run: Callable[[], None]) -> Tensor:
@@ -93,5 +95,7 @@ def _drawn(images: Tensor, where: dict[str, Condition]) -> Row:
     return Row("drawn_as_asked", int((found == asked).sum()), "", where)
 
 
-def _peak(sampler: CompiledSampler, where: dict[str, Condition]) -> Row:
-    return Row("peak_KiB", sampler.summary().cache.peak_bytes / 2**10, "KiB", where)
+def _kept(sampler: CompiledSampler, where: dict[str, Condition]) -> list[Row]:
+    cache = sampler.summary().cache
+    sizes = {"peak_KiB": cache.peak_bytes, "mean_KiB": cache.mean_bytes}
+    return [Row(metric, size / 2**10, "KiB", where) for metric, size in sizes.items()]
