@@ -48,6 +48,7 @@ Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 CASES: dict[str, str] = {
     "compile-time": "bench.compile_time:run",
     "golden": "bench.golden:run",
+    "gpu-all": "bench.gpu_all:run",
     "kernel-compile": "bench.kernel_compile:run",
     "kernels": "bench.kernels:run",
     "latency": "bench.latency:run",
