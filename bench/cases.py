@@ -48,11 +48,13 @@ Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 CASES: dict[str, str] = {
     "compile-time": "bench.compile_time:run",
     "golden": "bench.golden:run",
+    "gpu-all": "bench.gpu_all:run",
     "kernel-compile": "bench.kernel_compile:run",
     "kernels": "bench.kernels:run",
     "latency": "bench.latency:run",
     "malformed-files": "bench.malformed_files:run",
     "memory": "bench.memory:run",
+    "packed-caches": "bench.packed_caches:run",
     "predict": "bench.predict:run",
     "quality": "bench.quality:run",
     "removed-shares": "bench.removed_shares:run",

@@ -35,12 +35,16 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     return rows
 
 
-def replay(path: Path) -> dict[str, float]:
-    """Return max |ours - theirs| / max |theirs| of the results ``cached`` and ``full`` of one record."""
+def replay(path: Path, device: str = "cpu") -> dict[str, float]:
+    """Return max |ours - theirs| / max |theirs| of the results ``cached`` and ``full`` of one record.
+
+    ``device`` is where to compute.
+    """
     record = _read(path)
     try:
         model, loop, cached = _dit(record) if "x_embedder.proj.weight" in record["state_dict"] else _uvit(record)
-        noise, conditions = record["noise"], {"y": record["labels"]}
+        model.to(device)
+        noise, conditions = record["noise"].to(device), {"y": record["labels"].to(device)}
         full = CacheSchedule.all_compute(loop.num_evaluations, cached.sites)
         samplers = {"cached": l2c_compile(model, cached, loop), "full": l2c_compile(model, full, loop)}
         return {name: _error(sampler, noise, conditions, record[name]) for name, sampler in samplers.items()}
@@ -89,4 +93,5 @@ def _check_timesteps(name: str, ours: Sequence[float], theirs: Sequence[float]) 
 
 def _error(sampler: CompiledSampler, noise: Tensor, conditions: Mapping[str, Tensor], expected: Tensor) -> float:
     result = sampler(noise, **conditions)
-    return float((result - expected).abs().max() / expected.abs().max())
+    assert isinstance(result, Tensor)
+    return float((result.cpu() - expected).abs().max() / expected.abs().max())

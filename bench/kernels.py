@@ -26,7 +26,7 @@ from l2c_compile.kernels.cached_residual import cached_residual
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm
 from l2c_compile.kernels.pack_cache import pack_cache
 
-__all__ = ["Case", "run"]
+__all__ = ["DIT", "SMOKE", "VIDEO", "Case", "run", "time_case"]
 
 Result: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Function: TypeAlias = Callable[..., Result]
@@ -110,7 +110,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     rows: list[Row] = []
     with torch.inference_mode():
         for case in cases:
-            rows += _time(case, device, rounds, lambda: progress.advance(task))
+            rows += time_case(case, device, rounds, lambda: progress.advance(task))
     return rows
 
 
@@ -122,7 +122,8 @@ def _device(args: Sequence[str]) -> str:
     return args[1]
 
 
-def _time(case: Case, device: str, rounds: int, on_round: Callable[[], None]) -> Iterator[Row]:
+def time_case(case: Case, device: str, rounds: int, on_round: Callable[[], None]) -> Iterator[Row]:
+    """Yield the rows of one expression: the sides' times, the bandwidth, the ratios."""
     torch.manual_seed(0)
     num_outputs = 2 if case.kernel == "cached_residual_norm" else 1
     sets = [_draw(case, device)]

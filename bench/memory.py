@@ -3,8 +3,9 @@
 For each of the four routers: the peak and the mean over evaluations of what is kept for later evaluations, as a share
 of "keep every layer's output" (every attn and mlp output of the last evaluation of each branch, all the time, as caches
 in hooks do). ``plan`` says whose bytes: ``schedule`` (what is read later, from its source to its last reader),
-``bitwise`` (the graph without passes that round elsewhere), ``rounding`` (the graph with them). The models are on the
-meta device; batch 1; DiT with batched guidance, U-ViT with guidance in two calls.
+``bitwise`` (the graph without passes that round elsewhere), ``rounding`` (the graph with them), ``fp8`` and ``int8``
+(the latter with packed caches: a byte an element and four a token). The models are on the meta device; batch 1; DiT
+with batched guidance, U-ViT with guidance in two calls.
 ``ARGS``: names of routers, all four by default.
 """
 
@@ -25,12 +26,16 @@ from l2c_compile.graph import LoopGraph
 from l2c_compile.liveness import CacheLiveness, cache_liveness, keep_everything_bytes, plan_memory, site_bytes
 from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance, Loop
 from l2c_compile.models import DiT, UViT
-from l2c_compile.passes.pipeline import BITWISE, LOOP
+from l2c_compile.passes.pipeline import BITWISE, LOOP, with_packed_caches
 
 __all__ = ["run"]
 
 _ROUTERS = ("l2c_DDIM20_router", "l2c_DDIM50_router", "l2c_dpm20_router", "l2c_dpm50_router")
-_PLANS = {"bitwise": BITWISE, "rounding": LOOP}
+_PLANS = {
+    "bitwise": BITWISE,
+    "rounding": LOOP,
+    **{cache_format: with_packed_caches(LOOP, cache_format) for cache_format in ("fp8", "int8")},
+}
 
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:

@@ -20,6 +20,7 @@ from l2c_compile.backend import (
     Backend,
     Progress,
     check_backend,
+    check_mode,
     lower_to_backend,
     num_regions,
     passes_for,
@@ -56,6 +57,8 @@ def l2c_compile(
     threshold: float | None = None,
     numerics: Literal["bitwise", "rounding"] | None = None,
     without: Collection[str] = (),
+    caches: Literal["int8", "fp8"] | None = None,
+    mode: Literal["reduce-overhead"] | None = None,
     progress: Progress | None = None,
 ) -> CompiledSampler:
     """Compile a sampling loop and its cache schedule into one static graph.
@@ -73,6 +76,10 @@ def l2c_compile(
             round in their own way anyway.
         without: names of passes to leave out, as ``passes/pipeline.py`` lists them.
         threshold: scores above it are computed; None takes the router's own. Only for a ``Router``.
+        caches: "int8" or "fp8" keeps values for later evaluations in one byte an element, with a scale for each token:
+            less memory, and another result (``kernels/README.md`` says how far off). None keeps them as they are.
+        mode: "reduce-overhead" records the whole loop as one CUDA graph in the first call of each form and replays it,
+            so that nothing is launched from Python. Inputs are copied in and results copied out. CUDA only.
         progress: told each stage of a capture before it begins.
 
     Returns:
@@ -81,8 +88,8 @@ def l2c_compile(
     Raises:
         UnknownSiteError: the schedule names a module that ``model`` does not have.
         ScheduleError: there is no loop, or a threshold for a schedule that needs none.
-        BackendError: torch.compile knows no such backend.
-        ValueError: ``without`` names an unknown pass, or one that another pass needs.
+        BackendError: torch.compile knows no such backend, or there is no such mode.
+        ValueError: ``without`` names an unknown pass, or one that another pass needs; or no such ``caches``.
     """
     schedule = schedule_of(router, threshold)
     if loop is None:
@@ -92,9 +99,12 @@ def l2c_compile(
             )
         loop = loop_from_dict(schedule.loop)
     check_backend(backend)
+    check_mode(mode)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    return CompiledSampler(model, schedule, loop, backend, passes_for(backend, numerics, without), progress)
+    return CompiledSampler(
+        model, schedule, loop, backend, passes_for(backend, numerics, without, caches), progress, mode
+    )
 
 
 def build_loop_graph(
@@ -185,6 +195,7 @@ class CompiledSampler(nn.Module):
         backend: Backend,
         passes: Pipeline,
         progress: Progress | None = None,
+        mode: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -192,6 +203,7 @@ class CompiledSampler(nn.Module):
         self.loop = loop
         self.backend = backend
         self.passes = passes
+        self.mode = mode
         self.training = model.training
         self._progress = progress
         self._begin_empty()
@@ -362,7 +374,7 @@ class CompiledSampler(nn.Module):
             graph, passes = build_loop_graph(
                 self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
             )
-        run = lower_to_backend(graph, self.backend, self._progress or silent)
+        run = lower_to_backend(graph, self.backend, self._progress or silent, self.mode)
         return Program(graph, passes, run, inputs, self._weights(), _weight_versions(graph))
 
     def _form(self, inputs: CallSignature) -> object:

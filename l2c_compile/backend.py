@@ -17,17 +17,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from l2c_compile.capture import TensorSpec
+from l2c_compile.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
 from l2c_compile.errors import BackendError, nearest
 from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.base import Numerics, Pipeline
-from l2c_compile.passes.pipeline import LOOP, REGIONS
+from l2c_compile.passes.pipeline import CACHE_FORMATS, LOOP, REGIONS, with_packed_caches
 
 __all__ = [
     "EAGER",
     "INDUCTOR",
+    "REDUCE_OVERHEAD",
     "Backend",
     "Progress",
     "check_backend",
+    "check_mode",
     "lower_to_backend",
     "num_regions",
     "passes_for",
@@ -36,6 +39,7 @@ __all__ = [
 
 EAGER = "eager"
 INDUCTOR = "inductor"
+REDUCE_OVERHEAD = "reduce-overhead"
 
 Backend = str | Callable[..., object]
 """A name that ``torch.compile`` knows, or a backend function of its form."""
@@ -56,31 +60,54 @@ def check_backend(backend: Backend) -> None:
         raise BackendError(f"torch.compile knows no backend '{backend}'; {hint}")
 
 
-def passes_for(backend: Backend, numerics: str | None, without: Collection[str]) -> Pipeline:
+def passes_for(backend: Backend, numerics: str | None, without: Collection[str], caches: str | None = None) -> Pipeline:
     """Return the loop passes for a backend.
 
     Args:
         backend: "eager" changes no bit unless ``numerics`` allows it; all others round in their own way anyway.
         numerics: "bitwise", "rounding", or None for what suits the backend.
         without: names of passes to leave out.
+        caches: "int8" or "fp8" packs what is kept for later evaluations; None keeps it as it is.
 
     Raises:
-        ValueError: no such numerics or pass, or a pass that another one needs.
+        ValueError: no such numerics, format of caches or pass, or a pass that another one needs.
     """
     words = {each.name.lower(): each for each in Numerics if each is not Numerics.APPROXIMATE}
     if numerics is not None and numerics not in words:
         raise ValueError(f"numerics wants one of {', '.join(words)}, got {numerics!r}")
-    return LOOP.within(words[numerics or ("bitwise" if backend == EAGER else "rounding")]).without(without)
+    if caches is not None and caches not in CACHE_FORMATS:
+        raise ValueError(f"caches wants one of {', '.join(CACHE_FORMATS)} or None, got {caches!r}")
+    passes = LOOP.within(words[numerics or ("bitwise" if backend == EAGER else "rounding")])
+    return (passes if caches is None else with_packed_caches(passes, caches)).without(without)
 
 
-def lower_to_backend(graph: LoopGraph, backend: Backend, progress: Progress) -> Callable[..., Sequence[object]]:
+def check_mode(mode: str | None) -> None:
+    """Raise ``BackendError`` for a mode that there is not."""
+    if mode not in (None, REDUCE_OVERHEAD):
+        raise BackendError(f"mode wants '{REDUCE_OVERHEAD}' or None, got {mode!r}")
+
+
+def lower_to_backend(
+    graph: LoopGraph, backend: Backend, progress: Progress, mode: str | None = None
+) -> Callable[..., Sequence[object]]:
     """Return a callable that computes what ``graph`` computes, through ``backend``.
 
     Args:
         graph: the finished loop graph; it is not changed.
         backend: what runs it.
         progress: told which region is compiled.
+        mode: "reduce-overhead" runs what the backend made as one CUDA graph; None as it is.
+
+    Raises:
+        BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device.
     """
+    if mode == REDUCE_OVERHEAD:
+        device = check_capturable(graph)
+        return RecordedLoop(_lower(graph, backend, progress), graph, CudaRecorder(device))
+    return _lower(graph, backend, progress)
+
+
+def _lower(graph: LoopGraph, backend: Backend, progress: Progress) -> Callable[..., Sequence[object]]:
     if backend == EAGER:
         return graph.module()
     if backend == INDUCTOR:
@@ -147,6 +174,7 @@ def _kernels_compiled_together(enabled: bool) -> Iterator[None]:
 
 def num_regions(run: object) -> int:
     """Return how many distinct regions a lowered loop calls; 0 if it was not lowered region by region."""
+    run = run.run if isinstance(run, RecordedLoop) else run
     return sum(isinstance(child, _CompiledRegion) for child in run.children()) if isinstance(run, nn.Module) else 0
 
 

@@ -23,7 +23,7 @@ from l2c_compile.schedule import CacheSchedule
 
 __all__ = ["l2c"]
 
-_OPTIONS = ("router", "threshold", "backend", "denoiser", "numerics", "without")
+_OPTIONS = ("router", "threshold", "backend", "denoiser", "numerics", "without", "caches")
 
 
 def l2c(
@@ -45,6 +45,7 @@ def l2c(
             several modules have the sites of the schedule.
             ``numerics``: "bitwise" or "rounding", as in ``l2c_compile``.
             ``without``: names of passes to leave out.
+            ``caches``: "int8" or "fp8", as in ``l2c_compile``.
 
     Raises:
         L2CError: an option is missing or makes no sense, or the schedule does not fit the function.
@@ -57,7 +58,7 @@ def l2c(
     schedule = _schedule(given.get("router"), given.get("threshold"))
     backend: Backend = given.get("backend", INDUCTOR)
     check_backend(backend)
-    passes = passes_for(backend, given.get("numerics"), given.get("without", ()))
+    passes = passes_for(backend, given.get("numerics"), given.get("without", ()), given.get("caches"))
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)

@@ -16,9 +16,10 @@ change. Both are ordinary ops that run, so that a graph can be executed after an
 from __future__ import annotations
 
 import enum
+import heapq
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "ProgramGraph",
     "SiteMark",
     "argument_key",
+    "arguments_of",
     "cache_reads",
     "draws_random_numbers",
     "emit",
@@ -58,7 +60,9 @@ __all__ = [
     "module_path",
     "num_bytes",
     "output_list",
+    "outputs_of",
     "packet_of",
+    "relaid",
     "site_marks",
 ]
 
@@ -236,19 +240,80 @@ class LoopGraph(ProgramGraph):
 _INFERENCE = FakeTensorMode()
 
 
-def emit(graph: fx.Graph, target: OpOverload, args: tuple[Argument, ...], evaluation: int | None) -> Node:
+def emit(
+    graph: fx.Graph,
+    target: OpOverload,
+    args: tuple[Argument, ...],
+    evaluation: int | None,
+    kwargs: Mapping[str, Argument] | None = None,
+) -> Node:
     """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
-    node = graph.call_function(target, args)
-    node.meta.update(val=infer(target, args, {}), evaluation=evaluation)
+    node = graph.call_function(target, args, dict(kwargs or {}))
+    node.meta.update(val=infer(target, args, kwargs or {}), evaluation=evaluation)
     return node
 
 
-def infer(target: object, args: Sequence[Argument], kwargs: Mapping[str, Argument]) -> Any:  # noqa: ANN401
-    """Return what ``target`` gives for these nodes, without values: fake tensors of the right form."""
-    fakes: Any = fx.node.map_arg((tuple(args), dict(kwargs)), lambda argument: _fake(argument.meta["val"]))
+def outputs_of(node: Node) -> tuple[Node, ...]:
+    """Insert, right behind a node that returns several tensors, a node for each of them."""
+    outputs: list[Node] = []
+    for index, value in enumerate(node.meta["val"]):
+        with node.graph.inserting_after(outputs[-1] if outputs else node):
+            outputs.append(node.graph.call_function(operator.getitem, (node, index)))
+        outputs[-1].meta.update(val=value, evaluation=evaluation_of(node))
+    return tuple(outputs)
+
+
+def infer(
+    target: object,
+    args: Sequence[Argument],
+    kwargs: Mapping[str, Argument],
+    value: Callable[[Node], Any] = lambda node: node.meta["val"],
+) -> Any:  # noqa: ANN401
+    """Return what ``target`` gives for these nodes, without values: fake tensors of the right form.
+
+    ``value`` says what a node stands for.
+    """
+    fakes: Any = fx.node.map_arg((tuple(args), dict(kwargs)), lambda argument: _fake(value(argument)))
     assert callable(target)
     with _INFERENCE, torch.no_grad():
         return target(*fakes[0], **fakes[1])
+
+
+def relaid(changed: Mapping[Node, Any], without: Collection[Node] = ()) -> dict[Node, Any] | None:
+    """Return what each node makes once some nodes make tensors of the same shape in another memory layout.
+
+    Args:
+        changed: what these nodes will make.
+        without: users that will be gone.
+
+    Returns:
+        The new fake value of every node whose value changes, those of ``changed`` included; None if an operation does
+        not take the new layout (a view of it is no view any more) or the graph would return another one.
+    """
+    values = dict(changed)
+    waiting = [user for node in changed for user in node.users]
+    heapq.heapify(waiting)
+    known: Node | None = None
+    while waiting:
+        node = heapq.heappop(waiting)
+        if node is known or node in values or node in without:
+            continue
+        known = node
+        if node.op == "output" or packet_of(node) is torch.ops.aten.as_strided:
+            return None
+        try:
+            value = infer(node.target, node.args, node.kwargs, lambda a: values.get(a, a.meta["val"]))
+        except (RuntimeError, ValueError):
+            return None
+        if _strides(value) != _strides(node.meta["val"]):
+            values[node] = value
+            for user in node.users:
+                heapq.heappush(waiting, user)
+    return values
+
+
+def _strides(value: Any) -> object:  # noqa: ANN401 - whatever a node returns
+    return tuple(map(_strides, value)) if isinstance(value, (tuple, list)) else value.stride()
 
 
 def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
@@ -341,11 +406,11 @@ def draws_random_numbers(node: Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     # Attention and dropout can draw, but do not at rate 0 or outside training.
-    given = _arguments(node)
+    given = arguments_of(node)
     return bool(given.get("dropout_p") != 0 and given.get("train") is not False)
 
 
-def _arguments(node: Node) -> dict[str, Argument]:
+def arguments_of(node: Node) -> dict[str, Argument]:
     """Return the node's arguments by name, defaults included."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}

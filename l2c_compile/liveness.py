@@ -153,6 +153,8 @@ def plan_memory(graph: LoopGraph) -> MemoryPlan:
         made = evaluation_of(base)
         if made is None or base in early or base.op != "call_function" or evaluation is None:
             continue
+        if not isinstance(base.meta.get("val"), Tensor):
+            continue  # several tensors: each of them counts by itself
         own_use.setdefault(base, position[base])
         for user in node.users:
             read = evaluation_of(user)

@@ -29,14 +29,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from l2c_compile.archive import Archive
-from l2c_compile.backend import EAGER, Backend, Progress, check_backend, lower_to_backend, silent
+from l2c_compile.backend import EAGER, Backend, Progress, check_backend, check_mode, lower_to_backend, silent
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec
 from l2c_compile.errors import BackendError, FileFormatError, InputFormError, SaveError
 from l2c_compile.exported import compile_ahead_of_time, root_tensor, to_exported_program
@@ -168,6 +168,7 @@ def load(
     *,
     backend: Backend = EAGER,
     map_location: MapLocation = None,
+    mode: Literal["reduce-overhead"] | None = None,
     progress: Progress | None = None,
 ) -> LoadedSampler:
     """Load what ``CompiledSampler.save`` wrote. The model's class is not needed.
@@ -176,6 +177,7 @@ def load(
         path: the file. It may come from a stranger: nothing of it is unpickled or run as code.
         backend: what runs the graph: "eager", "aot_eager", "inductor" or any other that ``torch.compile`` takes.
         map_location: where to put what was saved on another device.
+        mode: "reduce-overhead" runs the loop as one CUDA graph, as in ``l2c_compile``.
         progress: told what is compiled.
 
     Raises:
@@ -184,6 +186,7 @@ def load(
         OSError: the file cannot be read.
     """
     check_backend(backend)
+    check_mode(mode)
     devices = _Devices(map_location)
     with Archive(path) as archive:
         _check_names(archive)
@@ -203,7 +206,7 @@ def load(
     out_spec = _decode_result(manifest["result"], program.graph)
     graph = LoopGraph(program.graph, program.root, schedule, num_noise, [], out_spec)
     module = graph.module()
-    run = lower_to_backend(graph, backend, progress or silent)
+    run = lower_to_backend(graph, backend, progress or silent, mode)
     return LoadedSampler(manifest, inputs, graph, module, run)
 
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from l2c_compile.cost import MultiplyAdds
 from l2c_compile.graph import LoopGraph, evaluation_of
-from l2c_compile.liveness import CacheLiveness, cache_liveness, keep_everything_bytes, plan_memory, site_bytes
+from l2c_compile.liveness import (
+    CacheLiveness,
+    MemoryPlan,
+    cache_liveness,
+    keep_everything_bytes,
+    plan_memory,
+    site_bytes,
+)
 
 __all__ = ["EvaluationSummary", "Summary", "in_bytes", "in_units", "summarize"]
 
@@ -48,6 +56,10 @@ class Summary:
     """What it would take to keep every site that is read, from its source to its last reader."""
     keep_everything_bytes: int
     """What it would take to keep every site of the last evaluation all the time, as caches in hooks do."""
+    num_packed: int
+    """Values that are kept packed."""
+    num_unpacked: int
+    """Values that are kept as they are."""
 
     @property
     def multiply_adds(self) -> int:
@@ -75,6 +87,8 @@ class Summary:
         if self.keep_everything_bytes:
             share = self.cache.peak_bytes / self.keep_everything_bytes
             text += f" ({share:.0%} of keeping every site, {in_bytes(self.keep_everything_bytes)})"
+        if self.num_packed:
+            text += f"; {self.num_packed} of {self.num_packed + self.num_unpacked} kept values are packed"
         return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -112,7 +126,8 @@ def summarize(graph: LoopGraph) -> Summary:
         else:
             left[evaluation] += count.of(node)
     full = [count.total(graph.forms[e].graph.nodes) for e in range(graph.num_evaluations)]
-    cache = plan_memory(graph).cache
+    plan = plan_memory(graph)
+    cache = plan.cache
     rows = []
     computed = graph.schedule.computed_per_evaluation()
     reads: list[list[tuple[int, ...]]] = [[] for _ in computed]
@@ -126,7 +141,17 @@ def summarize(graph: LoopGraph) -> Summary:
             )
         )
     of_schedule = cache_liveness(graph.schedule, site_bytes(graph))
-    return Summary(tuple(rows), len(graph.schedule.sites), shared, cache, of_schedule, keep_everything_bytes(graph))
+    everything = keep_everything_bytes(graph)
+    num_packed, num_unpacked = _count_packed(graph, plan)
+    num_sites = len(graph.schedule.sites)
+    return Summary(tuple(rows), num_sites, shared, cache, of_schedule, everything, num_packed, num_unpacked)
+
+
+def _count_packed(graph: LoopGraph, plan: MemoryPlan) -> tuple[int, int]:
+    packs = graph.graph.find_nodes(op="call_function", target=torch.ops.l2c.pack_cache.default)
+    parts = {part.name for pack in packs for part in pack.users}
+    plain = [value for value in plan.kept if value.name not in parts and value.last_read_in > value.made_in]
+    return len(packs), len(plain)
 
 
 def _sources(sources: tuple[int, ...]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.batch_conditioning import BatchConditioning
 from l2c_compile.passes.bind_times import BindTimes
@@ -10,18 +12,20 @@ from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants
+from l2c_compile.passes.fuse_cached_residuals import FuseCachedResiduals
 from l2c_compile.passes.gate_at_source import GateAtSource
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.merge_deltas import MergeDeltas
 from l2c_compile.passes.outline_regions import OutlineRegions
+from l2c_compile.passes.pack_caches import PackCaches
 from l2c_compile.passes.pack_weights import PackWeights
 from l2c_compile.passes.plan_memory import PlanMemory
 from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.verify import Fact
 
-__all__ = ["BITWISE", "EVALUATION", "LOOP", "REGIONS", "SKELETON"]
+__all__ = ["BITWISE", "CACHE_FORMATS", "EVALUATION", "LOOP", "REGIONS", "SKELETON", "with_packed_caches"]
 
 SKELETON = Pipeline(
     (
@@ -62,6 +66,8 @@ LOOP = Pipeline(
         BatchConditioning(),
         MergeCommon(),  # every projection was given its own stack of equal inputs
         DropDead(),
+        FuseCachedResiduals(),  # what is kept is final, and what a kernel reads can no longer be merged or moved
+        DropDead(),
         PlanMemory(),  # last: what is kept from where to where is final, and only order is left to change
     ),
     assumes=frozenset({Fact.SITES_MARKED}),
@@ -79,3 +85,11 @@ REGIONS = Pipeline(
 
 BITWISE = LOOP.within(Numerics.BITWISE)
 """The loop passes that change no bit."""
+
+CACHE_FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""How values can be kept for later evaluations, other than as they are."""
+
+
+def with_packed_caches(passes: Pipeline, cache_format: str) -> Pipeline:
+    """Return loop passes that pack what is kept as the last thing they do: only then it is known what that is."""
+    return Pipeline((*passes.passes, PackCaches(CACHE_FORMATS[cache_format])), passes.assumes)

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes", "passes.base"),
     ("passes.*",),
     ("passes.pipeline",),
+    ("cuda_graphs",),
     ("backend",),
     ("reference",),
     ("comparison", "summary"),

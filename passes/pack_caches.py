@@ -1,0 +1,153 @@
+"""Keep values for later evaluations in one byte an element, with a scale for each token.
+
+    f = attn(...)                                   f = attn(...); q, s = pack_cache(f)
+    evaluation 5:  h = add(x, f)                ->  r = cast(mul(cast(q), unsqueeze(s, -1))); h = add(x, r)
+    evaluation 5:  h = cached_residual(x, [f])  ->  h = cached_residual(x, [q], token_scales=[s])
+
+The evaluation that makes a value reads it as it was. Later ones read another value: off by at most |f| / 16 in fp8 e4m3
+and s / 2 in int8, plus the rounding of the division (``kernels/pack_cache.py``). Only on request: APPROXIMATE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx.node import Argument, Node
+
+from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, outputs_of, relaid
+from l2c_compile.kernels._launch import FLOATS, MAX_DIM
+from l2c_compile.kernels.cached_residual import cached_residual_op
+from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
+from l2c_compile.kernels.pack_cache import pack_cache
+from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.verify import Fact
+
+__all__ = ["PackCaches"]
+
+aten = torch.ops.aten
+
+_PACK = pack_cache._opoverload
+_READS_PACKED = frozenset({cached_residual_op._opoverload, cached_residual_norm_op._opoverload})
+_TOKEN_SCALES = 6
+"""The position of token_scales among the arguments of both."""
+
+
+@dataclass(frozen=True)
+class PackCaches(Pass):
+    """Store what is kept for later evaluations packed, and let them read it unpacked."""
+
+    dtype: torch.dtype
+    """float8_e4m3fn or int8."""
+    max_share: float = 0.75
+    """Only what shrinks to this share or less, scales included: a row of 8 bfloat16 or of 2 float32 does."""
+
+    name: ClassVar[str] = "pack-caches"
+    needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
+    numerics: ClassVar[Numerics] = Numerics.APPROXIMATE
+
+    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
+        if not isinstance(program, LoopGraph):
+            raise TypeError("only a loop graph has evaluations to keep values for")
+        report = PassReport()
+        early = program.known_before_the_loop()
+        for node in list(program.graph.nodes):
+            readers = _later_readers(node)
+            if not readers or node in early or node.op != "call_function":
+                continue
+            reason = self._why_not(node) or _pack(program, node, readers, self.dtype)
+            if reason is None:
+                report.rewrites += 1
+            else:
+                report.left_alone[node.name] = reason
+        return report
+
+    def _why_not(self, node: Node) -> str | None:
+        value = node.meta["val"]
+        form = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if value.dtype not in FLOATS:
+            return f"is {form}: only float32, bfloat16 and float16 are packed"
+        if value.dim() not in (2, 3) or not 0 < value.shape[-1] <= MAX_DIM:
+            return f"is {form}: only (B, T, D) and (N, D) with D up to {MAX_DIM} have a scale for each token"
+        channels, plain = value.shape[-1], value.shape[-1] * value.element_size()
+        if channels + 4 > self.max_share * plain:
+            return f"is {form}: a row would take {channels + 4} bytes packed, and takes {plain}"
+        return None
+
+
+def _later_readers(node: Node) -> list[Node]:
+    made = evaluation_of(node)
+    if made is None or not isinstance(node.meta.get("val"), Tensor):
+        return []
+    return sorted(user for user in node.users if (evaluation_of(user) or 0) > made)
+
+
+def _pack(program: LoopGraph, node: Node, readers: list[Node], dtype: torch.dtype) -> str | None:
+    """Let ``readers`` read a packed copy, or return why they cannot."""
+    graph = program.graph
+    by_value = [reader for reader in readers if not _takes_packed(reader, node)]
+    contiguous = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
+    moved = contiguous.stride() != node.meta["val"].stride()
+    values = relaid({node: contiguous}, set(node.users).difference(by_value)) if moved else {}
+    if values is None:
+        return "is read in its memory layout, which a packed copy does not have"
+    with graph.inserting_after(node):
+        packed = emit(graph, _PACK, (node, dtype), evaluation_of(node))
+    if "nn_module_stack" in node.meta:
+        packed.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    q, scale = outputs_of(packed)
+    for reader in readers:
+        if reader not in by_value:
+            _give_packed(reader, node, q, scale)
+    for group in _by_evaluation(by_value):
+        with graph.inserting_before(group[0]):
+            value = _unpacked(program, q, scale, node, evaluation_of(group[0]))
+        for reader in group:
+            reader.replace_input_with(node, value)
+    for each, new in values.items():
+        if each is not node:
+            each.meta["val"] = new
+    return None
+
+
+def _takes_packed(reader: Node, node: Node) -> bool:
+    """Tell whether a reader is an op that reads the value as a cached term and as nothing else."""
+    if reader.target not in _READS_PACKED:
+        return False
+    base, _, *rest = reader.args
+    return base is not node and not any(node in _nodes(argument) for argument in rest)
+
+
+def _nodes(argument: Argument) -> Iterable[Argument]:
+    return argument if isinstance(argument, (tuple, list)) else (argument,)
+
+
+def _give_packed(call: Node, node: Node, q: Node, scale: Node) -> None:
+    base, caches, *rest = call.args
+    assert isinstance(caches, (tuple, list))
+    given = call.args[_TOKEN_SCALES]
+    assert isinstance(given, (tuple, list))
+    token_scales = [scale if c is node else g for c, g in zip(caches, given or [None] * len(caches), strict=True)]
+    rest[_TOKEN_SCALES - 2] = token_scales
+    call.args = (base, [q if cache is node else cache for cache in caches], *rest)
+
+
+def _by_evaluation(readers: list[Node]) -> list[list[Node]]:
+    groups: dict[int | None, list[Node]] = {}
+    for reader in readers:
+        groups.setdefault(evaluation_of(reader), []).append(reader)
+    return list(groups.values())
+
+
+def _unpacked(program: LoopGraph, q: Node, scale: Node, node: Node, evaluation: int | None) -> Node:
+    """Return what the kernels see of a packed value, in plain aten and in the dtype that it had."""
+    graph, dtype = program.graph, node.meta["val"].dtype
+    wide = emit(graph, aten._to_copy.default, (q,), evaluation, {"dtype": torch.float32})
+    column = emit(graph, aten.unsqueeze.default, (scale, -1), evaluation)
+    value = emit(graph, aten.mul.Tensor, (wide, column), evaluation)
+    if dtype == torch.float32:
+        return value
+    return emit(graph, aten._to_copy.default, (value,), evaluation, {"dtype": dtype})
