@@ -36,7 +36,7 @@ from l2c_compile.capture import CallSignature, StaticValue, TensorSpec
 from l2c_compile.errors import LoopTraceError
 from l2c_compile.graph import Dependency, EvaluationGraph, ProgramGraph, draws_random_numbers, output_list
 
-__all__ = ["Loop", "LoopSkeleton", "trace_loop"]
+__all__ = ["Loop", "LoopSkeleton", "StandIn", "trace_loop"]
 
 Loop = Callable[..., object]
 """``loop(denoiser, noise, **conditions) -> latent``: plain PyTorch that runs a sampler."""
@@ -261,7 +261,7 @@ class LoopTracer(fx.proxy.TracerBase):
         conditions = tree_map(self._make_input, dict(conditions))
         random_state = torch.get_rng_state()
         with torch.no_grad(), _RecordRandomDraws(self):
-            result = loop(_Leaf(self), noise, **conditions)
+            result = loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
         if not self.calls:
             raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
         if not torch.equal(random_state, torch.get_rng_state()):
@@ -416,23 +416,31 @@ class LoopTracer(fx.proxy.TracerBase):
                 raise self.untraceable(f"asks for a result that depends on values of the latent ({error})") from error
 
 
-class _Leaf:
-    """Stands for the denoiser while the loop is unrolled: calling it records an evaluation."""
+class StandIn:
+    """Stands for the denoiser while a loop runs: has all that it has, but calls are made by ``evaluate``.
 
-    def __init__(self, tracer: LoopTracer) -> None:
-        self.__tracer = tracer
+    Args:
+        denoiser: what it passes for.
+        evaluate: given ``(args, kwargs)`` of each call; returns what the denoiser would.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, evaluate: Callable[[tuple[object, ...], dict[str, object]], object]
+    ) -> None:
+        self.__denoiser = denoiser
+        self.__evaluate = evaluate
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return type(self.__tracer.denoiser)
+        return type(self.__denoiser)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        return self.__tracer.evaluate(args, kwargs)
+        return self.__evaluate(args, kwargs)
 
     forward = __call__
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the denoiser has
-        denoiser = self.__tracer.denoiser
+        denoiser = self.__denoiser
         value = getattr(denoiser, name)
         if getattr(value, "__self__", None) is not denoiser:
             return value
