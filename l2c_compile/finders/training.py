@@ -272,22 +272,32 @@ class Learner:
             distances: by evaluation, what its student is away from its teacher; differentiable.
             weights: factors of the distances; None is 1.
         """
-        total = torch.stack([(weights[e] if weights else 1.0) * distance for e, distance in distances.items()]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        rows = [self.logits[e] for e in distances]
-        gradients = self.workers.mean(torch.stack([row.grad for row in rows if row.grad is not None]))
-        for e, row, gradient in zip(distances, rows, gradients, strict=True):
-            self._note_steepness(e, gradient)
-            price = (self._price_ES[e] * self._prices.open(self.scores(e))).sum()
-            (of_price,) = torch.autograd.grad(price, row)
-            row.grad = gradient + self.penalty * of_price
+        _, gradients = self.loss(distances, weights)
+        for e, gradient in gradients.items():
+            self.logits[e].grad = gradient
         # Rows without a gradient are left alone, their moments too: the authors train one parameter an evaluation.
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for row in rows:
-                row.clamp_(-self.settings.limit, self.settings.limit)
+            for e in gradients:
+                self.logits[e].clamp_(-self.settings.limit, self.settings.limit)
         self._distances.extend(float(distance.detach()) for distance in distances.values())
+
+    def loss(
+        self, distances: Mapping[int, Tensor], weights: Mapping[int, float] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the loss, of this process's samples, and its gradient by evaluation, of all processes' samples."""
+        rows = [self.logits[e] for e in distances]
+        total = torch.stack([(weights[e] if weights else 1.0) * distance for e, distance in distances.items()]).sum()
+        of_distances = self.workers.mean(torch.stack(torch.autograd.grad(total, rows)))
+        gradients = {}
+        for e, row, gradient in zip(distances, rows, of_distances, strict=True):
+            self._note_steepness(e, gradient)
+            price = (self._price_ES[e] * self._prices.open(self.scores(e))).sum()
+            (of_price,) = torch.autograd.grad(price, row)
+            gradients[e] = gradient + self.penalty * of_price
+            total = total + self.penalty * price.detach()
+        return total.detach(), gradients
 
     def finish_round(self) -> tuple[float, float]:
         """Count the round and fit lambda to the budget; return the mean distance and the kept share."""
