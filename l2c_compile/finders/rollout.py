@@ -216,10 +216,11 @@ class _Rollout:
         weights = torch.ones(E, dtype=torch.float64)
         for e in self.learner.logits:
             weights[e] = _difference(results[e], results[e - 1])
-        rows = list(self.learner.logits)
         weights = self.learner.workers.mean(weights)
+        rows = list(self.learner.logits)
         mean = weights[rows].mean()
-        return weights / mean if mean > 0 else torch.ones_like(weights)
+        weights[rows] = weights[rows] / mean if mean > 0 else 1.0
+        return weights
 
 
 def _difference(one: object, other: object) -> float:

@@ -18,7 +18,7 @@ from l2c_compile.finders.training import Learner, RoundReport
 from l2c_compile.loops import DDIM, DPMSolver, FlowEuler, Guidance, loop_from_dict
 from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.models import DiT
-from tests.tiny import draw, residual, steps, tiny_dit
+from tests.tiny import draw, residual, seeded, steps, tiny_dit
 
 SITES = ("a", "b")
 DIT_SITES = ("blocks.*.attn", "blocks.*.mlp")
@@ -193,28 +193,42 @@ def test_logits_begin_standard_normal_and_are_clamped() -> None:
     assert len(set(seen[0][[1, 3]].flatten().tolist())) == 4
 
 
-@pytest.mark.parametrize("unit", ["multiply-adds", "time"])
+def many_tokens() -> DiT:
+    """Return a model whose sublayers are most of its work, as in models of real size."""
+    model = DiT(input_size=16, patch_size=2, hidden_size=16, depth=3, num_heads=2, num_classes=5)
+    return seeded(model)  # type: ignore[no-any-return]
+
+
+def draw_large_images(count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, object]]:
+    return torch.randn(count, 4, 16, 16, generator=generator), {"y": torch.zeros(count, dtype=torch.int64)}
+
+
 @pytest.mark.parametrize("budget", [0.65, 0.8])
-def test_a_budget_is_met(unit: str, budget: float) -> None:
-    model, loop = tiny_dit(depth=4), DDIM(steps=6)
-    chosen = settings(rounds=40, budget=budget, budget_in=unit)
-    router = learn_l2c(model, loop, draw_images, DIT_SITES, chosen)
-    noted = router.info[f"kept_{unit}"]
+def test_a_budget_of_multiply_adds_is_met(budget: float) -> None:
+    model, loop = many_tokens(), DDIM(steps=6)
+    router = learn_l2c(model, loop, draw_large_images, DIT_SITES, settings(rounds=40, batch_size=1, budget=budget))
+    noted = router.info["kept_multiply-adds"]
     assert isinstance(noted, float)
-    assert budget - 0.06 < noted <= budget
-    if unit == "multiply-adds":
-        sampler = l2c_compile(model, router, loop)
-        noise, conditions = draw_images(4, torch.Generator())
-        sampler.capture(noise, **conditions)
-        # What is shared between evaluations, and folded, is not a site's: within 2% of all.
-        assert sampler.summary().multiply_adds_kept == pytest.approx(noted, abs=0.02)
+    # The smallest site is an attention, 1 of 6 * (1 + 2) parts.
+    assert budget - 1 / 18 < noted <= budget
+    sampler = l2c_compile(model, router, loop)
+    sampler.capture(*draw_large_images(1, torch.Generator())[:1], y=torch.zeros(1, dtype=torch.int64))
+    # Conditioning is shared, folded and pruned in the static graph, but whole in the estimate: 1% of this model.
+    assert sampler.summary().multiply_adds_kept == pytest.approx(noted, abs=0.02)
+
+
+def test_a_budget_of_time_is_met() -> None:
+    chosen = settings(rounds=40, batch_size=1, budget=0.9, budget_in="time", price_by="time")
+    router = learn_l2c(many_tokens(), DDIM(steps=2), draw_large_images, DIT_SITES, chosen)
+    assert 0.5 < router.info["kept_time"] <= 0.9  # type: ignore[operator]
+    assert router.schedule().reuses
 
 
 def test_a_site_that_matters_is_computed_and_one_that_does_not_is_reused() -> None:
     model = residual()
     with torch.no_grad():
         model.b.weight.zero_()
-    router = learn_l2c(model, DDIM(steps=4), draw_latents, SITES, settings(rounds=60, penalty=1e-4))
+    router = learn_l2c(model, DDIM(steps=4), draw_latents, SITES, settings(rounds=60, penalty=1e-6))
     for e in router.cacheable:
         assert router.scores[e, 0] > 0.5 > 0.1 > router.scores[e, 1]
 
@@ -229,9 +243,8 @@ def test_prices_follow_what_a_site_takes(training_steps: list[Step]) -> None:
         r = before[1].sigmoid()
         weights = gradients[1] / (1e3 * r * (1 - r))
         shares.append(float(weights[1] / weights[0]))
-    # T = 4 tokens of D = 16: attention takes 4 D^2 T + 2 T^2 D, the MLP 8 D^2 T.
-    assert shares[0] == pytest.approx(1.0, rel=1e-3)
-    assert shares[1] == pytest.approx(8 * 16**2 * 4 / (4 * 16**2 * 4 + 2 * 4**2 * 16), rel=0.02)
+    # Four matrices of D x D against two of D x 4 D; torch counts no multiply-adds for fused attention itself.
+    assert shares == pytest.approx([1.0, 2.0], rel=1e-3)
 
 
 def test_straight_through_mixes_with_rounded_scores(training_steps: list[Step]) -> None:
@@ -239,18 +252,19 @@ def test_straight_through_mixes_with_rounded_scores(training_steps: list[Step]) 
     learn_l2c(residual(), DDIM(steps=2), draw_latents, SITES, chosen)
     # All scores are above the threshold: the student computes everything, so it is the teacher.
     assert float(training_steps[0][1]) < 1e-8
-    router = learn_l2c(residual(), DDIM(steps=4), draw_latents, SITES, settings(rounds=60, budget=0.9, straight_through=True))
+    chosen = settings(rounds=60, budget=0.9, straight_through=True)
+    router = learn_l2c(residual(), DDIM(steps=4), draw_latents, SITES, chosen)
     assert router.info["kept_multiply-adds"] <= 0.9  # type: ignore[operator]
 
 
 def test_nested_sites_share_their_price() -> None:
     reports: list[RoundReport] = []
-    chosen = settings(rounds=60, penalty=100.0, learning_rate=0.5, budget_in="multiply-adds")
+    chosen = settings(rounds=30, penalty=1e4, learning_rate=0.5, budget_in="multiply-adds")
     sites = ["blocks.0", "blocks.0.mlp", "blocks.0.attn"]
     learn_l2c(tiny_dit(), DDIM(steps=2), draw_images, sites, chosen, on_round=reports.append)
     whole = learn_l2c(tiny_dit(), DDIM(steps=2), draw_images, ["blocks.0"], chosen, on_round=reports.append)
     assert whole.cacheable == (1,)
-    assert reports[59].kept == pytest.approx(reports[-1].kept)
+    assert reports[29].kept == pytest.approx(reports[-1].kept)
 
 
 LOOPS_FROM_DATA: list[tuple[BuiltInLoop, int]] = [
@@ -334,7 +348,7 @@ def test_a_loop_of_ones_own_learns_from_its_pairs() -> None:
         ({"pairs": []}, "no pairs to learn from in 4 evaluations"),
         ({"loop": steps(4), "pairs": [(0, 1)], "inputs": LatentData(draw(3, 4))}, "give LatentData"),
         ({"sites": ()}, "nothing to learn without sites"),
-        ({"settings": settings(budget=0.4)}, "a budget of 40.0% of the multiply-adds cannot be met: 50.0% is left"),
+        ({"settings": settings(budget=0.4)}, "a budget of 40.0% of the multiply-adds cannot be met: 55.6% is left"),
     ],
 )
 def test_what_cannot_be_learned_says_why(given: dict[str, Any], message: str) -> None:
