@@ -168,6 +168,10 @@ class EvaluationGraph(ProgramGraph):
     out_leaves: tuple[object, ...] = ()
     """Its leaves: a fake tensor for each output of the graph, anything else as it is."""
 
+    def copy(self) -> EvaluationGraph:
+        """Return an evaluation graph to be rewritten apart from this one; tensors and submodules are shared."""
+        return replace(self, graph=_copy_of(self.graph))
+
 
 @dataclass
 class LoopGraph(ProgramGraph):
@@ -190,11 +194,7 @@ class LoopGraph(ProgramGraph):
             root.add_module(name, child)
         for name, tensor in self.root.named_buffers(recurse=False):
             root.register_buffer(name, tensor, persistent=False)
-        graph = fx.Graph()
-        copies: dict[Node, Node] = {}
-        for node in self.graph.nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        return replace(self, graph=graph, root=root, folded=list(self.folded))
+        return replace(self, graph=_copy_of(self.graph), root=root, folded=list(self.folded))
 
     def new_region(self, body: fx.GraphModule) -> str:
         """Store the body of a region as a submodule of the root and return its name."""
@@ -235,6 +235,14 @@ class LoopGraph(ProgramGraph):
         name = f"{prefix}_{number}"
         self.root.register_buffer(name, value, persistent=False)
         return name
+
+
+def _copy_of(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph.nodes:
+        copies[node] = copy.node_copy(node, copies.__getitem__)
+    return copy
 
 
 _INFERENCE = FakeTensorMode()

@@ -25,7 +25,7 @@ from l2c_compile.files import MAX_JSON_BYTES, frozen_json, parse_json, plain_jso
 from l2c_compile.rules import HOLD, Rule, rule_from_dict
 from l2c_compile.sites import Site, as_site
 
-__all__ = ["FORMAT", "MAX_CELLS", "MAX_EVALUATIONS", "VERSION", "CacheSchedule", "Reuse"]
+__all__ = ["FORMAT", "MAX_CELLS", "MAX_EVALUATIONS", "VERSION", "CacheSchedule", "Reuse", "covering_sites"]
 
 FORMAT = "l2c_compile.schedule"
 VERSION = 1
@@ -520,6 +520,20 @@ def _states(num_evaluations: int, sites: Sequence[Site], reused: Iterable[tuple[
     for site, e in hidden:
         rows[site][e] = _HIDDEN
     return {site: bytes(row) for site, row in rows.items()}
+
+
+def covering_sites(sites: Sequence[Site]) -> dict[Site, tuple[Site, ...]]:
+    """Return for each site those that cover it: where one of them is reused, the site is hidden.
+
+    Raises:
+        ScheduleError: If two sites share work and neither covers the other.
+    """
+    covering: dict[Site, list[Site]] = {site: [] for site in sites}
+    for whole, part, nested in _overlapping_pairs(sites, 1):
+        if not nested:
+            raise ScheduleError(f"sites {whole} and {part} overlap and neither contains the other; leave one out")
+        covering[part].append(whole)
+    return {site: tuple(dict.fromkeys(wholes)) for site, wholes in covering.items()}
 
 
 def _overlapping_pairs(sites: Sequence[Site], num_evaluations: int) -> list[tuple[Site, Site, bool]]:

@@ -17,15 +17,27 @@ from l2c_compile.passes.gate_at_source import GateAtSource
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.merge_deltas import MergeDeltas
+from l2c_compile.passes.mix_sites import MixSites
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.pack_caches import PackCaches
 from l2c_compile.passes.pack_weights import PackWeights
 from l2c_compile.passes.plan_memory import PlanMemory
 from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
+from l2c_compile.passes.return_sites import ReturnSites
 from l2c_compile.verify import Fact
 
-__all__ = ["BITWISE", "CACHE_FORMATS", "EVALUATION", "LOOP", "REGIONS", "SKELETON", "with_packed_caches"]
+__all__ = [
+    "BITWISE",
+    "CACHE_FORMATS",
+    "EVALUATION",
+    "LOOP",
+    "MIXED",
+    "OBSERVED",
+    "REGIONS",
+    "SKELETON",
+    "with_packed_caches",
+]
 
 SKELETON = Pipeline(
     (
@@ -46,6 +58,34 @@ EVALUATION = Pipeline(
     assumes=frozenset({Fact.SITES_MARKED}),
 )
 """Runs on each evaluation graph before it is unrolled."""
+
+_UNCACHED = frozenset({Fact.SITES_MARKED, Fact.READS_LOWERED})
+
+OBSERVED = Pipeline(
+    (
+        DropNoOps(),
+        MergeCommon(),
+        ReturnSites(),  # while the marks still say where the sites are
+        DropSiteMarks(),
+        DropDead(),
+    ),
+    assumes=_UNCACHED,
+)
+"""Runs on a copy of an evaluation graph that is to fill the caches of a search for schedules."""
+
+MIXED = Pipeline(
+    (
+        DropNoOps(),
+        MergeCommon(),
+        ReturnSites(),  # before the mixture: what is returned is what was computed
+        MixSites(),
+        DropDead(),  # the marks, which nobody reads any more
+        DropSiteMarks(),  # those of the inputs
+        DropDead(),
+    ),
+    assumes=_UNCACHED,
+)
+"""Runs on a copy of an evaluation graph that a search for schedules differentiates."""
 
 LOOP = Pipeline(
     (

@@ -49,11 +49,24 @@ class Loop(ABC):
         """The timestep of each guided prediction, in execution order."""
 
     @property
+    @abstractmethod
+    def network_noise_levels(self) -> tuple[tuple[float, float], ...]:
+        """The factors of signal and noise in the latent of each guided prediction, in execution order."""
+
+    @property
     def timesteps(self) -> tuple[float, ...]:
         """The timestep of each evaluation, that is of each denoiser call, in execution order."""
+        return tuple(t for t in self.network_timesteps for _ in range(self._num_calls))
+
+    @property
+    def noise_levels(self) -> tuple[tuple[float, float], ...]:
+        """The factors of signal and noise in the latent of each evaluation, in execution order."""
+        return tuple(level for level in self.network_noise_levels for _ in range(self._num_calls))
+
+    @property
+    def _num_calls(self) -> int:
         guidance: Guidance | None = getattr(self, "guidance", None)
-        num_calls = guidance.num_calls if guidance else 1
-        return tuple(t for t in self.network_timesteps for _ in range(num_calls))
+        return guidance.num_calls if guidance else 1
 
     @property
     def num_evaluations(self) -> int:

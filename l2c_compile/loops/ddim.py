@@ -64,6 +64,12 @@ class DDIM(Loop):
         """The timestep of each guided prediction, in execution order."""
         return respaced_timesteps(self.betas.num_timesteps, self.steps, self.spacing)[::-1]
 
+    @property
+    def network_noise_levels(self) -> tuple[tuple[float, float], ...]:
+        """The factors of signal and noise in the latent of each guided prediction, in execution order."""
+        alphas_bar = self.betas.alphas_bar()
+        return tuple((math.sqrt(alphas_bar[t]), math.sqrt(1.0 - alphas_bar[t])) for t in self.network_timesteps)
+
     def _make_coefficients(self) -> list[tuple[float, float, float]]:
         """Return the factors of the latent, of the predicted and of the fresh noise, in execution order."""
         alphas_bar = self.betas.alphas_bar()

@@ -59,3 +59,8 @@ class FlowEuler(Loop):
     def network_timesteps(self) -> tuple[float, ...]:
         """The timestep of each guided prediction, in execution order."""
         return tuple(sigma * self.time_scale for sigma in self.sigmas[:-1])
+
+    @property
+    def network_noise_levels(self) -> tuple[tuple[float, float], ...]:
+        """The factors of signal and noise in the latent of each guided prediction, in execution order."""
+        return tuple((1.0 - sigma, sigma) for sigma in self.sigmas[:-1])

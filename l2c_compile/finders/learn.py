@@ -1,0 +1,297 @@
+"""Learning-to-Cache: learn which sites a cached evaluation may take from the full evaluation before it.
+
+Ma et al. (arXiv 2406.01733), section 3.3, as in the authors' code. For a pair of evaluations (s, m) the model runs at s
+in full and fills the cache, the loop itself goes from there to m, and there teacher and student get the same latent:
+
+    student = model with r * computed + (1 - r) * cached at each site,    r = sigmoid(logits of m)
+    loss = MSE(student, teacher) + lambda * sum(r)
+
+Only the logits are trained. The loop is run as it is: guidance in one call is trained on both halves of its batch,
+guidance in two calls on each with a cache of its own. The authors train without guidance and drop one label in ten; to
+do so, give a loop without guidance and drop labels in the data.
+
+Shapes: N samples of a data set, S sites.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from l2c_compile.errors import ScheduleError
+from l2c_compile.finders.segments import Segment, segments
+from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser
+from l2c_compile.finders.training import (
+    Draw,
+    Learner,
+    RoundReport,
+    Settings,
+    Workers,
+    draw_share,
+    generator_of,
+    train,
+)
+from l2c_compile.loops import DPMSolver
+from l2c_compile.loops import Loop as BuiltInLoop
+from l2c_compile.router import Router
+from l2c_compile.sites import Site
+from l2c_compile.trace import Loop
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["L2CSettings", "LatentData", "alternating_pairs", "branches_of", "learn_l2c", "published_pairs"]
+
+_COMPUTED = 1.0
+"""The score of evaluations that are not trained. The authors' files hold rows for them that nobody reads."""
+
+
+@dataclass(frozen=True)
+class L2CSettings(Settings):
+    """How to learn; see ``Settings``. A round updates every pair once, each on fresh samples."""
+
+
+@dataclass(frozen=True)
+class LatentData:
+    """Clean latents and their conditions, to be noised to the time of an evaluation.
+
+    Raises:
+        ScheduleError: The conditions have another number of samples than the latents.
+    """
+
+    latents: Tensor
+    """Shape (N, ...), floating."""
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    """Shape (N, ...) each, by the name under which the loop takes them."""
+    null: Mapping[str, float] = field(default_factory=dict)
+    """What a dropped condition is filled with, by name."""
+    dropout: float = 0.1
+    """Share of samples whose conditions in ``null`` are dropped, equally for the full evaluation, teacher and
+    student."""
+    noised: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    """``noised(clean, noise, evaluation)``: the latent as the loop would hold it there. None asks the loop, if it is one
+    of ``l2c_compile.loops``."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.conditions.items():
+            if len(value) != len(self.latents):
+                raise ScheduleError(
+                    f"the data have {len(self.latents)} latents, but {len(value)} of condition {name!r}; give one each"
+                )
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, object]]:
+        """Return noise in the form of ``count`` latents, and the conditions of some of them."""
+        clean, conditions = self.draw_clean(count, generator)
+        return torch.randn(clean.shape, generator=generator, dtype=clean.dtype), conditions
+
+    def draw_clean(self, count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, object]]:
+        """Return ``count`` latents and their conditions, some of them dropped."""
+        index = torch.randint(len(self.latents), (count,), generator=generator)
+        is_dropped = torch.rand(count, generator=generator) < self.dropout
+        conditions: dict[str, object] = {}
+        for name, value in self.conditions.items():
+            chosen = value[index].clone()
+            if name in self.null:
+                chosen[is_dropped] = self.null[name]
+            conditions[name] = chosen
+        return self.latents[index], conditions
+
+
+def alternating_pairs(num_evaluations: int, branches: int = 1) -> list[tuple[int, int]]:
+    """Return the pairs of a loop whose predictions alternate: the first full, the second cached, and so on.
+
+    Args:
+        num_evaluations: calls of the denoiser.
+        branches: calls for one prediction: 2 for guidance in two calls.
+    """
+    full = range(0, num_evaluations // branches - 1, 2)
+    return [(branches * n + b, branches * (n + 1) + b) for n in full for b in range(branches)]
+
+
+def published_pairs(loop: BuiltInLoop) -> list[tuple[int, int]]:
+    """Return the pairs that the authors train.
+
+    A singlestep solver of order 2 is full in its first evaluation and in every midpoint; the evaluations that begin a
+    later step take from the midpoint before. All other loops alternate.
+    """
+    branches = branches_of(loop)
+    if isinstance(loop, DPMSolver) and loop.method == "singlestep" and loop.order == 2:
+        starts = range(2, loop.num_evaluations // branches, 2)
+        return [(branches * (n - 1) + b, branches * n + b) for n in starts for b in range(branches)]
+    return alternating_pairs(loop.num_evaluations, branches)
+
+
+def learn_l2c(
+    model: nn.Module,
+    loop: Loop,
+    inputs: Draw | LatentData,
+    sites: Sequence[Site | str],
+    settings: L2CSettings,
+    *,
+    pairs: Iterable[tuple[int, int]] | None = None,
+    branches: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    accelerator: Accelerator | None = None,
+    on_round: Callable[[RoundReport], None] | None = None,
+) -> Router:
+    """Learn a router for a denoiser and the loop that samples it.
+
+    Args:
+        model: the denoiser; its weights are used, not changed.
+        loop: runs eagerly; with ``LatentData`` it is also traced, as ``l2c_compile`` does.
+        inputs: a function that draws noise and conditions, and the model samples the trajectories itself; or a data
+            set. With data a loop with history (multistep) is run from its start for every pair.
+        sites: what may be reused, with patterns.
+        settings: how to learn.
+        pairs: (full, cached) evaluations, each full one the latest of its branch before; None takes
+            ``published_pairs`` of a loop of ours.
+        branches: evaluations with equal ``e % branches`` share caches; None: as the guidance of a loop of ours says.
+        checkpoint: a file to go on from if it exists, and to write every ``settings.checkpoint_every`` rounds.
+        accelerator: processes that share the batch, and mixed precision.
+        on_round: told after every round.
+
+    Returns:
+        A router whose trained evaluations are the cached ones; all others are computed.
+
+    Raises:
+        ScheduleError: the pairs, the sites, the budget or the data do not fit the loop.
+        UnknownSiteError: a site names a module that the model does not have.
+        CaptureError, LoopTraceError: the denoiser cannot be captured, or the loop not be traced.
+    """
+    branches = branches or branches_of(loop)
+    workers, denoiser = Workers(accelerator), SoftDenoiser(model, sites)
+    draw = inputs.draw if isinstance(inputs, LatentData) else inputs
+
+    def drawn(number: int) -> tuple[object, dict[str, object]]:
+        return draw_share(draw, settings, number, workers, denoiser.device)
+
+    forms = denoiser.forms_of(loop, *drawn(0))
+    chosen = _checked_pairs(loop, pairs, len(forms), branches)
+    learner = Learner(denoiser, forms, [m for _, m in chosen], settings, workers, _COMPUTED)
+    walk = _Walk(learner, branches)
+
+    def own_samples(number: int) -> None:
+        noise, conditions = drawn(number)
+        with torch.no_grad():
+            denoiser.run(loop, noise, conditions, walk.on_evaluation)
+
+    one_round, source = own_samples, "own samples"
+    if isinstance(inputs, LatentData):
+        noised = inputs.noised or _noised_by(loop)
+        ways = segments(denoiser, loop, *drawn(0), chosen)
+        one_round, source = _data_round(inputs, noised, ways, walk, workers), "latents"
+    info = {"method": "Learning-to-Cache", "learned_on": source}
+    return train(learner, one_round, lambda: learner.router(loop, branches, info), checkpoint, on_round)
+
+
+class _Walk:
+    """Fills the cache in full evaluations and updates the logits of cached ones, while the full model goes on."""
+
+    def __init__(self, learner: Learner, branches: int) -> None:
+        self.learner = learner
+        self.branches = branches
+        self._cache: dict[int, list[Tensor]] = {}
+
+    def on_evaluation(self, e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
+        return self.evaluate(e, form, tensors, is_trained=e in self.learner.logits)
+
+    def evaluate(self, e: int, form: Form, tensors: list[Tensor], *, is_trained: bool) -> list[Tensor]:
+        with self.learner.workers.autocast():
+            outputs, values = form.full(tensors)
+            if is_trained:
+                with torch.enable_grad():
+                    cached = self._cache.pop(e - self.branches)
+                    student, _ = form.soft(tensors, self.learner.scores(e), cached)
+                    distance = self.learner.distance(student, outputs)
+        if is_trained:
+            with torch.enable_grad():
+                self.learner.update({e: distance})
+        else:
+            self._cache = {source: kept for source, kept in self._cache.items() if source > e - self.branches}
+            self._cache[e] = values
+        return form.outputs_in_form(outputs)
+
+
+def _data_round(
+    data: LatentData,
+    noised: Callable[[Tensor, Tensor, int], Tensor],
+    ways: Sequence[Segment],
+    walk: _Walk,
+    workers: Workers,
+) -> Callable[[int], None]:
+    settings, denoiser = walk.learner.settings, walk.learner.denoiser
+
+    def one_round(number: int) -> None:
+        generator = generator_of(settings.seed, number)
+        for way in ways:
+
+            def draw(count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, object]]:
+                clean, conditions = data.draw_clean(count, generator)
+                noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+                return noised(clean, noise, way.start), conditions  # noqa: B023 - called before the next turn
+
+            state, conditions = workers.share(
+                draw(settings.batch_size, generator), settings.batch_size, denoiser.device
+            )
+
+            def on_evaluation(e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
+                return walk.evaluate(e, form, tensors, is_trained=e == way.end)  # noqa: B023
+
+            with torch.no_grad():
+                way.run(state, conditions, on_evaluation)
+
+    return one_round
+
+
+def branches_of(loop: Loop) -> int:
+    """Return how many calls of the denoiser make one prediction of a loop of ours; 1 for any other."""
+    guidance = getattr(loop, "guidance", None) if isinstance(loop, BuiltInLoop) else None
+    return guidance.num_calls if guidance else 1
+
+
+def _noised_by(loop: Loop) -> Callable[[Tensor, Tensor, int], Tensor]:
+    if not isinstance(loop, BuiltInLoop):
+        raise ScheduleError(
+            "how much noise a loop of your own holds at an evaluation is not known here; give LatentData(noised=...)"
+        )
+    levels = loop.noise_levels
+
+    def noised(clean: Tensor, noise: Tensor, e: int) -> Tensor:
+        signal, sigma = levels[e]
+        return signal * clean + sigma * noise
+
+    return noised
+
+
+def _checked_pairs(
+    loop: Loop, pairs: Iterable[tuple[int, int]] | None, num_evaluations: int, branches: int
+) -> list[tuple[int, int]]:
+    if pairs is None:
+        if not isinstance(loop, BuiltInLoop):
+            raise ScheduleError(
+                "a loop of your own wants its pairs, for example"
+                f" pairs=alternating_pairs({num_evaluations}, branches={branches})"
+            )
+        pairs = published_pairs(loop)
+    chosen = sorted(pairs, key=lambda pair: pair[1])
+    if not chosen:
+        raise ScheduleError(f"there are no pairs to learn from in {num_evaluations} evaluations; use a longer loop")
+    cached = {m for _, m in chosen}
+    if len(cached) != len(chosen):
+        raise ScheduleError("an evaluation is cached in two pairs; give each one full evaluation")
+    for s, m in chosen:
+        if not 0 <= s < m < num_evaluations:
+            raise ScheduleError(
+                f"pair ({s}, {m}): the loop has evaluations 0..{num_evaluations - 1}, the full one before the cached"
+            )
+        if s in cached or s != m - branches:
+            raise ScheduleError(
+                f"pair ({s}, {m}): a cached evaluation takes from the one right before it, here {m - branches}, which"
+                " must be full; learn_rollout learns to reuse older values"
+            )
+    return chosen

@@ -1,0 +1,513 @@
+"""What every learned finder shares: logits, their optimiser, the price of computing, checkpoints and processes.
+
+A round gives every trained evaluation one or more updates. All that a round draws follows from the seed and its number,
+so a run that was interrupted and resumed does what it would have done.
+
+Shapes: E evaluations, S sites. Rows are evaluations in execution order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from l2c_compile.errors import FileFormatError, ScheduleError
+from l2c_compile.files import parse_json, write_atomically
+from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser, price_in
+from l2c_compile.loops import Loop as BuiltInLoop
+from l2c_compile.router import Router
+from l2c_compile.trace import Loop
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Draw", "Learner", "RoundReport", "Settings", "Workers", "draw_share", "generator_of", "train"]
+
+Draw = Callable[[int, torch.Generator], tuple[object, Mapping[str, object]]]
+"""``draw(count, generator) -> (noise, conditions)``: what a loop is given, for ``count`` samples, on the CPU."""
+
+_METADATA_KEY = "l2c_compile.training"
+_FORMAT_VERSION = 1
+_MEMORY = 0.9
+"""How much of the estimated steepness a round keeps from the one before."""
+_LEAST_PENALTY = 1e-6
+"""lambda while nothing is known to cost more: AdamW moves a logit at its own pace, however small the gradient is."""
+
+_LEAST_CACHED = 0.005
+"""Scores nearer to 1 than this say nothing about what a cached value would do."""
+_UNKNOWN = -1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to learn a router.
+
+    Raises:
+        ScheduleError: A setting makes no sense.
+    """
+
+    rounds: int = 100
+    """In each of them every trained evaluation is updated."""
+    batch_size: int = 8
+    """Samples of one update, over all processes."""
+    learning_rate: float = 0.1
+    """Of AdamW on the logits, without weight decay. The authors of Learning-to-Cache take 0.01 or 0.001 for up to 50 000
+    iterations; a logit has to cross up to ten units."""
+    penalty: float | None = None
+    """lambda: what a computed site costs, in units of the distance. Give this or a budget."""
+    budget: float | None = None
+    """Share of the work of the loop that may be left, in (0, 1). lambda follows from it after every round."""
+    budget_in: Literal["multiply-adds", "time"] = "multiply-adds"
+    """The work that the budget is a share of. Times are measured operation by operation on the model's device."""
+    price_by: Literal["sites", "multiply-adds", "time"] = "sites"
+    """What a site costs relative to the others: all the same (as published), or what computing it takes."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Squared errors of the outputs: mean over all elements (as for DiT) or sum over those of a sample (as for U-ViT)."""
+    straight_through: bool = False
+    """Mix with scores rounded to 0 or 1 at the threshold; gradients pass as if they were not rounded."""
+    threshold: float = 0.1
+    """A site is computed where its score is above. With a budget the router gets the threshold that meets it best."""
+    limit: float = 5.0
+    """Logits are clamped to [-limit, limit] after every update."""
+    seed: int = 0
+    checkpoint_every: int = 10
+    """Rounds between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "batch_size", "checkpoint_every"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ScheduleError(f"{name} wants a positive whole number, got {getattr(self, name)!r}")
+        if not self.learning_rate > 0 or not self.limit > 0:
+            raise ScheduleError("learning_rate and limit want positive numbers")
+        if (self.penalty is None) == (self.budget is None):
+            raise ScheduleError("a router wants a price of computing: give a penalty, or a budget to derive it from")
+        if self.penalty is not None and not self.penalty > 0:
+            raise ScheduleError(f"penalty wants a positive number, got {self.penalty}")
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ScheduleError(f"budget wants a share between 0 and 1, got {self.budget}")
+        if not 0 < self.threshold < 1:
+            raise ScheduleError(f"threshold wants a number between 0 and 1, got {self.threshold}")
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """Where training stands after a round."""
+
+    round: int
+    """How many rounds are done."""
+    rounds: int
+    distance: float
+    """Mean over the updates of the round of what the student is away from the teacher, without the penalty."""
+    kept: float
+    """Share of the work that is left at the threshold of the settings."""
+    penalty: float
+    """lambda."""
+    router: Callable[[], Router]
+    """Gives the router as it is."""
+
+
+class Workers:
+    """The processes that learn together; one of them if there is no accelerator."""
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self._accelerator = accelerator
+        self.count = accelerator.num_processes if accelerator else 1
+        self.rank = accelerator.process_index if accelerator else 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean over the processes."""
+        if self._accelerator is None or self.count == 1:
+            return value
+        result = self._accelerator.reduce(value, reduction="mean")
+        assert isinstance(result, Tensor)
+        return result
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the accelerator's mixed precision."""
+        return self._accelerator.autocast() if self._accelerator else nullcontext()
+
+    def share(self, tree: object, count: int, device: torch.device) -> Any:  # noqa: ANN401 - the tree itself
+        """Return this process's rows of every tensor that has ``count`` of them, on the device."""
+        if count % self.count:
+            raise ScheduleError(f"a batch of {count} samples cannot be split over {self.count} processes evenly")
+        rows = count // self.count
+        own = slice(self.rank * rows, (self.rank + 1) * rows)
+
+        def of(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return (leaf[own] if leaf.dim() and len(leaf) == count else leaf).to(device)
+
+        return tree_map(of, tree)
+
+
+class Costs:
+    """What is computed where, and what that takes.
+
+    Args:
+        denoiser: the sites.
+        forms: of each evaluation.
+        unit: "multiply-adds", "time", or "sites", of which each counts 1.
+    """
+
+    def __init__(self, denoiser: SoftDenoiser, forms: Sequence[Form], unit: str) -> None:
+        self._covers = denoiser.covers
+        S = len(denoiser.sites)
+        if unit == "sites":
+            self.total = float(len(forms) * S)
+            self.own_ES = torch.ones(len(forms), S, dtype=torch.float64)
+            return
+        price = price_in(unit, denoiser.device, forms)
+        known = {id(form): form.costs(price, denoiser.sites) for form in {id(form): form for form in forms}.values()}
+        self.total = sum(known[id(form)][0] for form in forms)
+        self.own_ES = torch.tensor([self._without_parts(known[id(form)][1]) for form in forms], dtype=torch.float64)
+
+    def open(self, scores_S: Tensor) -> Tensor:
+        """Return the scores times those of all sites that cover them: a site runs only where these do."""
+        if not any(self._covers):
+            return scores_S
+        return torch.stack([scores_S[[index, *wholes]].prod() for index, wholes in enumerate(self._covers)])
+
+    def kept(self, computed_ES: Tensor) -> float:
+        """Return the share of the work that is left; ``computed_ES`` is True where the schedule says compute."""
+        open_ES = torch.stack([self.open(row) for row in computed_ES.to(torch.float64)])
+        return 1.0 - float(((1.0 - open_ES) * self.own_ES).sum()) / self.total
+
+    def _without_parts(self, costs: Sequence[float]) -> list[float]:
+        own = list(costs)
+        for index, wholes in enumerate(self._covers):
+            if wholes:
+                # Of those that cover a site the smallest holds it directly.
+                own[min(wholes, key=lambda whole: costs[whole])] -= costs[index]
+        return own
+
+
+class Learner:
+    """The logits of the trained evaluations, their optimiser and lambda.
+
+    Args:
+        denoiser: the sites.
+        forms: of each evaluation of the loop.
+        trained: the evaluations that have logits; in all others every site is computed.
+        settings: how to learn.
+        workers: the processes that learn together.
+        untrained_score: what the router says of the other evaluations.
+    """
+
+    def __init__(
+        self,
+        denoiser: SoftDenoiser,
+        forms: Sequence[Form],
+        trained: Sequence[int],
+        settings: Settings,
+        workers: Workers,
+        untrained_score: float,
+    ) -> None:
+        self.denoiser = denoiser
+        self.settings = settings
+        self.workers = workers
+        self.num_evaluations = len(forms)
+        self._untrained_score = untrained_score
+        generator = torch.Generator().manual_seed(settings.seed)
+        draws = {e: torch.randn(len(denoiser.sites), generator=generator) for e in trained}
+        self.logits = {e: nn.Parameter(drawn.to(denoiser.device)) for e, drawn in draws.items()}
+        self._optimizer = torch.optim.AdamW(self.logits.values(), lr=settings.learning_rate, weight_decay=0.0)
+        self._work = Costs(denoiser, forms, settings.budget_in)
+        prices = self._work if settings.price_by == settings.budget_in else Costs(denoiser, forms, settings.price_by)
+        self._prices = prices
+        mean_price = float(prices.own_ES[list(trained)].mean())
+        self._price_ES = (prices.own_ES / mean_price).to(torch.float32).to(denoiser.device)
+        self.penalty = settings.penalty or _LEAST_PENALTY
+        self.steepness_ES = torch.full((len(forms), len(denoiser.sites)), _UNKNOWN)
+        self.extra: dict[str, Tensor] = {}
+        """What a finder wants to keep in checkpoints besides."""
+        self.round = 0
+        self._distances: list[float] = []
+        self._check_budget()
+
+    def scores(self, e: int) -> Tensor:
+        """Return the scores that evaluation ``e`` is mixed with, shape (S,), differentiable in its logits."""
+        scores_S = self.logits[e].sigmoid()
+        if self.settings.straight_through:
+            rounded_S = (scores_S > self.settings.threshold).to(scores_S.dtype)
+            scores_S = scores_S + (rounded_S - scores_S).detach()
+        return scores_S
+
+    def computes(self, e: int) -> Tensor:
+        """Return which sites really run in evaluation ``e`` at the threshold, shape (S,)."""
+        if e not in self.logits:
+            return torch.ones(len(self.denoiser.sites), dtype=torch.bool)
+        above_S = self.logits[e].detach().sigmoid() > self.settings.threshold
+        return self._work.open(above_S.to(torch.float32)).bool().cpu()
+
+    def distance(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """Return the squared error of the floating-point outputs, in float32 at least; a mean over the samples."""
+        total = torch.zeros((), device=self.denoiser.device)
+        for student, teacher in zip(students, teachers, strict=True):
+            if student.is_floating_point():
+                dtype = torch.promote_types(student.dtype, torch.float32)
+                square = (student.to(dtype) - teacher.detach().to(dtype)).square()
+                total = total + (square.mean() if self.settings.reduction == "mean" else square.flatten(1).sum(1).mean())
+        return total
+
+    def update(self, distances: Mapping[int, Tensor], weights: Mapping[int, float] | None = None) -> None:
+        """Take one step of the optimiser on the rows of the given evaluations.
+
+        Args:
+            distances: by evaluation, what its student is away from its teacher; differentiable.
+            weights: factors of the distances; None is 1.
+        """
+        _, gradients = self.loss(distances, weights)
+        for e, gradient in gradients.items():
+            self.logits[e].grad = gradient
+        # Rows without a gradient are left alone, their moments too: the authors train one parameter an evaluation.
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for e in gradients:
+                self.logits[e].clamp_(-self.settings.limit, self.settings.limit)
+        self._distances.extend(float(distance.detach()) for distance in distances.values())
+
+    def loss(
+        self, distances: Mapping[int, Tensor], weights: Mapping[int, float] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the loss, of this process's samples, and its gradient by evaluation, of all processes' samples."""
+        rows = [self.logits[e] for e in distances]
+        total = torch.stack([(weights[e] if weights else 1.0) * distance for e, distance in distances.items()]).sum()
+        of_distances = self.workers.mean(torch.stack(torch.autograd.grad(total, rows)))
+        gradients = {}
+        for e, row, gradient in zip(distances, rows, of_distances, strict=True):
+            self._note_steepness(e, gradient)
+            price = (self._price_ES[e] * self._prices.open(self.scores(e))).sum()
+            (of_price,) = torch.autograd.grad(price, row)
+            gradients[e] = gradient + self.penalty * of_price
+            total = total + self.penalty * price.detach()
+        return total.detach(), gradients
+
+    def finish_round(self) -> tuple[float, float]:
+        """Count the round and fit lambda to the budget; return the mean distance and the kept share."""
+        own = torch.tensor(self._distances, dtype=torch.float64)
+        distance = float(self.workers.mean(own.mean()))
+        self._distances.clear()
+        if self.settings.budget is not None:
+            self.penalty = max(self._penalty_for(self.settings.budget), _LEAST_PENALTY)
+        self.round += 1
+        return distance, self._work.kept(self._computed_ES(self._scores_ES(), self.settings.threshold))
+
+    def _note_steepness(self, e: int, gradient: Tensor) -> None:
+        """Estimate how steeply the distance grows where a site is no longer computed, from its gradient.
+
+        To first order the distance is a sum of ``(1 - r)**2 * D`` over the sites, whose slope is ``-2 * (1 - r) * D``.
+        """
+        with torch.no_grad():
+            r_S = self.logits[e].sigmoid()
+            cached_S = 1.0 - self.scores(e)
+            seen_S = (-gradient / (r_S * (1.0 - r_S)) / cached_S.clamp(min=_LEAST_CACHED)).clamp(min=0.0).cpu()
+            known_S = self.steepness_ES[e]
+            is_known = (cached_S >= _LEAST_CACHED).cpu()
+            blended_S = torch.where(known_S < 0, seen_S, _MEMORY * known_S + (1.0 - _MEMORY) * seen_S)
+            self.steepness_ES[e] = torch.where(is_known, blended_S, known_S)
+
+    def _penalty_for(self, budget: float) -> float:
+        """Return the lambda at which as many scores settle above the threshold as the budget allows.
+
+        A score settles where ``steepness * (1 - r) = lambda * price``.
+        """
+        worth_ES = self.steepness_ES.clamp(min=0.0) / self._price_ES.cpu()
+        return (1.0 - self.settings.threshold) * self._threshold_within(budget, worth_ES)
+
+    def router(self, loop: Loop, branches: int, info: Mapping[str, object]) -> Router:
+        """Return the scores as a router; with a budget, at the threshold that keeps as much as the budget allows."""
+        scores_ES = self._scores_ES()
+        threshold = self.settings.threshold
+        if self.settings.budget is not None:
+            threshold = self._threshold_within(self.settings.budget, scores_ES)
+        kept = self._work.kept(self._computed_ES(scores_ES, threshold))
+        noted = {**info, f"kept_{self.settings.budget_in}": round(kept, 4), "penalty": self.penalty}
+        noted |= {"rounds": self.round, "batch_size": self.settings.batch_size, "seed": self.settings.seed}
+        return Router(
+            scores_ES,
+            self.denoiser.sites,
+            tuple(self.logits),
+            threshold,
+            branches,
+            loop.to_dict() if isinstance(loop, BuiltInLoop) else None,
+            noted,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that the next round depends on as one safetensors file, atomically."""
+        tensors = {f"extra.{name}": value for name, value in self.extra.items()}
+        tensors["penalty"] = torch.tensor(self.penalty, dtype=torch.float64)
+        tensors["steepness"] = self.steepness_ES
+        for e, row in self.logits.items():
+            tensors[f"logits.{e}"] = row.detach().cpu().clone()
+            for name, value in self._optimizer.state[row].items():
+                tensors[f"{name}.{e}"] = value.cpu().clone()
+        metadata = {_METADATA_KEY: json.dumps({**self._described(), "round": self.round})}
+        write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file written by ``save``.
+
+        Raises:
+            FileFormatError: it is no such file.
+            ScheduleError: it is of another model, loop, or of other settings; ``rounds`` may differ.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                document = parse_json((file.metadata() or {})[_METADATA_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise FileFormatError(f"{os.fspath(path)} is no checkpoint of learning a router: {error}") from error
+        done = document.pop("round", None)
+        if document != self._described():
+            wanted, got = self._described(), document
+            names = sorted(name for name in {*wanted, *got} if wanted.get(name) != got.get(name))
+            raise ScheduleError(
+                f"{os.fspath(path)} was made with another {', '.join(names)}; choose another file, or the same settings"
+            )
+        if type(done) is not int:
+            raise FileFormatError(f"{os.fspath(path)} does not say how many rounds it has seen")
+        self.round, self.penalty, self.steepness_ES = done, float(tensors["penalty"]), tensors["steepness"]
+        self.extra = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
+        for e, row in self.logits.items():
+            with torch.no_grad():
+                row.copy_(tensors[f"logits.{e}"])
+            names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{e}" in tensors]
+            device = {"step": torch.device("cpu")}
+            self._optimizer.state[row] = {
+                name: tensors[f"{name}.{e}"].to(device.get(name, row.device)) for name in names
+            }
+
+    def _described(self) -> dict[str, object]:
+        own = {"rounds", "checkpoint_every"}
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in own}
+        described = {
+            "version": _FORMAT_VERSION,
+            "evaluations": self.num_evaluations,
+            "trained": list(self.logits),
+            "sites": list(map(str, self.denoiser.sites)),
+            **settings,
+        }
+        plain: dict[str, object] = json.loads(json.dumps(described))
+        return plain
+
+    def _scores_ES(self) -> Tensor:
+        scores_ES = torch.full((self.num_evaluations, len(self.denoiser.sites)), self._untrained_score)
+        for e, row in self.logits.items():
+            scores_ES[e] = row.detach().sigmoid().float().cpu()
+        return scores_ES
+
+    def _threshold_within(self, budget: float, scores_ES: Tensor) -> float:
+        """Return the lowest of the scores above which no more than the budget is left; 0 if that is all of them."""
+        rows = list(self.logits)
+        candidates = [0.0, *scores_ES[rows].unique().tolist()]
+        low, high = 0, len(candidates) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._work.kept(self._computed_ES(scores_ES, candidates[middle])) <= budget:
+                high = middle
+            else:
+                low = middle + 1
+        return float(candidates[high])
+
+    def _computed_ES(self, scores_ES: Tensor, threshold: float) -> Tensor:
+        computed_ES = torch.ones_like(scores_ES, dtype=torch.bool)
+        rows = list(self.logits)
+        computed_ES[rows] = scores_ES[rows] > threshold
+        return computed_ES
+
+    def _check_budget(self) -> None:
+        budget = self.settings.budget
+        if budget is None:
+            return
+        nothing_ES = self._computed_ES(torch.zeros(self.num_evaluations, len(self.denoiser.sites)), 0.5)
+        least = self._work.kept(nothing_ES)
+        if budget < least:
+            raise ScheduleError(
+                f"a budget of {budget:.1%} of the {self.settings.budget_in} cannot be met: {least:.1%} is left when"
+                " every site is reused in every evaluation that may reuse; let more evaluations reuse, name more sites,"
+                " or raise the budget"
+            )
+
+
+def train(
+    learner: Learner,
+    one_round: Callable[[int], None],
+    router: Callable[[], Router],
+    checkpoint: str | os.PathLike[str] | None,
+    on_round: Callable[[RoundReport], None] | None,
+) -> Router:
+    """Run the rounds that are left, with the weights frozen, and return the router.
+
+    Args:
+        learner: what learns.
+        one_round: updates the learner; given the number of the round.
+        router: makes the router.
+        checkpoint: where to go on from, if it exists, and to write to.
+        on_round: told after every round, in every process.
+    """
+    settings, workers = learner.settings, learner.workers
+    if checkpoint is not None and os.path.exists(checkpoint):
+        learner.restore(checkpoint)
+    while learner.round < settings.rounds:
+        with _frozen(learner.denoiser.model), _seeded(settings.seed, learner.round, workers.rank):
+            one_round(learner.round)
+        distance, kept = learner.finish_round()
+        is_due = learner.round % settings.checkpoint_every == 0 or learner.round == settings.rounds
+        if checkpoint is not None and is_due and workers.is_main:
+            learner.save(checkpoint)
+        if on_round is not None:
+            on_round(RoundReport(learner.round, settings.rounds, distance, kept, learner.penalty, router))
+    return router()
+
+
+def draw_share(
+    draw: Draw, settings: Settings, number: int, workers: Workers, device: torch.device
+) -> tuple[object, dict[str, object]]:
+    """Return this process's rows of what round ``number`` draws: noise and conditions, on the device."""
+    noise, conditions = draw(settings.batch_size, generator_of(settings.seed, number))
+    own_noise, own_conditions = workers.share((noise, dict(conditions)), settings.batch_size, device)
+    return own_noise, own_conditions
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """Return the generator of all that round ``number`` draws, the same in every process."""
+    return torch.Generator().manual_seed(seed * 2**32 + number)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight ask for a gradient meanwhile."""
+    asking = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in asking:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _seeded(seed: int, number: int, rank: int) -> Iterator[None]:
+    """Seed what the loop itself draws, apart from what the caller draws; processes draw for their own rows."""
+    with torch.random.fork_rng():
+        torch.manual_seed((seed * 2**32 + number) * 1024 + rank)
+        yield

@@ -1,0 +1,54 @@
+"""Learn a tiny router in one of several processes; ``tests/unit/test_learn_scale.py`` starts them.
+
+    python -m tests.two_processes METHOD OUT CHECKPOINT SECONDS_A_ROUND
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from l2c_compile import Router
+from l2c_compile.finders import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
+from l2c_compile.finders.training import RoundReport
+from l2c_compile.loops import DDIM
+from tests.tiny import residual
+from tests.unit.test_learn import draw_latents
+
+ROUNDS = 12
+
+
+def learn(
+    method: str, checkpoint: Path | None, accelerator: Accelerator | None = None, seconds_a_round: float = 0.0
+) -> Router:
+    """Return the router; every call with the same method learns the same one."""
+
+    def pause(report: RoundReport) -> None:
+        time.sleep(seconds_a_round)
+
+    if method == "l2c":
+        l2c = L2CSettings(rounds=ROUNDS, batch_size=4, budget=0.75, checkpoint_every=2)
+        return learn_l2c(
+            *(residual(), DDIM(steps=4), draw_latents, ("a", "b"), l2c),
+            checkpoint=checkpoint,
+            accelerator=accelerator,
+            on_round=pause,
+        )
+    rollout = RolloutSettings(rounds=ROUNDS, batch_size=4, budget=0.6, checkpoint_every=2, weigh_every=3)
+    return learn_rollout(
+        *(residual(), DDIM(steps=4), draw_latents, ("a", "b"), rollout),
+        checkpoint=checkpoint,
+        accelerator=accelerator,
+        on_round=pause,
+    )
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    router = learn(sys.argv[1], Path(sys.argv[3]), accelerator, float(sys.argv[4]))
+    if accelerator.is_main_process:
+        router.save(sys.argv[2])
+    accelerator.end_training()
