@@ -106,7 +106,7 @@ class DPMSolver(Loop):
     @property
     def network_noise_levels(self) -> tuple[tuple[float, float], ...]:
         """The factors of signal and noise in the latent of each guided prediction, in execution order."""
-        return tuple((level.alpha, level.sigma) for step in self._steps() for level in step.stages)
+        return tuple((level.alpha, level.sigma) for step in self._steps for level in step.stages)
 
     def _singlestep(self, denoiser: Denoiser, x: Tensor, conditions: Mapping[str, Any]) -> Tensor:
         for stages, end in self._steps:
