@@ -21,12 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile.loops import DDIM, Guidance, Loop
-from l2c_compile.models.digits import load_digit_classifier, load_digits_dit
+from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 
 __all__ = ["Side", "every_second_evaluation", "run_demo", "save_digit_grid", "tolerance"]
-
-GUIDANCE_SCALE = 2.0
-"""Scales from 1.5 to 5 give digits as asked; without guidance some are not, above 2 pixels overshoot their range."""
 
 _NUM_CLASSES = 10
 _LABELS_B = torch.arange(_NUM_CLASSES)

@@ -435,6 +435,7 @@ class StandIn:
         return type(self.__denoiser)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
+        """Return what ``evaluate`` does."""
         return self.__evaluate(args, kwargs)
 
     forward = __call__

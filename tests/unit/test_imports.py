@@ -39,8 +39,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("api", "dynamo_backend"),
     ("",),
     ("finders", "finders.*", "testing"),
-    ("report", "plots"),
-    ("cli", "demo", "inspection", "preview", "__main__"),
+    ("report", "plots", "named_models"),
+    ("cli", "demo", "inspection", "learning", "preview", "__main__"),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
@@ -63,6 +63,7 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("report", "plots"),
     ("cli", "demo"),
     ("cli", "inspection"),
+    ("cli", "learning"),
     ("cli", "preview"),
     ("__main__", "cli"),
 )
