@@ -2,9 +2,9 @@
 
     python -m bench.learn_digits --out runs/routers
 
-Writes one router file each, named ``<method>-<evaluations>-<budget in percent>.safetensors``. A second call with the same
-folder leaves finished routers alone and goes on with the one that was interrupted. Seeds are fixed: on one machine, with
-one number of threads, two runs agree bit for bit.
+Writes one router file each, named ``<method>-<evaluations>-<budget in percent>.safetensors``. A second call with the
+same folder leaves finished routers alone and goes on with the one that was interrupted. Seeds are fixed: on one
+machine, with one number of threads, two runs agree bit for bit.
 
 Shapes: B batch.
 """
@@ -22,11 +22,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from l2c_compile import Router
-from l2c_compile.demo import GUIDANCE_SCALE
 from l2c_compile.finders import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from l2c_compile.finders.training import RoundReport
 from l2c_compile.loops import DDIM, Guidance
-from l2c_compile.models.digits import load_digits_dit
+from l2c_compile.models.digits import GUIDANCE_SCALE, load_digits_dit
 
 __all__ = ["PLAN", "Job", "draw_digits", "learn", "main"]
 

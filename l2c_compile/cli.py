@@ -29,6 +29,28 @@ class _Family(str, Enum):
     harmonica = "harmonica"
 
 
+class _Method(str, Enum):
+    l2c = "l2c"
+    rollout = "rollout"
+
+
+class _Unit(str, Enum):
+    multiply_adds = "multiply-adds"
+    time = "time"
+
+
+class _Price(str, Enum):
+    sites = "sites"
+    multiply_adds = "multiply-adds"
+    time = "time"
+
+
+class _Precision(str, Enum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 @app.callback()
 def _l2c() -> None:
     """Compile the sampling loop of a diffusion model, caches included, into one static graph."""
@@ -181,6 +203,70 @@ def evaluate(
         batch=batch,
         seed=seed,
         json_path=json,
+    )
+
+
+@app.command()
+def learn(
+    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="The router; must not exist yet.")],
+    budget: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="How much of the work may be left, between 0 and 1.")
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(metavar="LAMBDA", help="In place of a budget: the price of a computed site.")
+    ] = None,
+    method: Annotated[
+        _Method, typer.Option(help="l2c: every second evaluation is cached. rollout: any may reuse values of any age.")
+    ] = _Method.l2c,
+    model: Annotated[str, typer.Option(metavar="NAME", help="digits")] = "digits",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Sampler steps.")] = 20,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Updates of every evaluation.")] = 80,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Samples of an update, over all processes.")] = 4,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of AdamW on the logits.")] = 0.1,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE", help="What may be reused; may be repeated. Attention and MLP of every block."),
+    ] = None,
+    budget_in: Annotated[_Unit, typer.Option(help="The work that the budget is a share of.")] = _Unit.multiply_adds,
+    price_by: Annotated[_Price, typer.Option(help="What a site costs relative to others.")] = _Price.sites,
+    straight_through: Annotated[
+        bool, typer.Option("--straight-through", help="Learn with scores rounded to 0 or 1.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of all that is drawn.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds between checkpoints.")] = 10,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the router there while it learns.")] = None,
+    mixed_precision: Annotated[_Precision, typer.Option(help="Of the model's evaluations.")] = _Precision.no,
+) -> None:
+    """Learn a router on samples that the model draws itself; give a budget or a penalty.
+
+    Several processes share the work with `accelerate launch -m l2c_compile learn ...`.
+    """
+    # Imported here: `l2c --help` should not wait for torch.
+    from rich.console import Console
+
+    from l2c_compile.learning import learn_router
+
+    learn_router(
+        out,
+        Console(),
+        model=model,
+        method=method.value,
+        steps=steps,
+        sites=tuple(site or ()),
+        resume=resume,
+        png=png,
+        mixed_precision=mixed_precision.value,
+        budget=budget,
+        penalty=penalty,
+        rounds=rounds,
+        batch_size=batch,
+        learning_rate=learning_rate,
+        budget_in=budget_in.value,
+        price_by=price_by.value,
+        straight_through=straight_through,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
     )
 
 

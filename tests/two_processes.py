@@ -1,6 +1,6 @@
 """Learn a tiny router in one of several processes; ``tests/unit/test_learn_scale.py`` starts them.
 
-    python -m tests.two_processes METHOD OUT CHECKPOINT SECONDS_A_ROUND
+python -m tests.two_processes METHOD OUT CHECKPOINT SECONDS_A_ROUND
 """
 
 from __future__ import annotations

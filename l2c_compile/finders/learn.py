@@ -74,8 +74,8 @@ class LatentData:
     """Share of samples whose conditions in ``null`` are dropped, equally for the full evaluation, teacher and
     student."""
     noised: Callable[[Tensor, Tensor, int], Tensor] | None = None
-    """``noised(clean, noise, evaluation)``: the latent as the loop would hold it there. None asks the loop, if it is one
-    of ``l2c_compile.loops``."""
+    """``noised(clean, noise, evaluation)``: the latent as the loop would hold it there. None asks the loop, if it
+    is one of ``l2c_compile.loops``."""
 
     def __post_init__(self) -> None:
         for name, value in self.conditions.items():
@@ -180,7 +180,8 @@ def learn_l2c(
         with torch.no_grad():
             denoiser.run(loop, noise, conditions, walk.on_evaluation)
 
-    one_round, source = own_samples, "own samples"
+    one_round: Callable[[int], None] = own_samples
+    source = "own samples"
     if isinstance(inputs, LatentData):
         noised = inputs.noised or _noised_by(loop)
         ways = segments(denoiser, loop, *drawn(0), chosen)

@@ -6,9 +6,9 @@ evaluation e after the first of its branch
     student = model with r * computed + (1 - r) * cached at each site,   teacher = model on the student's latent
     loss = weight_e * MSE(student, teacher) + lambda * sum(r)
 
-one step of the optimiser follows, and the loop goes on with what the student gave. A cache entry is refreshed only where
-the site would be computed (score above the threshold, and so those of all sites that cover it). The weights are what
-each evaluation's caching does to the result of the loop, measured every few rounds (``_measured_weights``).
+one step of the optimiser follows, and the loop goes on with what the student gave. A cache entry is refreshed only
+where the site would be computed (score above the threshold, and so those of all sites that cover it). The weights are
+what each evaluation's caching does to the result of the loop, measured every few rounds (``_measured_weights``).
 
 Shapes: E evaluations, S sites.
 """

@@ -114,8 +114,8 @@ class _Cutter:
                 if parts is not None:
                     return Segment(start, m, self.skeleton, state, parts)
         raise LoopTraceError(
-            f"what the loop gives evaluation {m} does not follow from one latent at an earlier evaluation; let the model"
-            " sample the trajectories instead of giving a data set"
+            f"what the loop gives evaluation {m} does not follow from one latent at an earlier evaluation; let the"
+            " model sample the trajectories instead of giving a data set"
         )
 
     def _candidates(self, start: int) -> list[Node]:

@@ -61,8 +61,8 @@ class Settings:
     batch_size: int = 8
     """Samples of one update, over all processes."""
     learning_rate: float = 0.1
-    """Of AdamW on the logits, without weight decay. The authors of Learning-to-Cache take 0.01 or 0.001 for up to 50 000
-    iterations; a logit has to cross up to ten units."""
+    """Of AdamW on the logits, without weight decay. The authors of Learning-to-Cache take 0.01 or 0.001 for up to
+    50 000 iterations; a logit has to cross up to ten units."""
     penalty: float | None = None
     """lambda: what a computed site costs, in units of the distance. Give this or a budget."""
     budget: float | None = None
@@ -72,7 +72,7 @@ class Settings:
     price_by: Literal["sites", "multiply-adds", "time"] = "sites"
     """What a site costs relative to the others: all the same (as published), or what computing it takes."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Squared errors of the outputs: mean over all elements (as for DiT) or sum over those of a sample (as for U-ViT)."""
+    """Squared errors of the outputs: mean over all elements (as for DiT), or sum over those of a sample (U-ViT)."""
     straight_through: bool = False
     """Mix with scores rounded to 0 or 1 at the threshold; gradients pass as if they were not rounded."""
     threshold: float = 0.1
@@ -262,7 +262,9 @@ class Learner:
             if student.is_floating_point():
                 dtype = torch.promote_types(student.dtype, torch.float32)
                 square = (student.to(dtype) - teacher.detach().to(dtype)).square()
-                total = total + (square.mean() if self.settings.reduction == "mean" else square.flatten(1).sum(1).mean())
+                total = total + (
+                    square.mean() if self.settings.reduction == "mean" else square.flatten(1).sum(1).mean()
+                )
         return total
 
     def update(self, distances: Mapping[int, Tensor], weights: Mapping[int, float] | None = None) -> None:
@@ -307,7 +309,7 @@ class Learner:
         if self.settings.budget is not None:
             self.penalty = max(self._penalty_for(self.settings.budget), _LEAST_PENALTY)
         self.round += 1
-        return distance, self._work.kept(self._computed_ES(self._scores_ES(), self.settings.threshold))
+        return distance, self._work.kept(self._computed(self._all_scores(), self.settings.threshold))
 
     def _note_steepness(self, e: int, gradient: Tensor) -> None:
         """Estimate how steeply the distance grows where a site is no longer computed, from its gradient.
@@ -333,11 +335,11 @@ class Learner:
 
     def router(self, loop: Loop, branches: int, info: Mapping[str, object]) -> Router:
         """Return the scores as a router; with a budget, at the threshold that keeps as much as the budget allows."""
-        scores_ES = self._scores_ES()
+        scores_ES = self._all_scores()
         threshold = self.settings.threshold
         if self.settings.budget is not None:
             threshold = self._threshold_within(self.settings.budget, scores_ES)
-        kept = self._work.kept(self._computed_ES(scores_ES, threshold))
+        kept = self._work.kept(self._computed(scores_ES, threshold))
         noted = {**info, f"kept_{self.settings.budget_in}": round(kept, 4), "penalty": self.penalty}
         noted |= {"rounds": self.round, "batch_size": self.settings.batch_size, "seed": self.settings.seed}
         return Router(
@@ -408,7 +410,7 @@ class Learner:
         plain: dict[str, object] = json.loads(json.dumps(described))
         return plain
 
-    def _scores_ES(self) -> Tensor:
+    def _all_scores(self) -> Tensor:
         scores_ES = torch.full((self.num_evaluations, len(self.denoiser.sites)), self._untrained_score)
         for e, row in self.logits.items():
             scores_ES[e] = row.detach().sigmoid().float().cpu()
@@ -417,17 +419,17 @@ class Learner:
     def _threshold_within(self, budget: float, scores_ES: Tensor) -> float:
         """Return the lowest of the scores above which no more than the budget is left; 0 if that is all of them."""
         rows = list(self.logits)
-        candidates = [0.0, *scores_ES[rows].unique().tolist()]
+        candidates = [0.0, *torch.unique(scores_ES[rows]).tolist()]
         low, high = 0, len(candidates) - 1
         while low < high:
             middle = (low + high) // 2
-            if self._work.kept(self._computed_ES(scores_ES, candidates[middle])) <= budget:
+            if self._work.kept(self._computed(scores_ES, candidates[middle])) <= budget:
                 high = middle
             else:
                 low = middle + 1
         return float(candidates[high])
 
-    def _computed_ES(self, scores_ES: Tensor, threshold: float) -> Tensor:
+    def _computed(self, scores_ES: Tensor, threshold: float) -> Tensor:
         computed_ES = torch.ones_like(scores_ES, dtype=torch.bool)
         rows = list(self.logits)
         computed_ES[rows] = scores_ES[rows] > threshold
@@ -437,7 +439,7 @@ class Learner:
         budget = self.settings.budget
         if budget is None:
             return
-        nothing_ES = self._computed_ES(torch.zeros(self.num_evaluations, len(self.denoiser.sites)), 0.5)
+        nothing_ES = self._computed(torch.zeros(self.num_evaluations, len(self.denoiser.sites)), 0.5)
         least = self._work.kept(nothing_ES)
         if budget < least:
             raise ScheduleError(

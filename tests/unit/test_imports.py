@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("finders", "finders.*", "quality", "testing"),
     ("report", "plots", "named_models"),
     ("evaluation",),
-    ("cli", "cli_schedule", "demo", "inspection", "preview", "profiling", "scheduling", "__main__"),
+    ("cli", "cli_schedule", "demo", "inspection", "learning", "preview", "profiling", "scheduling", "__main__"),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
@@ -68,6 +68,7 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("cli", "demo"),
     ("cli", "profiling"),
     ("cli", "inspection"),
+    ("cli", "learning"),
     ("cli", "preview"),
     ("__main__", "cli"),
 )

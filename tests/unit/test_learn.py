@@ -186,9 +186,7 @@ def test_training_leaves_the_model_as_it_was() -> None:
 def test_logits_begin_standard_normal_and_are_clamped() -> None:
     seen: list[Tensor] = []
     chosen = settings(rounds=30, penalty=100.0, learning_rate=1.0)
-    learn_l2c(
-        residual(), DDIM(steps=4), draw_latents, SITES, chosen, on_round=lambda r: seen.append(r.router().scores)
-    )
+    learn_l2c(residual(), DDIM(steps=4), draw_latents, SITES, chosen, on_round=lambda r: seen.append(r.router().scores))
     assert seen[-1][1].tolist() == pytest.approx([torch.sigmoid(torch.tensor(-5.0)).item()] * 2)
     assert len(set(seen[0][[1, 3]].flatten().tolist())) == 4
 
@@ -279,9 +277,7 @@ LOOPS_FROM_DATA: list[tuple[BuiltInLoop, int]] = [
 @pytest.mark.parametrize(
     ("loop", "start"), LOOPS_FROM_DATA, ids=["DDIM", "guided", "in two calls", "DPM-Solver-2", "multistep"]
 )
-def test_data_go_through_the_loops_own_update(
-    loop: BuiltInLoop, start: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_go_through_the_loops_own_update(loop: BuiltInLoop, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noised to what the eager loop holds somewhere, the data arrive where the eager loop arrives."""
     model, noise, labels = tiny_dit(), draw(1, 4, 4, 4), torch.tensor([3])
     eager: list[Tensor] = []
@@ -385,7 +381,7 @@ def test_data_of_unequal_length_are_refused() -> None:
 
 
 def learned(path: Path | None = None, stop_after: int | None = None, **changes: Any) -> Router:  # noqa: ANN401
-    class Stop(Exception):  # noqa: N818
+    class Stop(Exception):
         pass
 
     def on_round(report: RoundReport) -> None:

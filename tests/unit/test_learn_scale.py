@@ -21,12 +21,14 @@ from l2c_compile.loops import DDIM
 from tests.tiny import residual, tiny_dit
 from tests.unit.test_learn import DIT_SITES, draw_images, draw_latents
 
-pytest.importorskip("accelerate", reason="learning in several processes wants accelerate: pip install l2c-compile[train]")
+pytest.importorskip(
+    "accelerate", reason="learning in several processes wants accelerate: pip install l2c-compile[train]"
+)
 
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from tests.two_processes import learn  # noqa: E402
+from tests.two_processes import learn
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120.0
@@ -95,13 +97,13 @@ def test_mixed_precision_learns_nearly_the_same() -> None:
     settings = L2CSettings(rounds=15, batch_size=4, penalty=1e-2)
     plain = learn_l2c(tiny_dit(), DDIM(steps=2), draw_images, DIT_SITES, settings)
     for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()  # type: ignore[no-untyped-call]
+        state._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     try:
         mixed = learn_l2c(tiny_dit(), DDIM(steps=2), draw_images, DIT_SITES, settings, accelerator=accelerator)
     finally:
         for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()  # type: ignore[no-untyped-call]
+            state._reset_state()
     assert not torch.equal(mixed.scores, plain.scores)
     # bfloat16 is off by 2**-8 in each operation; a gradient near zero may change sign and cost two steps of 0.1.
     torch.testing.assert_close(mixed.scores, plain.scores, rtol=0, atol=0.1)

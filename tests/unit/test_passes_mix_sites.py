@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,7 +100,9 @@ def hooked(model: nn.Module, scores: Tensor, cached: dict[str, Tensor], *inputs:
     hooks = []
     for score, (path, value) in zip(scores, cached.items(), strict=True):
 
-        def mix(module: nn.Module, args: object, output: Tensor, score: Tensor = score, value: Tensor = value) -> Tensor:
+        def mix(
+            module: nn.Module, args: object, output: Tensor, score: Tensor = score, value: Tensor = value
+        ) -> Tensor:
             return score * output + (1 - score) * value
 
         hooks.append(model.get_submodule(path).register_forward_hook(mix))
@@ -117,10 +120,11 @@ def test_mixtures_and_gradients_are_those_of_hooks(nested: bool) -> None:
     cached = {site: draw(2, 4, seed=7 + index).double() for index, site in enumerate(sites)}
     form, tensors = SoftDenoiser(model, sites).call((x, t), {})
     results = []
-    for forward in (
+    forwards: list[Callable[[Tensor], Tensor]] = [
         lambda scores: form.soft(tensors, scores, list(cached.values()))[0][0],
         lambda scores: hooked(model, scores, cached, x, t),
-    ):
+    ]
+    for forward in forwards:
         scores = torch.linspace(0.2, 0.9, len(sites), dtype=torch.float64, requires_grad=True)
         y = forward(scores)
         (gradient,) = torch.autograd.grad(y.square().sum(), scores)
@@ -209,7 +213,8 @@ class Picks(nn.Module):
         self.pick = Indices()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return x * self.pick(x)[:, None]
+        index: Tensor = self.pick(x)
+        return x * index[:, None]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class CachingHooks(Hooks):
         return run
 
 
-def test_every_update_is_the_authors(training_steps: list[Step]) -> None:  # noqa: F811 - the fixture
+def test_every_update_is_the_authors(training_steps: list[Step]) -> None:
     noise, penalty, threshold, num_evaluations = draw(4, 4), 1e-2, 0.5, 5
     chosen = settings(rounds=1, penalty=penalty, threshold=threshold)
     learn_rollout(residual(), steps(num_evaluations), lambda count, generator: (noise, {}), SITES, chosen)
@@ -131,7 +131,7 @@ def test_recomputed_activations_give_the_same_bits(horizon: int) -> None:
     assert routers[0] == routers[1]
 
 
-def test_gradients_of_a_window_pass_through_latents_and_caches(training_steps: list[Step]) -> None:  # noqa: F811
+def test_gradients_of_a_window_pass_through_latents_and_caches(training_steps: list[Step]) -> None:
     noise, num_evaluations = draw(4, 4), 4
     chosen = settings(rounds=1, horizon=3, penalty=1e-12, threshold=0.3)
     learn_rollout(residual(), steps(num_evaluations), lambda count, generator: (noise, {}), SITES, chosen)
@@ -160,7 +160,7 @@ def test_gradients_of_a_window_pass_through_latents_and_caches(training_steps: l
 
 
 def learned(path: Path | None = None, stop_after: int | None = None) -> Router:
-    class Stop(Exception):  # noqa: N818
+    class Stop(Exception):
         pass
 
     def on_round(report: RoundReport) -> None:
@@ -169,9 +169,7 @@ def learned(path: Path | None = None, stop_after: int | None = None) -> Router:
 
     chosen = settings(rounds=7, budget=0.7, checkpoint_every=2, weigh_every=3)
     try:
-        return learn_rollout(
-            residual(), DDIM(steps=4), draw_latents, SITES, chosen, checkpoint=path, on_round=on_round
-        )
+        return learn_rollout(residual(), DDIM(steps=4), draw_latents, SITES, chosen, checkpoint=path, on_round=on_round)
     except Stop:
         return learned(path)
 
