@@ -56,6 +56,7 @@ CASES: dict[str, str] = {
     "predict": "bench.predict:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",
+    "version-matrix": "bench.version_matrix:run",
 }
 
 
