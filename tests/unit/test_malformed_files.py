@@ -78,7 +78,7 @@ def test_a_message_is_short_and_nothing_in_it_controls_a_terminal() -> None:
 
 
 def test_training_arguments_of_a_pickle_are_kept_only_if_they_can_be_saved(tmp_path: Path) -> None:
-    for value in (float("nan"), 10**5000, "x" * 10**6):
+    for value in (float("nan"), 10**400, "x" * 10**6):
         arguments = argparse.Namespace(model="DiT", lr=value)
         torch.save({"routers": {f"{e}.prob": torch.ones(4) for e in range(4)}, "args": arguments}, tmp_path / "r.pt")
         router = load_schedule_file(tmp_path / "r.pt")

@@ -60,7 +60,7 @@ def test_a_build_with_cuda_is_not_fetched_unasked(
         commands.append(arguments)
         return subprocess.CompletedProcess(arguments, 0, f'{{"install": [{{"url": "{url}"}}]}}', "")
 
-    monkeypatch.setattr(version_matrix.venv, "create", lambda folder, with_pip: folder.mkdir())
+    monkeypatch.setattr("venv.create", lambda folder, with_pip: folder.mkdir())
     monkeypatch.setattr(Environment, "_pip", pip)
     made = Environment.make(tmp_path / "e", "2.13.0", None, any_build=False)
     assert isinstance(made, str) == cuda
