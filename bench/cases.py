@@ -59,6 +59,7 @@ CASES: dict[str, str] = {
     "quality": "bench.quality:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",
+    "version-matrix": "bench.version_matrix:run",
 }
 
 

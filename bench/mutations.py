@@ -786,7 +786,7 @@ def _odd_tensors(draw: Draw, content: bytes, canary: Path) -> bytes:
         (
             *(None, argparse.Namespace(model="\ud800"), argparse.Namespace(model="x" * 10**6), {"model": 1}),
             *(argparse.Namespace(lr=float("nan")), argparse.Namespace(lr=10**5000), argparse.Namespace(lr=True)),
-            *(argparse.Namespace(model="\x1b[2J"), argparse.Namespace(**{"__class__": 1, "model": "x"})),
+            *(argparse.Namespace(model="\x1b[2J"), argparse.Namespace(**{"__getattr__": 1, "model": "x"})),
         )
     )
     return _torch_save({"routers": rows, "args": arguments} if draw.random() < 0.7 else rows)

@@ -174,11 +174,11 @@ class Program:
 class CompiledSampler(nn.Module):
     """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.
 
-    Holds no state between calls, so threads may sample at once. While one thread captures a new form, torch.export swaps
-    the weights of the model, and samplers in other threads wait; forms that are captured already run on while the rest of
-    the compilation goes on. Only samplers wait: code that uses the model itself, and what ``torch.compile`` made of a
-    sampler, must not run while a form is captured. Processes may be forked; in the child call
-    ``torch.set_num_threads(1)`` first, as torch's data loaders do.
+    Holds no state between calls, so threads may sample at once. While one thread captures a new form, torch.export
+    swaps the weights of the model, and samplers in other threads wait; they run on during the rest of the compilation.
+    Only samplers wait: what uses the model itself, and what ``torch.compile`` made of a sampler, must not run while a
+    form is captured. Processes may be forked; the child calls ``torch.set_num_threads(1)`` first, as in torch's data
+    loaders.
 
     Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
     ``load_state_dict`` reach its weights; after changing weights in place call ``refresh``.

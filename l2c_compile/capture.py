@@ -154,7 +154,7 @@ def capture(
 
 @contextmanager
 def _as_it_was(denoiser: nn.Module) -> Iterator[None]:
-    """Give every module its own weights and hooks back, wherever the capture ends: torch's cleanup can be interrupted."""
+    """Give every module its weights and hooks back, wherever the capture ends: torch's cleanup can be interrupted."""
     saved = [(m, {name: dict(vars(m).get(name, {})) for name in _OWN}, m.training) for m in denoiser.modules()]
     try:
         yield

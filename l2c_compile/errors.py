@@ -39,7 +39,14 @@ class UnknownSiteError(ScheduleError):
 
 
 class FileFormatError(L2CError, ValueError):
-    """A file that is truncated, malicious, of a newer schema, or not of the form its reader knows."""
+    """A file that is truncated, malicious, of a newer schema, or not of the form its reader knows.
+
+    The message may quote the file, so it is kept short, and what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in _middle_cut(message))
+        super().__init__(shown)
 
 
 class LoopError(L2CError, ValueError):
@@ -88,6 +95,11 @@ class PassFailed(L2CError, RuntimeError):
 
 class VerificationError(L2CError, RuntimeError):
     """A loop graph violates its specification, or a compiled sampler differs from the reference."""
+
+
+def _middle_cut(message: str) -> str:
+    # The way out stands at the end.
+    return message if len(message) <= 600 else f"{message[:350]} ... {message[-200:]}"
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -105,7 +105,6 @@ def _as_write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # What torch's writer raises for a failed write is a RuntimeError around the OSError, which has the number.
         way_out = "free some space or choose another folder" if error.errno in _FULL else "choose another folder"
         reason = error.strerror or str(error)
         text = f"{reason}: {target} cannot be written; {way_out}, what was there is unchanged"

@@ -9,6 +9,7 @@ Shapes: E evaluations, S sites, N rows of the file.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import pickle
 import re
@@ -45,6 +46,7 @@ _Source = str | os.PathLike[str] | Mapping[str, object]
 _MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_PICKLE_ENTRIES = 10_000
 _MAX_ROW_ENTRIES = 100_000
+_MAX_INFO_CHARS = 1000
 
 
 def load_schedule_file(
@@ -338,7 +340,14 @@ def _training_info(args: object) -> dict[str, object]:
         return {}
     fields = vars(args)
     keys = ("model", "image_size", "num_classes", "num_sampling_steps", "l1", "lr")
-    return {key: fields[key] for key in keys if type(fields.get(key)) in (str, int, float)}
+    return {key: fields[key] for key in keys if _is_plain(fields.get(key))}
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether a value is one that a router can keep and save: short, finite."""
+    if type(value) is str:
+        return len(value) <= _MAX_INFO_CHARS
+    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
 
 
 def _load_pickle(path: str | os.PathLike[str]) -> Mapping[str, object]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -137,7 +138,7 @@ def save_sampler(
         pass
     exported = to_exported_program(graph, OperationBudget(len(graph.graph.nodes), SaveError).spend)
     with replaced_at_once(target) as temporary:
-        with temporary.open("wb") as file:
+        with _Patient(temporary) as file:
             torch.export.save(exported, file)
         with Archive(temporary) as archive:
             stored = _stored_tensors(archive)
@@ -297,6 +298,35 @@ class LoadedSampler(nn.Module):
                     " that, too"
                 )
         return tensors
+
+
+class _Patient(io.FileIO):
+    """A file for torch's writer: what goes wrong in a write is raised when the file is closed.
+
+    In C++ the destructor of the writer writes as well, and an error there, as of a full disk, ends the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._error: BaseException | None = None
+
+    def write(self, content: Any, /) -> int:  # noqa: ANN401 - whatever has bytes
+        """Write unless an earlier write failed; return how many bytes were taken."""
+        remaining = memoryview(content).cast("B")
+        size_bytes = len(remaining)
+        try:
+            while self._error is None and remaining:
+                remaining = remaining[super().write(remaining) :]
+        except BaseException as error:  # an interrupt, too, would reach the destructor
+            self._error = error
+        return size_bytes
+
+    def close(self) -> None:
+        """Close, and raise the first error of all writes."""
+        super().close()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 class _Devices:

@@ -1,10 +1,9 @@
-"""Whatever fails or is interrupted on the way: the model stays as it was, the sampler can be used again, files stay whole."""
+"""Whatever fails or is interrupted: the model stays as it was, the sampler can be used again, files stay whole."""
 
 from __future__ import annotations
 
 import errno
 import os
-import resource
 import subprocess
 import sys
 import zipfile
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2c_compile import CacheSchedule, CompiledSampler, api, capture, l2c_compile, run_reference
-from l2c_compile.errors import BackendError
+from l2c_compile.errors import L2CError
 from l2c_compile.files import replaced_at_once, write_atomically
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.router import Router
@@ -71,20 +70,24 @@ def raising_at_call(number: int, error: type[BaseException]) -> Iterator[list[in
         sys.setprofile(None)
 
 
-class _RunsOutOfMemory(TorchDispatchMode):
+class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes the ``number``-th operation of torch fail."""
 
     def __init__(self, number: int, error: type[BaseException]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.remaining, self.error = number, error
 
-    def __torch_dispatch__(  # type: ignore[override]
-        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> object:
         self.remaining -= 1
         if self.remaining == 0:
             raise self.error("made up")
-        return func(*args, **(kwargs or {}))  # type: ignore[dict-item]
+        return func(*args, **(kwargs or {}))
 
 
 class TestCapture:
@@ -125,7 +128,7 @@ class TestCapture:
             raise error("made up")
 
         hook = sampler.model.norm.register_forward_pre_hook(fail)  # type: ignore[union-attr]
-        with pytest.raises((error, api.L2CError), match="made up"):
+        with pytest.raises((error, L2CError), match="made up"):
             sampler(noise)
         hook.remove()
         assert state_of(sampler.model) == before
@@ -138,15 +141,15 @@ class TestCapture:
         before = state_of(sampler.model)
         num_interrupted = 0
         # Evenly over all that a capture does, at odd places.
-        for number in range(97, calls[0], calls[0] // 12):
+        for number in range(97, calls[0], calls[0] // 8):
             try:
                 with raising_at_call(number, KeyboardInterrupt):
                     sampler.capture(noise)
-            except (KeyboardInterrupt, api.L2CError):
+            except (KeyboardInterrupt, L2CError):
                 num_interrupted += 1
             assert state_of(sampler.model) == before, number
             sampler._begin_empty()
-        assert num_interrupted > 6
+        assert num_interrupted > 4
         assert_usable(sampler, noise)
 
     def test_weights_are_put_back_even_if_torch_was_interrupted_in_its_own_cleanup(
@@ -156,9 +159,10 @@ class TestCapture:
         before = state_of(sampler.model)
 
         def interrupted(flat: nn.Module, *args: object, **kwargs: object) -> None:
-            flat.denoiser.a._parameters["weight"] = torch.empty(4, 4, device="meta")  # type: ignore[union-attr, operator, index]
-            flat.denoiser.b._parameters.clear()  # type: ignore[union-attr, operator]
-            flat.denoiser.train()  # type: ignore[union-attr, operator]
+            first, second = flat.get_submodule("denoiser.a"), flat.get_submodule("denoiser.b")
+            first._parameters["weight"] = nn.Parameter(torch.empty(4, 4, device="meta"))
+            second._parameters.clear()
+            flat.train()
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
