@@ -129,7 +129,7 @@ def capture(
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
     try:
-        with torch.no_grad(), _marking(denoiser, sites, read_inputs_of):
+        with torch.no_grad(), _marking(denoiser, sites, read_inputs_of, flat.returned.marks):
             program = torch.export.export(flat, example_inputs, strict=False)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.
@@ -154,11 +154,14 @@ def capture(
 _TENSOR = object()
 
 
+@dataclass
 class _Returned:
     """What the denoiser returned, for after the export: attributes of a module do not survive it."""
 
     spec: TreeSpec | None = None
     leaves: Sequence[object] = ()
+    marks: list[Tensor] = field(default_factory=list)
+    """Export removes what nobody uses, but a rule may read an input that its module ignores: marks are returned."""
 
 
 class _FlatCall(nn.Module):
@@ -175,7 +178,9 @@ class _FlatCall(nn.Module):
         leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
         # Not the tensors themselves: export takes those for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        marks = list(self.returned.marks)
+        self.returned.marks.clear()
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + marks
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,9 @@ class _Marked:
 
 
 @contextmanager
-def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site]) -> Iterator[None]:
+def _marking(
+    denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], marks_made: list[Tensor]
+) -> Iterator[None]:
     """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
     calls: Counter[str] = Counter()
     marked: list[_Marked] = []
@@ -210,6 +217,7 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
                 port = sum(isinstance(mark, Tensor) for mark in marks)
                 mark = SITE(leaf, str(site), port, -1)
                 marked.append(_Marked(site, leaf, leaf._version, mark, _storage(leaf) in storages))
+                marks_made.append(mark)
                 marks.append(mark)
             else:
                 marks.append(leaf)
@@ -225,7 +233,9 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
                             " needs its input (a change out - in, or the rule) is not defined; use its output and"
                             " another rule"
                         )
-                    args = (SITE(args[0], str(site), INPUT_PORT, -1), *args[1:])
+                    mark = SITE(args[0], str(site), INPUT_PORT, -1)
+                    marks_made.append(mark)
+                    args = (mark, *args[1:])
             versions[path] = [tensor._version for tensor in tensors_in(args)]
             return args
 
@@ -261,6 +271,8 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
             module = denoiser.get_submodule(path)
             begins = [s for s in sites if s.path == path and (s.kind == "delta" or s in read_inputs_of)]
             ends = [site for site in sites if (site.last or site.path) == path]
+            # A run is marked behind its last module, so that it holds what is read where that module is reused.
+            ends.sort(key=lambda site: site.num_modules)
             hooks.callback(module.register_forward_pre_hook(mark_input(path, begins)).remove)
             hooks.callback(module.register_forward_hook(mark_output(path, ends)).remove)
         yield
@@ -321,7 +333,10 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
                     f"the exported denoiser takes an input of kind {spec.kind.name}, which is not supported"
                 )
         elif node.op == "output":
-            copies[node] = graph.output([copies[n] for n in output_list(program.graph) if isinstance(n, fx.Node)])
+            returned = sum(leaf is _TENSOR for leaf in flat.returned.leaves)
+            copies[node] = graph.output(
+                [copies[n] for n in output_list(program.graph)[:returned] if isinstance(n, fx.Node)]
+            )
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = dict(node.meta)
