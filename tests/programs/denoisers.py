@@ -125,11 +125,11 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers and an activation that writes in place."""
+    """Two linear layers and an activation, which may write in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool = False) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(WIDTH, 6), nn.SiLU(inplace=True), nn.Linear(6, WIDTH))
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 6), nn.SiLU(inplace=in_place), nn.Linear(6, WIDTH))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return _channels_back(self.layers(_channels_last(x)))
@@ -255,6 +255,7 @@ class Nested(nn.Module):
 _WORKS: dict[str, Callable[[], nn.Module]] = {
     "linear": Linear,
     "mlp": Mlp,
+    "mlp in place": lambda: Mlp(in_place=True),
     "attention": Attention,
     "softmax": Softmax,
     "convolution": Convolution,
