@@ -21,9 +21,9 @@ from torch import Tensor
 
 from bench.report import Condition, Row
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
-from l2c_compile.demo import GUIDANCE_SCALE, every_second_evaluation
+from l2c_compile.demo import every_second_evaluation
 from l2c_compile.loops import DDIM, Guidance
-from l2c_compile.models.digits import load_digit_classifier, load_digits_dit
+from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 
 __all__ = ["run"]
 

@@ -30,7 +30,7 @@ from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture,
 from l2c_compile.comparison import VerifyReport, compare_with_reference
 from l2c_compile.cost import NodeTimes
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
-from l2c_compile.graph import EvaluationGraph, LoopGraph
+from l2c_compile.graph import EvaluationGraph, LoopGraph, write_into
 from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.passes.base import PassRun, Pipeline
@@ -317,7 +317,7 @@ class CompiledSampler(nn.Module):
         for program in self._programs.values():
             for folded in program.graph.folded:
                 for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
-                    program.graph.root.get_buffer(name).copy_(value)
+                    write_into(program.graph.root.get_buffer(name), value)
             program.versions = _weight_versions(program.graph)
 
     def save(

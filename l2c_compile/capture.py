@@ -130,7 +130,8 @@ def capture(
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
     try:
-        with weights_swapped(), torch.no_grad(), _as_it_was(denoiser), _marking(denoiser, sites, read_inputs_of):
+        marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
+        with weights_swapped(), torch.no_grad(), _as_it_was(denoiser), marking:
             program = torch.export.export(flat, example_inputs, strict=False)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.
@@ -173,11 +174,14 @@ _OWN = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 _TENSOR = object()
 
 
+@dataclass
 class _Returned:
     """What the denoiser returned, for after the export: attributes of a module do not survive it."""
 
     spec: TreeSpec | None = None
     leaves: Sequence[object] = ()
+    marks: list[Tensor] = field(default_factory=list)
+    """Export removes what nobody uses, but a rule may read an input that its module ignores: marks are returned."""
 
 
 class _FlatCall(nn.Module):
@@ -194,7 +198,9 @@ class _FlatCall(nn.Module):
         leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
         # Not the tensors themselves: export takes those for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        marks = list(self.returned.marks)
+        self.returned.marks.clear()
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + marks
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,9 @@ class _Marked:
 
 
 @contextmanager
-def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site]) -> Iterator[None]:
+def _marking(
+    denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], marks_made: list[Tensor]
+) -> Iterator[None]:
     """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
     calls: Counter[str] = Counter()
     marked: list[_Marked] = []
@@ -229,6 +237,7 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
                 port = sum(isinstance(mark, Tensor) for mark in marks)
                 mark = SITE(leaf, str(site), port, -1)
                 marked.append(_Marked(site, leaf, leaf._version, mark, _storage(leaf) in storages))
+                marks_made.append(mark)
                 marks.append(mark)
             else:
                 marks.append(leaf)
@@ -244,7 +253,9 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
                             " needs its input (a change out - in, or the rule) is not defined; use its output and"
                             " another rule"
                         )
-                    args = (SITE(args[0], str(site), INPUT_PORT, -1), *args[1:])
+                    mark = SITE(args[0], str(site), INPUT_PORT, -1)
+                    marks_made.append(mark)
+                    args = (mark, *args[1:])
             versions[path] = [tensor._version for tensor in tensors_in(args)]
             return args
 
@@ -280,6 +291,8 @@ def _marking(denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collect
             module = denoiser.get_submodule(path)
             begins = [s for s in sites if s.path == path and (s.kind == "delta" or s in read_inputs_of)]
             ends = [site for site in sites if (site.last or site.path) == path]
+            # A run is marked behind its last module, so that it holds what is read where that module is reused.
+            ends.sort(key=lambda site: site.num_modules)
             hooks.callback(module.register_forward_pre_hook(mark_input(path, begins)).remove)
             hooks.callback(module.register_forward_hook(mark_output(path, ends)).remove)
         yield
@@ -340,7 +353,10 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
                     f"the exported denoiser takes an input of kind {spec.kind.name}, which is not supported"
                 )
         elif node.op == "output":
-            copies[node] = graph.output([copies[n] for n in output_list(program.graph) if isinstance(n, fx.Node)])
+            returned = sum(leaf is _TENSOR for leaf in flat.returned.leaves)
+            copies[node] = graph.output(
+                [copies[n] for n in output_list(program.graph)[:returned] if isinstance(n, fx.Node)]
+            )
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = dict(node.meta)

@@ -64,16 +64,33 @@ __all__ = [
     "packet_of",
     "relaid",
     "site_marks",
+    "strided_copy",
+    "write_into",
 ]
 
 INPUT_PORT = -1
 """The port of a site's input, marked only where the site or its rule needs it."""
 
 
+def strided_copy(value: Tensor) -> Tensor:
+    """Return a copy with memory of its own and exactly the strides of ``value``, expanded dimensions included."""
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    write_into(copy, value)
+    return copy
+
+
+def write_into(target: Tensor, value: Tensor) -> None:
+    """Write ``value`` into a tensor of its strides; what expanded dimensions share is written once."""
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    target.copy_(value)
+
+
 @torch.library.custom_op("l2c::site", mutates_args=())
 def _site(value: Tensor, site: str, port: int, evaluation: int) -> Tensor:
     # An op may not return its input, and the copy must keep the strides that the graph was captured with.
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+    return strided_copy(value)
 
 
 @_site.register_fake
@@ -93,12 +110,23 @@ def _cache_read(
     rule: str,
 ) -> Tensor:
     reading = Reading(history=tuple(history), inputs=tuple(inputs), current_input=current_input)
-    return rule_from_dict(json.loads(rule)).combine(reading).clone()
+    return strided_copy(rule_from_dict(json.loads(rule)).combine(reading))
 
 
 @_cache_read.register_fake
-def _(history: list[Tensor], *rest: object) -> Tensor:
-    return torch.empty_like(history[0])
+def _(
+    history: list[Tensor],
+    inputs: list[Tensor],
+    current_input: Tensor | None,
+    site: str,
+    port: int,
+    evaluation: int,
+    sources: list[int],
+    rule: str,
+) -> Tensor:
+    reading = Reading(history=tuple(history), inputs=tuple(inputs), current_input=current_input)
+    value = rule_from_dict(json.loads(rule)).combine(reading)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 SITE: torch._ops.OpOverload[..., Tensor] = torch.ops.l2c.site.default

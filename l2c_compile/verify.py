@@ -34,7 +34,7 @@ class Fact(enum.Enum):
     SITES_MARKED = "every site of every evaluation is an l2c::site node"
     TIMES_BOUND = "every node of an evaluation graph knows its binding time"
     READS_CACHE = "every reused site is read from the cache: its own value has no user"
-    NO_DEAD_NODES = "every node has a user, is an input or output, or draws random numbers"
+    NO_DEAD_NODES = "every node has a user, is an input, an output or a mark of an evaluation, or draws random numbers"
     READS_LOWERED = "no l2c::cache_read is left"
     SITES_LOWERED = "no l2c::site is left"
     OUTLINED = "every region that is called is a submodule of the root"
@@ -103,7 +103,9 @@ def _reads_cache(program: ProgramGraph) -> None:
 
 def _no_dead_nodes(program: ProgramGraph) -> None:
     for node in program.graph.nodes:
-        if node.op not in ("placeholder", "output") and not node.users and not draws_random_numbers(node):
+        if node.users or node.op in ("placeholder", "output") or draws_random_numbers(node):
+            continue
+        if node.target is not SITE or not isinstance(program, EvaluationGraph):
             raise _violation(Fact.NO_DEAD_NODES.value, node, "has no user")
 
 

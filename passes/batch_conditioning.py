@@ -22,6 +22,7 @@ from torch.fx.node import Node
 from l2c_compile.columns import Piece, pieces_of
 from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, num_bytes
 from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.strides import addresses_memory, follow, same_strides
 from l2c_compile.verify import Fact
 
 __all__ = ["BatchConditioning"]
@@ -44,10 +45,16 @@ class BatchConditioning(Pass):
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         assert isinstance(program, LoopGraph)
         report = PassReport()
+        by_strides = addresses_memory(program.graph)
+        if by_strides is not None:
+            report.left_alone[by_strides.name] = "addresses memory by strides, so none may change"
+            return report
         early = program.known_before_the_loop()
         projections = [node for node in program.graph.nodes if _is_projection(node, early)]
         for chunk in self._chunks(projections):
-            report.rewrites += _Batcher(program, chunk).run(report)
+            batcher = _Batcher(program, chunk)
+            report.rewrites += batcher.run(report)
+            follow(program.graph, batcher.moved_in_memory)
         return report
 
     def _chunks(self, projections: Sequence[Node]) -> Iterator[list[Node]]:
@@ -76,6 +83,7 @@ class _Batcher:
         self.order = {node: index for index, node in enumerate(self.graph.nodes)}
         self.projections = set(projections)
         self.levels = self._levels(_ancestors(projections))
+        self.moved_in_memory: set[Node] = set()
         self.anchor = self._anchor(min(evaluation_of(node) or 0 for node in projections))
 
     def run(self, report: PassReport) -> int:
@@ -141,7 +149,7 @@ class _Batcher:
             if len(set(map(_columns, taken))) > 1 or not _columns(taken[0]):
                 if len(group) > 1:
                     for node, own in zip(group, self._split(product, batches), strict=True):
-                        node.replace_all_uses_with(own)
+                        self._replace(node, own)
                 return
             for number, piece in enumerate(taken[0]):
                 value = emit(self.graph, aten.slice.Tensor, (product, -1, piece.low, piece.high), None)
@@ -149,7 +157,12 @@ class _Batcher:
                 for dim in piece.unsqueezed:
                     value = emit(self.graph, aten.unsqueeze.default, (value, dim), None)
                 for pieces, own in zip(taken, self._split(value, batches), strict=True):
-                    pieces[number].node.replace_all_uses_with(own)
+                    self._replace(pieces[number].node, own)
+
+    def _replace(self, node: Node, own: Node) -> None:
+        if not same_strides(node, own):
+            self.moved_in_memory.add(own)
+        node.replace_all_uses_with(own)
 
     def _split(self, value: Node, batches: list[int]) -> list[Node]:
         """Return the rows of each evaluation."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from l2c_compile.graph import ProgramGraph, draws_random_numbers
+from l2c_compile.graph import SITE, EvaluationGraph, ProgramGraph, draws_random_numbers
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -17,15 +17,22 @@ __all__ = ["DropDead"]
 
 @dataclass(frozen=True)
 class DropDead(Pass):
-    """Remove nodes without users, last to first. Inputs stay; so do random draws: later draws depend on them."""
+    """Remove nodes without users, last to first. Inputs stay; so do random draws: later draws depend on them.
+
+    The marks of an evaluation graph stay as well: in a loop, a change (out - in) reads an input that nobody else reads.
+    """
 
     name: ClassVar[str] = "drop-dead"
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED})
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         report = PassReport()
         for node in reversed(list(program.graph.nodes)):
             if node.users or node.op in ("placeholder", "output"):
+                continue
+            if node.target is SITE and isinstance(program, EvaluationGraph):
+                report.left_alone[node.name] = "marks a site that the loop may read"
                 continue
             if draws_random_numbers(node):
                 report.left_alone[node.name] = "draws random numbers: later draws depend on it"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from l2c_compile.graph import FoldedConstants, LoopGraph, ProgramGraph, draws_random_numbers, num_bytes
+from l2c_compile.graph import FoldedConstants, LoopGraph, ProgramGraph, draws_random_numbers, num_bytes, strided_copy
 from l2c_compile.passes.base import Pass, PassReport
 from l2c_compile.verify import Fact
 
@@ -30,7 +30,8 @@ class FoldConstants(Pass):
     """Size in bytes above which a value is computed in every call instead of kept."""
 
     name: ClassVar[str] = "fold-constants"
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
+    # A site may be a constant: its users then read the folded value, not the mark.
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.READS_CACHE, Fact.NO_DEAD_NODES})
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         if not isinstance(program, LoopGraph):
@@ -78,7 +79,7 @@ def make_constants(program: LoopGraph, recipe: fx.Graph) -> list[Tensor]:
     """Run a recipe on the weights as they are and return its values, each with memory of its own."""
     with torch.no_grad():
         values = fx.Interpreter(program.root, garbage_collect_values=True, graph=recipe).run()
-    return [value.clone() if value._is_view() else value for value in values]
+    return [strided_copy(value) if value._is_view() else value for value in values]
 
 
 def _constant_nodes(graph: fx.Graph) -> set[Node]:

@@ -17,6 +17,7 @@ from torch.fx.node import Node
 
 from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, form_of
 from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.strides import addresses_memory, follow, same_strides
 from l2c_compile.verify import Fact
 
 __all__ = ["MergeDeltas"]
@@ -46,8 +47,13 @@ class MergeDeltas(Pass):
         if not isinstance(program, LoopGraph):
             raise TypeError("only a loop graph has evaluations to keep values for")
         report = PassReport()
+        by_strides = addresses_memory(program.graph)
+        if by_strides is not None:
+            report.left_alone[by_strides.name] = "addresses memory by strides, so none may change"
+            return report
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         groups: dict[tuple[Node, ...], list[_Run]] = {}
+        other_strides: set[Node] = set()
         for run in _runs(program):
             groups.setdefault(run.terms, []).append(run)
         for terms, runs in groups.items():
@@ -63,8 +69,11 @@ class MergeDeltas(Pass):
             for run in runs:
                 with program.graph.inserting_before(run.adds[-1]):
                     merged = emit(program.graph, aten.add.Tensor, (run.base, total), evaluation_of(run.adds[-1]))
+                if not same_strides(merged, run.adds[-1]):
+                    other_strides.add(merged)
                 run.adds[-1].replace_all_uses_with(merged)
                 report.rewrites += 1
+        follow(program.graph, other_strides)
         return report
 
 

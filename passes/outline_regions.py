@@ -22,7 +22,8 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Node
+from torch._ops import OpOverload
+from torch.fx.node import Argument, Node
 
 from l2c_compile.graph import (
     LoopGraph,
@@ -44,6 +45,7 @@ __all__ = ["OutlineRegions"]
 
 aten = torch.ops.aten
 
+_SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.unbind})
 _HEAVY = frozenset(
     {aten.linear, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.matmul, aten.einsum, aten.convolution}
     | {aten.conv1d, aten.conv2d, aten.conv3d, aten.scaled_dot_product_attention}
@@ -199,18 +201,14 @@ def _hoist_views(program: LoopGraph, early: set[Node]) -> None:
 def _sink(graph: fx.Graph, early: set[Node]) -> None:
     """Move what is known before the loop to its first user, so that it crosses no cut.
 
-    A split is made into one slice for each user first: it is one node with many users in many places.
+    What is split is made into one view for each user first: a split is one node with many users in many places.
     """
-    for split in graph.find_nodes(op="call_function", target=aten.split.Tensor):
-        if split not in early or evaluation_of(split) is None:
+    for split in list(graph.nodes):
+        if packet_of(split) not in _SPLITS or split not in early or evaluation_of(split) is None:
             continue
-        source, size, *dims = split.args
-        assert isinstance(size, int)
-        dim = dims[0] if dims else split.kwargs.get("dim", 0)
         for getitem in list(split.users):
-            start = cast(int, getitem.args[1]) * size
             with graph.inserting_before(getitem):
-                piece = emit(graph, aten.slice.Tensor, (source, dim, start, start + size), evaluation_of(split))
+                piece = emit(graph, *_piece(split, cast(int, getitem.args[1])), evaluation_of(split))
             piece.meta["nn_module_stack"] = getitem.meta.get("nn_module_stack", {})
             early.add(piece)
             getitem.replace_all_uses_with(piece)
@@ -221,6 +219,28 @@ def _sink(graph: fx.Graph, early: set[Node]) -> None:
             first = min(node.users)
             if evaluation_of(first) == evaluation_of(node):
                 first.prepend(node)
+    for node in list(graph.nodes):
+        if node.target is operator.getitem:
+            # One of several results stays behind what makes them all: between regions only tensors are passed.
+            source = node.args[0]
+            assert isinstance(source, Node)
+            source.append(node)
+            node.meta = {**source.meta, "val": node.meta["val"]}
+
+
+def _piece(split: Node, index: int) -> tuple[OpOverload, tuple[Argument, ...]]:
+    """Return the view that is one of the parts of a split."""
+    source, *rest = split.args
+    dim = split.kwargs.get("dim", 0)
+    if packet_of(split) is aten.unbind:
+        return aten.select.int, (source, *(rest or [dim]), index)
+    sizes, *dims = rest
+    if isinstance(sizes, int):
+        low, high = index * sizes, (index + 1) * sizes
+    else:
+        *before, size = cast("Sequence[int]", sizes)[: index + 1]
+        low, high = sum(before), sum(before) + size
+    return aten.slice.Tensor, (source, *(dims or [dim]), low, high)
 
 
 def _cut(part: list[Node], aside: set[Node]) -> Iterator[list[Node]]:
@@ -279,7 +299,8 @@ def _separate_caches(piece: list[Node], early: set[Node], ahead: set[Node]) -> I
             adds_cached.add(node)
             if all(argument in cached or argument in early for argument in node.all_input_nodes):
                 cached.add(node)
-    after = ahead & inside
+    # One of several results stays with what makes them all: between regions only tensors are passed.
+    after = {n for n in ahead & inside if n.target is not operator.getitem or n.args[0] in ahead}
     for node in reversed(piece):
         if node in adds_cached and all(user in after or user not in inside for user in node.users):
             after.add(node)

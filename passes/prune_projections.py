@@ -20,6 +20,7 @@ from torch.fx.node import Argument, Node
 from l2c_compile.columns import Piece, pieces_of
 from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of
 from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.strides import addresses_memory, follow, same_strides
 from l2c_compile.verify import Fact
 
 __all__ = ["PruneProjections"]
@@ -41,7 +42,12 @@ class PruneProjections(Pass):
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         assert isinstance(program, LoopGraph)
         report = PassReport()
+        by_strides = addresses_memory(program.graph)
+        if by_strides is not None:
+            report.left_alone[by_strides.name] = "addresses memory by strides, so none may change"
+            return report
         rows = _Rows(program)
+        closer: set[Node] = set()
         for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
             pieces = pieces_of(node)
             if not pieces:
@@ -51,8 +57,9 @@ class PruneProjections(Pass):
             if used == [(0, node.meta["val"].shape[-1])]:
                 report.left_alone[node.name] = "every output is used"
                 continue
-            _rewrite(program, rows, node, pieces, used)
+            closer |= _rewrite(program, rows, node, pieces, used)
             report.rewrites += 1
+        follow(program.graph, closer)
         return report
 
 
@@ -70,8 +77,10 @@ class _Rows:
         return self.taken[weight, rows]
 
 
-def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: Sequence[Piece], used: Sequence[_Range]) -> None:
+def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: Sequence[Piece], used: Sequence[_Range]) -> set[Node]:
+    """Replace the pieces of a projection; return the values whose rows lie closer together than those they replace."""
     source, weight, *bias = node.args
+    closer: set[Node] = set()
 
     def insert(target: OpOverload, args: tuple[Argument, ...], like: Node) -> Node:
         new = emit(program.graph, target, args, evaluation_of(like))
@@ -90,7 +99,10 @@ def _rewrite(program: LoopGraph, rows: _Rows, node: Node, pieces: Sequence[Piece
                         value = insert(aten.unsqueeze.default, (value, dim), piece.node)
                     if (piece.low, piece.high) != (low, high):
                         value = insert(aten.slice.Tensor, (value, -1, piece.low - low, piece.high - low), piece.node)
+                if not same_strides(value, piece.node):
+                    closer.add(value)
                 piece.node.replace_all_uses_with(value)
+    return closer
 
 
 def _union(ranges: Iterable[_Range]) -> list[_Range]:

@@ -18,10 +18,12 @@ from torch import Tensor, fx
 from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.graph import CACHE_READ, INPUT_PORT, LoopGraph, ProgramGraph, site_marks
+from l2c_compile.graph import CACHE_READ, INPUT_PORT, CacheRead, LoopGraph, ProgramGraph, emit, infer, site_marks
 from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.rules import HOLD
 from l2c_compile.schedule import Reuse
 from l2c_compile.sites import Site
+from l2c_compile.strides import follow, same_strides
 from l2c_compile.verify import Fact
 
 __all__ = ["ReadReusedSites"]
@@ -52,6 +54,7 @@ class _Cutter:
         self.held: dict[tuple[int, str, int], Node] = {}
         self.ports: dict[tuple[int, str], list[int]] = {}
         self.deltas: dict[Node, Node] = {}
+        self.other_strides: set[Node] = set()
         for mark in site_marks(self.graph):
             self.held[mark.evaluation, mark.site, mark.port] = mark.node
             if mark.port != INPUT_PORT:
@@ -64,6 +67,8 @@ class _Cutter:
             for port in self.ports[evaluation, str(site)]:
                 self._cut(evaluation, site, port, reuse)
                 report.rewrites += 1
+        # As in the reference: a module that is reused may return other strides than when it ran.
+        follow(self.graph, self.other_strides, restore_results=False)
         return report
 
     def _cut(self, evaluation: int, site: Site, port: int, reuse: Reuse) -> None:
@@ -82,10 +87,11 @@ class _Cutter:
         with self.graph.inserting_before(own):
             looked_at = current if reuse.rule.needs_input else None
             value = self.graph.call_function(CACHE_READ, (history, inputs, looked_at, *where, rule))
-            value.meta.update(val=own.meta["val"], evaluation=evaluation)
+            value.meta.update(val=self._read(value, reuse), evaluation=evaluation)
             if site.kind == "delta":
-                value = self.graph.call_function(aten.add.Tensor, (current, value))
-                value.meta.update(val=own.meta["val"], evaluation=evaluation)
+                value = emit(self.graph, aten.add.Tensor, (current, value), evaluation)
+        if not same_strides(value, own):
+            self.other_strides.add(value)
         own.replace_all_uses_with(value)
         self.held[evaluation, str(site), port] = value
 
@@ -105,10 +111,14 @@ class _Cutter:
         if out not in self.deltas:
             before = self.held[source, str(site), INPUT_PORT]
             with self.graph.inserting_after(out):
-                delta = self.graph.call_function(aten.sub.Tensor, (out, before))
-            delta.meta.update(val=out.meta["val"], evaluation=source)
-            self.deltas[out] = delta
+                self.deltas[out] = emit(self.graph, aten.sub.Tensor, (out, before), source)
         return self.deltas[out]
+
+    def _read(self, read: Node, reuse: Reuse) -> Tensor:
+        """Return the form of what a read returns."""
+        value = CacheRead.of(read).history[0].meta["val"] if reuse.rule == HOLD else infer(CACHE_READ, read.args, {})
+        assert isinstance(value, Tensor)
+        return value
 
 
 def _form(value: Tensor) -> tuple[object, ...]:

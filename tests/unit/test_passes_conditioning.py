@@ -6,7 +6,7 @@ import operator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
 from l2c_compile.graph import LoopGraph
@@ -15,7 +15,8 @@ from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.pipeline import BITWISE
 from l2c_compile.passes.prune_projections import PruneProjections
-from tests.tiny import draw, run, tiny_dit, unrolled
+from l2c_compile.strides import addresses_memory
+from tests.tiny import assert_strides_as_noted, at, draw, run, same_bits, seeded, tiny_dit, unrolled
 
 aten = torch.ops.aten
 DIM = 16
@@ -169,3 +170,61 @@ def test_pruning_then_batching_groups_by_the_columns_that_are_left() -> None:
     assert close(after, before)
     # Both full evaluations of each block together.
     assert projections(graph).count((2 * 2, 6 * DIM)) == 2
+
+
+class Columns(nn.Module):
+    """Takes some columns of a projection of the latent and of one of the time, and goes on from views of them."""
+
+    def __init__(self, back: bool = False) -> None:
+        super().__init__()
+        self.wide = nn.Linear(4, 12)
+        self.time = nn.Linear(1, 12)
+        self.back = back
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        some = self.wide(x)[..., 4:8].transpose(1, 2)
+        scale = torch.sin(self.time(t[:, None]) + t[:, None])[:, None, 4:8]
+        gate = self.time(t[:, None])[:, None, :4]
+        if self.back:
+            some = some.as_strided((x.shape[0], 4, 3), (36, 1, 12))
+        return x + gate * scale * torch.tanh(some).transpose(1, 2)
+
+
+def of_columns(model: nn.Module) -> LoopGraph:
+    def loop(denoiser, noise):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        x = noise
+        for i in range(3):
+            x = x - 0.1 * denoiser(x, at(x, i) * x[:, 0, 0])
+        return x
+
+    graph = unrolled(seeded(model), CacheSchedule.from_table({"wide": [1, 0, 1]}), loop, draw(2, 3, 4))
+    BITWISE.run(graph)
+    return graph
+
+
+def test_pruned_columns_lie_closer_together_and_the_graph_says_so() -> None:
+    graph, x = of_columns(Columns()), draw(2, 3, 4)
+    before = run(graph, x)
+    assert PruneProjections().run(graph).rewrites > 0
+    assert_strides_as_noted(graph, x)
+    assert close(run(graph, x)[0], before[0])
+    assert run(graph, x)[0].stride() == before[0].stride()
+
+
+def test_batched_vectors_have_other_strides_and_the_graph_says_so() -> None:
+    rows = {site: [1] * 4 for site in ROWS}
+    graph = loop_graph(rows)
+    assert BatchConditioning().run(graph).rewrites > 0
+    DropDead().run(graph)
+    assert_strides_as_noted(graph, *INPUTS)
+
+
+def test_columns_of_a_graph_that_addresses_memory_by_strides_stay() -> None:
+    graph, x = of_columns(Columns(back=True)), draw(2, 3, 4)
+    assert addresses_memory(graph.graph) is not None
+    before = run(graph, x)
+    for each in (PruneProjections(), BatchConditioning()):
+        report = each.run(graph)
+        assert report.rewrites == 0
+        assert "strides" in next(iter(report.left_alone.values()))
+    assert same_bits(run(graph, x), before)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from l2c_compile import CacheSchedule
 from l2c_compile.graph import LoopGraph
@@ -235,3 +235,47 @@ def test_the_latent_of_the_previous_evaluation_is_no_cached_value() -> None:
     OutlineRegions().run(graph)
     assert len(bodies(graph)) == 1
     assert torch.equal(run(graph, draw(2, 4))[0], run(flat, draw(2, 4))[0])
+
+
+class Streams(nn.Module):
+    """Two streams out of one product, one of them used later; vectors by unbind, used in several blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 8)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.joint = Parts()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        first, second = self.time(t[:, None] * x[:, :1, 0]).view(-1, 2, 4).unbind(1)
+        for block, scale in zip(self.blocks, (first, second), strict=True):
+            mine, others = self.joint(block(x) * scale[:, None])
+            x = torch.cat([x[:, :1] + mine, x[:, 1:] + 0.1 * others], dim=1)
+        return x
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:  # noqa: ANN401
+        return self.linear(x).split([1, 2], dim=1)
+
+
+def test_regions_are_passed_tensors_only() -> None:
+    def loop(denoiser: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
+        for i in range(3):
+            x = x - 0.1 * denoiser(x, t + i)
+        return x
+
+    schedule = CacheSchedule.from_table({"joint": [1, 0, 1], "joint@1": [1, 1, 0]})
+    inputs = (draw(2, 3, 4), draw(2, seed=3))
+    for passes in (BITWISE, LOOP, BITWISE.without(("plan-memory", "fold-constants"))):
+        flat = unrolled(seeded(Streams()), schedule, loop, inputs[0], {"t": inputs[1]})
+        passes.run(flat)
+        graph = flat.copy()
+        REGIONS.run(graph)
+        for call in graph.graph.find_nodes(op="call_function", target=CALL):
+            assert all(isinstance(operand.meta["val"], Tensor) for operand in call.args[2:])
+        assert torch.equal(run(graph, *inputs)[0], run(flat, *inputs)[0])

@@ -10,15 +10,28 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
 from l2c_compile.graph import CACHE_READ, SITE, Binding, LoopGraph, cache_reads, site_marks
-from l2c_compile.passes.base import Pass
+from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.bind_times import BindTimes
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants, make_constants
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
-from l2c_compile.verify import check
-from tests.tiny import at, draw, program, residual, run, same_bits, steps, targets, unrolled
+from l2c_compile.verify import Fact, check
+from tests.tiny import (
+    assert_strides_as_noted,
+    at,
+    check_equals_reference,
+    draw,
+    program,
+    residual,
+    run,
+    same_bits,
+    seeded,
+    steps,
+    targets,
+    unrolled,
+)
 
 MODEL = residual()
 
@@ -182,3 +195,84 @@ def test_a_timestep_with_a_condition_is_a_step() -> None:
     graph = graph_of({"a": [1, 1]}, loop, y=draw(3))
     by_target = {str(n.target): n.meta["binding"] for n in graph.forms[0].graph.nodes if n.op == "call_function"}
     assert by_target["aten.sin.default"] in (Binding.STEP, Binding.CONDITION)
+
+
+class Modulated(nn.Module):
+    """Takes pieces of a projection of the time, and an expanded one: folded, each keeps its strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_two = nn.Linear(1, 8)
+        self.mean = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self.to_two(t[:, None]).chunk(2, dim=-1)
+        return x * scale + shift + self.mean(t[:, None]).expand_as(x)
+
+
+def test_a_folded_view_keeps_its_strides() -> None:
+    model = seeded(Modulated())
+    graph = unrolled(model, CacheSchedule.from_table({"to_two": [1, 1]}), steps(2), draw(3, 4))
+    run_all(graph, ReadReusedSites(), DropDead(), LowerCacheReads(), DropSiteMarks())
+    before = run(graph, draw(3, 4))
+    FoldConstants().run(graph)
+    DropDead().run(graph)
+    strides = {node.meta["val"].stride() for node in graph.graph.nodes if str(node.target).startswith("_folded")}
+    assert strides >= {(8, 1), (1, 0)}
+    for node in graph.graph.nodes:
+        if str(node.target).startswith("_folded"):
+            assert graph.root.get_buffer(str(node.target)).stride() == node.meta["val"].stride()
+    assert_strides_as_noted(graph, draw(3, 4))
+    assert same_bits(run(graph, draw(3, 4)), before)
+
+
+def test_folded_views_are_made_again_after_weights_change() -> None:
+    model = seeded(Modulated())
+    sampler = check_equals_reference(model, CacheSchedule.from_table({"mean": [1, 0]}), steps(2), draw(3, 4))
+    with torch.no_grad():
+        model.mean.weight += 1
+        model.to_two.bias += 1
+    sampler.refresh()
+    assert sampler.verify(draw(3, 4)).bitwise
+
+
+class Turned(nn.Module):
+    """Returns its input's shape in another memory order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Conv1d(3, 3, 1)
+        self.outer = nn.Sequential(nn.Identity())
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        turned = self.outer(self.turn(x.transpose(1, 2)).transpose(1, 2))
+        return turned + t[:, None, None]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("site", ["delta(outer)", "delta(turn)", "outer"])
+def test_a_read_notes_the_strides_that_it_has(site: str) -> None:
+    def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        for i in range(3):
+            x = x + denoiser(x if i else x.transpose(1, 2).contiguous().transpose(1, 2), at(x, i))
+        return x
+
+    model = seeded(Turned())
+    graph = unrolled(model, CacheSchedule.from_table({site: [1, 1, 0]}), loop, draw(2, 4, 3))
+    for each in (ReadReusedSites(), DropDead(), LowerCacheReads(), DropSiteMarks()):
+        each.run(graph)
+        assert_strides_as_noted(graph, draw(2, 4, 3))
+    check_equals_reference(model, CacheSchedule.from_table({site: [1, 1, 0]}), loop, draw(2, 4, 3))
+
+
+def test_a_mark_of_an_expanded_value_runs() -> None:
+    value = draw(3, 1).expand(3, 4)
+    mark = SITE(value, "a", 0, 0)
+    assert mark.stride() == value.stride() == (1, 0)
+    assert torch.equal(mark, value)
+    assert mark.untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("earlier", [FoldConstants(), DropDead()])
+def test_what_may_lose_marks_cannot_come_before_they_are_read(earlier: Pass) -> None:
+    with pytest.raises(ValueError, match="needs SITES_MARKED"):
+        Pipeline((earlier, ReadReusedSites()), frozenset({Fact.SITES_MARKED}))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l2c_compile import CacheSchedule, Reuse, Rule, Site
+from l2c_compile import CacheSchedule, Reuse, Rule, Site, run_reference
 from l2c_compile.errors import CaptureError, ScheduleError
 from l2c_compile.rules import Reading, T
-from tests.tiny import Residual, at, captured_once, check_equals_reference, draw, residual, seeded, steps
+from tests.tiny import Residual, at, captured_once, check_equals_reference, draw, residual, same_bits, seeded, steps
 
 
 class Block(nn.Module):
@@ -84,6 +84,47 @@ def test_a_schedule_over_it_equals_the_reference(stack: Stack, table: Mapping[st
     computed = sum(row.num_computed for row in sampler.summary().rows)
     assert computed == sum(sampler.schedule.computed_per_evaluation())
     assert sampler.verify(draw(3, 4, seed=5)).bitwise
+
+
+def test_a_run_holds_what_its_last_module_was_given_where_that_is_reused(stack: Stack) -> None:
+    # Evaluation 1 reads blocks.2 from 0, so the run holds that, and evaluation 2 reads it there.
+    run_of_two, last = Site.parse("blocks.1..blocks.2"), Site.parse("blocks.2")
+    for sites in ((run_of_two, last), (last, run_of_two)):
+        twice = CacheSchedule(3, sites, {(1, last): Reuse((0,)), (2, run_of_two): Reuse((1,))})
+        once = CacheSchedule(3, (last,), {(1, last): Reuse((0,)), (2, last): Reuse((0,))})
+        check_equals_reference(stack, twice, steps(3), draw(3, 4))
+        results = [run_reference(stack, steps(3), each, draw(3, 4), {}) for each in (twice, once)]
+        assert same_bits(*results)
+
+
+class Ignores(nn.Module):
+    """A module that does not look at its input, and one whose output nobody looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = Constant()
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.unused(x)
+        return self.constant(torch.tanh(x)) + 0.1 * x + t[:, None]  # type: ignore[no-any-return]
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.expand_as(x)
+
+
+@pytest.mark.parametrize("site", ["delta(constant)", "constant", "unused", "delta(unused)"])
+def test_a_site_may_ignore_its_input_or_be_ignored(site: str) -> None:
+    model = seeded(Ignores())
+    check_equals_reference(model, CacheSchedule.from_table({site: [1, 0, 0]}), steps(3), draw(3, 4))
+    schedule = CacheSchedule.from_table({"constant": [1, 0, 0]}, rule=FollowInput())
+    check_equals_reference(model, schedule, steps(3), draw(3, 4))
 
 
 def test_sources_may_be_of_any_age(stack: Stack) -> None:

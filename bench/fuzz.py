@@ -1,0 +1,123 @@
+"""Hunt for bugs: random denoisers, loops, schedules and passes; compiled must equal the reference.
+
+Options: ``--minutes N`` (default 1) ``--seed S``: the first seed to draw from; each seed is one denoiser with its
+loops and schedules. ``--replay SEED`` or ``--replay SEED:NUMBER``: check the programs of one seed, or one of them, and
+make what fails smaller. A program is counted once for each distinct denoiser, loop and schedule; passes do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rich.progress import Progress
+
+from bench.cases import BenchError
+from bench.report import Row
+from tests.programs.checking import Checker, Program, draw_programs
+from tests.programs.shrinking import minimise
+
+__all__ = ["run"]
+
+_REPORT_SECONDS = 60.0
+_MINIMISED = 3
+"""How many failures are made smaller: each takes minutes."""
+
+
+@dataclass
+class _Hunt:
+    """What was tried so far."""
+
+    programs: set[str] = field(default_factory=set)
+    denoisers: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    """How many programs the compiler refuses, by the class of its error."""
+    failures: list[tuple[str, str, Program]] = field(default_factory=list)
+    """What to give to ``--replay``, the message, and the program."""
+    start: float = field(default_factory=time.monotonic)
+
+    def check(self, seed: int, programs: Sequence[Program]) -> None:
+        """Check the programs of one denoiser."""
+        checker = Checker(programs[0].denoiser)
+        self.denoisers += 1
+        for number, program in enumerate(programs):
+            if program.key in self.programs:
+                continue
+            self.programs.add(program.key)
+            try:
+                refused = checker.check(program).refused
+            except Exception as error:  # whatever it is, it is a find
+                self.failures.append((f"{seed}:{number}", f"{type(error).__name__}: {error}", program))
+                continue
+            if refused:
+                self.refused[refused.partition(":")[0]] += 1
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self.start) / 60
+
+    def in_short(self) -> str:
+        count = len(self.programs)
+        return (
+            f"{count} programs of {self.denoisers} denoisers in {self.minutes:.1f} min, {count / self.minutes:.0f} a"
+            f" minute; {len(self.failures)} mismatches; {self.refused.total()} refused"
+        )
+
+
+def run(args: Sequence[str], progress: Progress) -> list[Row]:
+    """Return how many programs were tried, refused and failed, and a row for each failure with what replays it."""
+    parser = argparse.ArgumentParser(prog="python -m bench fuzz")
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", metavar="SEED[:NUMBER]")
+    options = parser.parse_args(list(args))
+    hunt = _Hunt()
+    if options.replay is not None:
+        seed, programs = _replayed(options.replay)
+        hunt.check(seed, programs)
+    else:
+        _search(hunt, options.seed, options.minutes, progress)
+    return list(_rows(hunt, options.seed))
+
+
+def _search(hunt: _Hunt, seed: int, minutes: float, progress: Progress) -> None:
+    task = progress.add_task("random programs", total=None)
+    reported = hunt.start
+    while hunt.minutes < minutes:
+        known = len(hunt.failures)
+        hunt.check(seed, list(draw_programs(random.Random(seed))))
+        progress.update(task, completed=len(hunt.programs))
+        for replay, message, _ in hunt.failures[known:]:
+            progress.console.print(f"--replay {replay}: {message[:300]}", markup=False, highlight=False)
+        if time.monotonic() - reported > _REPORT_SECONDS:
+            reported = time.monotonic()
+            progress.console.print(f"next seed {seed + 1}: {hunt.in_short()}", markup=False, highlight=False)
+        seed += 1
+
+
+def _replayed(text: str) -> tuple[int, list[Program]]:
+    seed, _, number = text.partition(":")
+    if not seed.isdigit() or not (number.isdigit() or not number):
+        raise BenchError(f"--replay wants SEED or SEED:NUMBER, two whole numbers, got {text!r}")
+    programs = list(draw_programs(random.Random(int(seed))))
+    if number and int(number) >= len(programs):
+        raise BenchError(f"seed {seed} has the programs 0 to {len(programs) - 1}, got {number}")
+    return int(seed), programs[int(number) :][:1] if number else programs
+
+
+def _rows(hunt: _Hunt, seed: int) -> Iterator[Row]:
+    count = len(hunt.programs)
+    where = {"first_seed": seed, "denoisers": hunt.denoisers}
+    yield Row("programs", count, "", where)
+    yield Row("programs_a_minute", count / hunt.minutes, "", where)
+    yield Row("mismatches", len(hunt.failures), "", where)
+    yield Row("refused_percent", 100 * hunt.refused.total() / max(1, count), "%", where)
+    for error, number in sorted(hunt.refused.items()):
+        yield Row("refused", number, "", {"error": error})
+    for index, (replay, message, program) in enumerate(hunt.failures):
+        smaller = minimise(program) if index < _MINIMISED else program
+        yield Row("mismatch", 1, "", {"replay": replay, "message": message[:500], "program": smaller.to_json()})

@@ -1,0 +1,104 @@
+"""What becomes of a graph where a rewrite changes strides.
+
+Backends compile for the strides that nodes note, and kernels round as strides tell them to: a value that takes the
+place of another one either has its strides, or all that is computed from it is noted anew (``follow``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Node
+
+from l2c_compile.graph import argument_key, emit, infer, output_list, packet_of
+
+__all__ = ["addresses_memory", "follow", "permutation", "same_strides"]
+
+aten = torch.ops.aten
+
+
+def addresses_memory(graph: fx.Graph) -> Node | None:
+    """Return a node that depends on the strides of its argument, so that none may change; None if there is none."""
+    return next((node for node in graph.nodes if packet_of(node) is aten.as_strided), None)
+
+
+def same_strides(node: Node, other: Node) -> bool:
+    """Tell whether two nodes make tensors of equal strides."""
+    return _strides(node.meta["val"]) == _strides(other.meta["val"])
+
+
+def permutation(value: Tensor) -> list[int] | None:
+    """Return the dimensions from the farthest apart to the nearest if the value fills its memory, else None."""
+    strides = value.stride()
+    order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
+    return order if value.permute(order).is_contiguous() else None
+
+
+def follow(graph: fx.Graph, replaced: Collection[Node], *, restore_results: bool = True) -> None:
+    """Find the strides of all that is computed from ``replaced``.
+
+    Args:
+        graph: holds no node that ``addresses_memory``.
+        replaced: nodes that took the place of nodes with other strides; their own are noted.
+        restore_results: give what the graph returns the strides that it had.
+    """
+    if not replaced:
+        return
+    changed = set(replaced)
+    results = [node for node in output_list(graph) if isinstance(node, Node)]
+    wanted = {node: node.meta["val"] for node in results}
+    known: dict[object, tuple[object, object]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
+            continue
+        key = (node.target, argument_key(node.args, _form), argument_key(tuple(node.kwargs.items()), _form))
+        if key not in known:
+            known[key] = _infer(node)
+        target, value = known[key]
+        node.target = target
+        if _strides(value) != _strides(node.meta["val"]):
+            node.meta["val"] = value
+            changed.add(node)
+    for node in results if restore_results else ():
+        if _strides(node.meta["val"]) != _strides(wanted[node]):
+            _restore(graph, node, wanted[node])
+
+
+def _infer(node: Node) -> tuple[object, object]:
+    """Return the operator for the arguments' new strides, and what it returns."""
+    if packet_of(node) is aten.view:
+        # What was viewed in another shape may lie in another order now.
+        return aten.reshape.default, infer(aten.reshape.default, node.args, node.kwargs)
+    return node.target, infer(node.target, node.args, node.kwargs)
+
+
+def _form(node: Node) -> object:
+    return _forms(node.meta["val"])
+
+
+def _forms(value: object) -> object:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_forms, value))
+    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
+
+
+def _strides(value: object) -> object:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_strides, value))
+    return value.stride() if isinstance(value, Tensor) else None
+
+
+def _restore(graph: fx.Graph, node: Node, like: Tensor) -> None:
+    """Give what the graph returns the order in memory that it had."""
+    order = permutation(like)
+    if order is None:
+        return  # it had gaps, or overlapped: the loop itself could not have kept that through an operator
+    output = graph.output_node()
+    back = [order.index(dim) for dim in range(len(order))]
+    with graph.inserting_before(output):
+        permuted = emit(graph, aten.permute.default, (node, order), None)
+        copy = emit(graph, aten.contiguous.default, (permuted,), None)
+        restored = emit(graph, aten.permute.default, (copy, back), None)
+    output.replace_input_with(node, restored)
