@@ -275,7 +275,7 @@ def test_regions_are_passed_tensors_only() -> None:
         flat = unrolled(seeded(Streams()), schedule, loop, inputs[0], {"t": inputs[1]})
         passes.run(flat)
         graph = flat.copy()
-        REGIONS.run(graph)
+        OutlineRegions().run(graph)
         for call in graph.graph.find_nodes(op="call_function", target=CALL):
             assert all(isinstance(operand.meta["val"], Tensor) for operand in call.args[2:])
         assert torch.equal(run(graph, *inputs)[0], run(flat, *inputs)[0])
