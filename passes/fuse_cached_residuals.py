@@ -63,14 +63,19 @@ class _Term:
     scale: Node | None = None
     shift: Node | None = None
     peeled: tuple[Node, ...] = ()
-    """The nodes that apply the factors, outermost first."""
+    """The nodes that apply the factors, or cast, outermost first."""
     is_summand: bool = True
-    """Whether the sum adds the whole, factors included, as it is."""
+    """Whether the sum adds it as it is, factors included."""
 
     @property
-    def whole(self) -> Node:
-        """What the sum adds, where it adds it as it is."""
-        return self.peeled[0] if self.peeled else self.cache
+    def is_plain(self) -> bool:
+        """Tell whether there are no factors."""
+        return self.weight == 1.0 and self.gate is None and self.is_bare
+
+    @property
+    def as_base(self) -> Node:
+        """What to add to: without its casts, but with its factors, which the kernel applies to terms alone."""
+        return self.cache if self.is_plain or not self.peeled else self.peeled[0]
 
     @property
     def is_bare(self) -> bool:
@@ -173,16 +178,17 @@ class _Matcher:
                 continue
             leaves: list[_Term] = []
             nodes: set[Node] = set()
-            self._split(_Term(node), leaves, nodes, node)
+            self._split(_Term(node if is_sum else node.all_input_nodes[0]), leaves, nodes, node)
             # The kernel's result has the dtype of the base. One without factors first: they would have to stay.
-            fitting = [t for t in leaves if t.is_summand and form_of(t.whole) == form_of(node)]
-            bases = [t for t in fitting if not self._is_kept(t.whole, node)]
+            fitting = [t for t in leaves if t.is_summand and form_of(t.as_base) == form_of(node)]
+            bases = [t for t in fitting if not self._is_kept(t.as_base, node)]
             if bases or is_sum:
                 inside |= nodes
             if bases and any(self._is_kept(term.cache, node) for term in leaves):
-                base = min(bases, key=lambda term: bool(term.peeled))
+                base = min(bases, key=lambda term: not term.is_plain)
                 terms = [term for term in leaves if term is not base]
-                found = _Sum(node, base.whole, terms, nodes.union(*(term.peeled for term in terms)))
+                gone = nodes.union((node,), *(term.peeled for term in leaves if term is not base or term.is_plain))
+                found = _Sum(node, base.as_base, terms, gone)
                 found.norm = self._norm_of(found)
                 yield found
 
@@ -231,7 +237,7 @@ class _Matcher:
             sign = float(arguments_of(node)["alpha"]) * (-1 if node.target is aten.sub.Tensor else 1)  # type: ignore[arg-type]
             for argument, factor in zip(node.args, (1.0, sign), strict=True):
                 assert isinstance(argument, Node)
-                is_summand = not term.peeled and term.is_summand and factor == 1.0
+                is_summand = term.is_plain and factor == 1.0
                 part = replace(term, cache=argument, weight=term.weight * factor, peeled=(), is_summand=is_summand)
                 self._split(part, leaves, nodes, root)
             return
@@ -367,12 +373,14 @@ class _Matcher:
 
     def _one_more(self, norm: _Norm, root: Node) -> _Norm | None:
         user = self._only_user(norm.last)
-        if user is None or evaluation_of(user) != evaluation_of(root) or norm.mod_shift is not None:
+        if user is None or evaluation_of(user) != evaluation_of(root):
             return None
         grown = replace(norm, last=user, nodes=(*norm.nodes, user))
         if user.target in _CASTS:
             return grown if user.meta["val"].dtype in FLOATS else None
-        if user.target not in (aten.mul.Tensor, aten.add.Tensor) or user.kwargs or _shape(user) != _shape(root):
+        if norm.mod_shift is not None or user.kwargs or _shape(user) != _shape(root):
+            return None
+        if user.target not in (aten.mul.Tensor, aten.add.Tensor):
             return None
         a, b = user.args
         operand = (

@@ -186,6 +186,12 @@ def test_casts_are_looked_through(write: Write, dtype: torch.dtype) -> None:
     found = fused(write, noise=NOISE.to(dtype))
     assert len(found.calls) == 1, found.report.left_alone
     assert found.terms() == 2
+    # No cast of the stream is left: the kernel reads and writes the dtype that goes on.
+    base = found.calls[0].args[0]
+    assert isinstance(base, torch.fx.Node)
+    assert base.meta["val"].dtype == dtype
+    streams = [n for n in found.graph.graph.nodes if evaluation_of(n) == 1 and "_to_copy" in str(n.target)]
+    assert all(n.meta["val"].shape[1] == 1 for n in streams), streams
     found.check_close()
 
 
