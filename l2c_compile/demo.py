@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
+from l2c_compile import CacheSchedule, CompiledSampler, Router, l2c_compile, run_reference
 from l2c_compile.loops import DDIM, Guidance, Loop
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 
-__all__ = ["Side", "every_second_evaluation", "run_demo", "save_digit_grid", "tolerance"]
+__all__ = ["Side", "every_second_evaluation", "learned_router", "run_demo", "save_digit_grid", "tolerance"]
 
 _NUM_CLASSES = 10
 _LABELS_B = torch.arange(_NUM_CLASSES)
@@ -56,6 +57,21 @@ def every_second_evaluation(num_evaluations: int) -> CacheSchedule:
     return CacheSchedule.from_table({"blocks.*.attn": row, "blocks.*.mlp": row})
 
 
+def learned_router(num_evaluations: int) -> Router | None:
+    """Return the packaged router for the digits model and a DDIM of that many evaluations, or None if there is none.
+
+    Its ``info`` holds the command that learned it.
+
+    Raises:
+        FileFormatError: The installed file is damaged.
+    """
+    file = resources.files("l2c_compile") / "data" / f"digits_router_{num_evaluations}.safetensors"
+    if not file.is_file():
+        return None
+    with resources.as_file(file) as path:
+        return Router.load(path)
+
+
 def tolerance(num_evaluations: int) -> float:
     """Return the relative error that a static graph may have.
 
@@ -85,11 +101,13 @@ def run_demo(console: Console, *, out: Path, steps: int = 20, per_class: int = 1
     """
     model = load_digits_dit()
     loop = DDIM(steps=steps, guidance=Guidance(GUIDANCE_SCALE, null={"y": _NUM_CLASSES}))
-    schedule = every_second_evaluation(steps).resolve([path for path, _ in model.named_modules()])
+    router = learned_router(steps)
+    schedule = every_second_evaluation(steps) if router is None else router.schedule()
+    schedule = schedule.resolve([path for path, _ in model.named_modules()])
     all_compute = CacheSchedule.all_compute(steps, schedule.sites)
     num_millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     _say(console, f"DiT of {num_millions:.1f} M parameters; DDIM, {steps} evaluations, guidance {GUIDANCE_SCALE:g}")
-    _say(console, "schedule: odd evaluations reuse every attn and mlp output; fixed in advance, no learned router")
+    _say(console, f"schedule: {_described(router)}")
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -123,19 +141,19 @@ def run_demo(console: Console, *, out: Path, steps: int = 20, per_class: int = 1
     change = float((torch.cat(sides[3].images) - torch.cat(sides[1].images)).abs().mean())
     _say(console, f"caching moves a pixel by {change:.3f} on average, on a scale from -1 to 1")
     path = out / "digits.png"
-    save_digit_grid(path, sides[1].images, sides[3].images, steps)
+    save_digit_grid(path, sides[1].images, sides[3].images, schedule)
     _say(console, f"picture written to {path}")
     return _agree(console, sides, (uncached, cached), steps)
 
 
-def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Tensor], num_evaluations: int) -> None:
+def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Tensor], schedule: CacheSchedule) -> None:
     """Write a PNG: uncached samples above, cached ones of equal noise below, one column a class.
 
     Args:
         path: Where to; folders are made.
         uncached: One tensor a run, shape (10, 1, 8, 8), in [-1, 1].
         cached: The same.
-        num_evaluations: For the title.
+        schedule: What the cached samples were made with, for the titles.
     """
     # Imported here: `l2c --help` should not wait for matplotlib.
     from matplotlib.figure import Figure
@@ -143,10 +161,10 @@ def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Ten
 
     num_shown = min(_MAX_SHOWN, len(uncached))
     figure = Figure(figsize=(7.0, 1.4 + 1.4 * num_shown), layout=ConstrainedLayoutEngine(h_pad=0.12))
-    figure.suptitle(f"Digits drawn by a diffusion transformer in {num_evaluations} evaluations", fontsize=13)
+    figure.suptitle(f"Digits drawn by a diffusion transformer in {schedule.num_evaluations} evaluations", fontsize=13)
     titles = (
         "without caching: all of them compute every block",
-        f"with caching, same noise: {num_evaluations // 2} of them reuse what the blocks gave in the one before",
+        f"with caching, same noise: {1 - schedule.computed_share():.0%} of what the blocks give is reused",
     )
     for axes, images, title in zip(figure.subplots(2, 1), (uncached, cached), titles, strict=True):
         mosaic_HW = _mosaic(images[:num_shown])
@@ -159,6 +177,15 @@ def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Ten
     axes.set_xlabel("digit asked for")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _described(router: Router | None) -> str:
+    if router is None:
+        return "odd evaluations reuse every attn and mlp output; fixed in advance, no learned router"
+    return (
+        f"a learned router; odd evaluations compute {1 - router.schedule().removed_share():.0%} of the attn and mlp"
+        " outputs and reuse the others"
+    )
 
 
 def _sides(

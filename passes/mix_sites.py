@@ -20,7 +20,7 @@ from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
 from l2c_compile.graph import INPUT_PORT, EvaluationGraph, ProgramGraph, SiteMark, emit, site_marks
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import Numerics, Pass, PassReport
 from l2c_compile.verify import Fact
 
 __all__ = ["MixSites"]
@@ -35,6 +35,7 @@ class MixSites(Pass):
     name: ClassVar[str] = "mix-sites"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.NO_DEAD_NODES})
+    numerics: ClassVar[Numerics] = Numerics.APPROXIMATE
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         if not isinstance(program, EvaluationGraph):

@@ -1,6 +1,6 @@
 """Learn a tiny router in one of several processes; ``tests/unit/test_learn_scale.py`` starts them.
 
-python -m tests.two_processes METHOD OUT CHECKPOINT SECONDS_A_ROUND
+python -m tests.two_processes FOLDER SECONDS_A_ROUND
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def learn(
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    router = learn(sys.argv[1], Path(sys.argv[3]), accelerator, float(sys.argv[4]))
-    if accelerator.is_main_process:
-        router.save(sys.argv[2])
+    folder = Path(sys.argv[1])
+    for method in ("l2c", "rollout"):
+        router = learn(method, folder / f"{method}.checkpoint", accelerator, float(sys.argv[2]))
+        if accelerator.is_main_process:
+            router.save(folder / method)
     accelerator.end_training()

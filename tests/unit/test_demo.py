@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 import l2c_compile.demo
 from l2c_compile.cli import app
-from l2c_compile.demo import Side, every_second_evaluation, run_demo, save_digit_grid, tolerance
+from l2c_compile.demo import Side, every_second_evaluation, learned_router, run_demo, save_digit_grid, tolerance
+from l2c_compile.loops import DDIM, Guidance, loop_from_dict
+from l2c_compile.models.digits import GUIDANCE_SCALE
 
 PNG = b"\x89PNG"
 
@@ -26,6 +28,18 @@ def text_console() -> tuple[Console, io.StringIO]:
 def test_odd_evaluations_reuse_everything() -> None:
     schedule = every_second_evaluation(4)
     assert schedule.row("blocks.*.attn") == schedule.row("blocks.*.mlp") == [1, 0, 1, 0]
+
+
+def test_the_router_of_the_demo_was_learned_for_its_loop() -> None:
+    router = learned_router(20)
+    assert router is not None
+    assert router.cacheable == tuple(range(1, 20, 2))
+    assert router.loop is not None
+    assert loop_from_dict(router.loop) == DDIM(steps=20, guidance=Guidance(GUIDANCE_SCALE, null={"y": 10}))
+    assert str(router.info["command"]).startswith("python -m bench.learn_digits")
+    assert len(router.sites) == 16
+    assert 0.55 < router.info["kept_multiply-adds"] <= 0.7  # type: ignore[operator]
+    assert learned_router(4) is None
 
 
 def test_the_demo_prints_its_table_and_writes_its_picture(tmp_path: Path) -> None:
@@ -80,5 +94,5 @@ def test_the_median_of_a_side_ignores_one_slow_run() -> None:
 def test_the_grid_takes_a_single_run(tmp_path: Path) -> None:
     images = [torch.zeros(10, 1, 8, 8)]
     path = tmp_path / "folder" / "digits.png"
-    save_digit_grid(path, images, images, 20)
+    save_digit_grid(path, images, images, every_second_evaluation(20))
     assert path.read_bytes().startswith(PNG)
