@@ -24,7 +24,14 @@ from l2c_compile.importers import load_schedule_file
 from l2c_compile.loops import Loop
 from l2c_compile.models import load_digit_classifier
 from l2c_compile.named_models import DIGITS, NamedModel, named_model
-from l2c_compile.quality import Estimate, Quality, bootstrap_mean, measure_quality, sample_all
+from l2c_compile.quality import (
+    Estimate,
+    Quality,
+    bootstrap_mean,
+    check_num_samples,
+    measure_quality,
+    sample_all,
+)
 from l2c_compile.router import schedule_of
 from l2c_compile.schedule import CacheSchedule
 
@@ -62,6 +69,9 @@ class Judge:
 
     Everything is sampled through the compiled path, on equal noise, in equal batches.
 
+    Raises:
+        QualityError: there are not more samples than features.
+
     Args:
         known: the digits model; its judge is a classifier that was trained by itself.
         loop: the loop of the reference.
@@ -89,6 +99,8 @@ class Judge:
         self.noise, self.labels = known.inputs(num_samples, seed)
         self._on_batch = on_batch
         self._classifier = load_digit_classifier()
+        # Now, not after the sampling.
+        check_num_samples(num_samples, self._classifier.head.in_features)
         uncached = CacheSchedule.all_compute(loop.num_evaluations)
         self.reference, self.multiply_adds = reference or self._sample(uncached, loop)
         self.reference_features = self._features(self.reference)

@@ -21,6 +21,7 @@ __all__ = [
     "Estimate",
     "Quality",
     "bootstrap_mean",
+    "check_num_samples",
     "frechet_distance",
     "in_precision_and_recall",
     "measure_quality",
@@ -160,6 +161,15 @@ def sample_all(
         done.append(made)
         on_batch()
     return torch.cat(done)[:count]
+
+
+def check_num_samples(num_samples: int, num_features: int) -> None:
+    """Raise ``QualityError`` unless there are enough samples to fit a Gaussian to their features."""
+    if num_samples <= num_features:
+        raise QualityError(
+            f"a Frechet distance of {num_features} features wants more than {num_features} samples, better "
+            f"{_FEW_SAMPLES * num_features}; got {num_samples}"
+        )
 
 
 def psnr(samples: Tensor, reference: Tensor, data_range: float) -> Tensor:
@@ -320,11 +330,7 @@ def _check_features(features: Tensor, reference: Tensor) -> None:
             f"features want shapes (N, D) and (M, D), got {tuple(features.shape)} and {tuple(reference.shape)}"
         )
     fewest, num_features = min(len(features), len(reference)), features.shape[1]
-    if fewest <= num_features:
-        raise QualityError(
-            f"a Frechet distance of {num_features} features wants more than {num_features} samples, better "
-            f"{_FEW_SAMPLES * num_features}; got {fewest}"
-        )
+    check_num_samples(fewest, num_features)
     if fewest < _FEW_SAMPLES * num_features:
         warnings.warn(
             f"a Frechet distance of {num_features} features from {fewest} samples is mostly bias; take "

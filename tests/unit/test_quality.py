@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -190,3 +191,11 @@ def test_a_sampler_that_returns_no_samples_is_refused() -> None:
         sample_all(lambda noise: noise, draw(4, 2), {}, batch=5)
     with pytest.raises(QualityError, match="returns one tensor of 2 samples, got tuple"):
         sample_all(lambda noise: (noise,), draw(4, 2), {}, batch=2)
+
+
+def test_without_torchmetrics_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
+    with pytest.raises(
+        QualityError, match=r"want torchmetrics, which is not installed; pip install 'l2c-compile\[train\]'"
+    ):
+        psnr(draw(2, 4), draw(2, 4), 2.0)
