@@ -160,7 +160,7 @@ def _mutations(kind: str, canary: Path) -> dict[str, dict[str, Bytes]]:
         groups["scores"] = {"scores": _other_scores}
     else:
         groups["json"] = {name: _json_bytes(edit, canary) for name, edit in _JSON.items()}
-        groups["large json"] = {"large json": _large_json}
+        groups["json"]["large"] = _large_json
     return groups
 
 

@@ -25,12 +25,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the limits and count
 
 @linux
 def test_a_slice_of_malformed_files_is_refused_at_once_and_nothing_runs() -> None:
-    done = list(outcomes(seed=1, start=0, stop=140))
+    done = list(outcomes(seed=1, start=0, stop=70))
     assert [each for each in done if each.outcome not in ALLOWED] == []
-    assert [each.index for each in done] == list(range(140))
+    assert [each.index for each in done] == list(range(70))
     assert {each.kind for each in done} == set(KINDS)
     # The files are broken: hardly any is read all the same.
-    assert sum(each.outcome in ("refused", "not readable") for each in done) > 100
+    assert sum(each.outcome in ("refused", "not readable") for each in done) > 50
 
 
 @linux
