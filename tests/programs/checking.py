@@ -167,6 +167,7 @@ class Checker:
         self.denoiser = build_denoiser(description)
         self._captures: dict[object, EvaluationGraph | L2CError] = {}
         self._skeletons: dict[object, LoopSkeleton] = {}
+        self._noted: LoopSkeleton | None = None
         self._versions = self._weight_versions()
 
     def check(self, program: Program) -> Outcome:
@@ -235,10 +236,12 @@ class Checker:
             SKELETON.run(skeleton)
             self._skeletons[key] = skeleton
         skeleton = self._skeletons[key]
-        # Notes on the captures are those of the loop that was traced last.
-        skeleton.note_dependencies()
-        for form in {id(call.graph): call.graph for call in skeleton.calls}.values():
-            EVALUATION.run(form)
+        if skeleton is not self._noted:
+            # The notes on the captures are those of one loop.
+            skeleton.note_dependencies()
+            for form in {id(call.graph): call.graph for call in skeleton.calls}.values():
+                EVALUATION.run(form)
+            self._noted = skeleton
         return skeleton
 
     def _weight_versions(self) -> list[int]:

@@ -187,7 +187,8 @@ class Columns(nn.Module):
         gate = self.time(t[:, None])[:, None, :4]
         if self.back:
             some = some.as_strided((x.shape[0], 4, 3), (36, 1, 12))
-        return x + gate * scale * torch.tanh(some).transpose(1, 2)
+        result: Tensor = x + gate * scale * torch.tanh(some).transpose(1, 2)
+        return result
 
 
 def of_columns(model: nn.Module) -> LoopGraph:
