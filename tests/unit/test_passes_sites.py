@@ -207,7 +207,9 @@ class Modulated(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         scale, shift = self.to_two(t[:, None]).chunk(2, dim=-1)
-        return x * scale + shift + self.mean(t[:, None]).expand_as(x)
+        mean: Tensor = self.mean(t[:, None])
+        result: Tensor = x * scale + shift + mean.expand_as(x)
+        return result
 
 
 def test_a_folded_view_keeps_its_strides() -> None:
