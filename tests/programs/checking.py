@@ -152,11 +152,24 @@ def _pipeline(names: Sequence[str]) -> Pipeline | None:
         return None
 
 
-def _facts_after(pipeline: Pipeline) -> set[Fact]:
-    facts = set(pipeline.assumes)
-    for each in pipeline.passes:
+def _facts_after(names: Sequence[str]) -> set[Fact]:
+    facts = set(LOOP.assumes)
+    for each in (_PASSES[name] for name in names):
         facts = (facts - each.breaks) | each.gives
     return facts
+
+
+def _leave_no_dead(names: Sequence[str]) -> bool:
+    return Fact.NO_DEAD_NODES in _facts_after(names)
+
+
+def _in_regions(names: Sequence[str], graph: LoopGraph) -> LoopGraph | None:
+    """Return a copy of the graph in regions, None where the passes do not allow that."""
+    if not REGIONS.assumes <= _facts_after(names):
+        return None
+    regions = graph.copy()
+    REGIONS.run(regions)
+    return regions
 
 
 class Checker:
@@ -167,6 +180,7 @@ class Checker:
         self.denoiser = build_denoiser(description)
         self._captures: dict[object, EvaluationGraph | L2CError] = {}
         self._skeletons: dict[object, LoopSkeleton] = {}
+        self._noted: LoopSkeleton | None = None
         self._versions = self._weight_versions()
 
     def check(self, program: Program) -> Outcome:
@@ -179,7 +193,8 @@ class Checker:
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
         try:
-            graphs = [(names, *self._compiled(program, schedule, names)) for names in program.pipelines]
+            graphs = [(names, self._compiled(program, schedule, names)) for names in program.pipelines]
+            regions = _in_regions(*graphs[-1])
         except L2CError as error:
             if not isinstance(error, ValueError):
                 raise
@@ -187,29 +202,22 @@ class Checker:
         runs = [_Run(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, s)) for s in (1, 2)]
         if not program.entries and not same_bits(runs[0].wanted, runs[0].plain()):
             raise Mismatch("the reference without reuses is not the loop itself")
-        _check_summary(graphs[0][1], schedule, no_dead=graphs[0][2] is not None)
-        for names, graph, regions in graphs:
-            exact = _is_bitwise(names)
-            _judge(graph, runs, exact, f"passes {', '.join(names)}")
-            if regions is not None:
-                _judge(regions, runs[:1], exact, f"passes {', '.join(names)}, outline-regions")
+        _check_summary(graphs[0][1], schedule, no_dead=_leave_no_dead(graphs[0][0]))
+        for names, graph in graphs:
+            _judge(graph, runs, _is_bitwise(names), f"passes {', '.join(names)}")
+        if regions is not None:
+            _judge(regions, runs[:1], _is_bitwise(names), f"passes {', '.join(names)}, outline-regions")
         if self._weight_versions() != self._versions:
             raise Mismatch("a weight or buffer of the denoiser was written into")
         return Outcome()
 
-    def _compiled(
-        self, program: Program, schedule: CacheSchedule, names: Sequence[str]
-    ) -> tuple[LoopGraph, LoopGraph | None]:
-        """Return the graph after the passes, and a copy of it in regions where the passes allow that."""
+    def _compiled(self, program: Program, schedule: CacheSchedule, names: Sequence[str]) -> LoopGraph:
+        """Return the graph after the passes."""
         pipeline = _pipeline(names)
         assert pipeline is not None
         graph = unroll(self._skeleton(program, schedule.sites), self.denoiser, schedule)
         pipeline.run(graph)
-        if not REGIONS.assumes <= _facts_after(pipeline):
-            return graph, None
-        regions = graph.copy()
-        REGIONS.run(regions)
-        return graph, regions
+        return graph
 
     def _skeleton(self, program: Program, sites: tuple[Site, ...]) -> LoopSkeleton:
         """Trace the loop, as ``api.build_loop_graph`` does."""
@@ -235,10 +243,12 @@ class Checker:
             SKELETON.run(skeleton)
             self._skeletons[key] = skeleton
         skeleton = self._skeletons[key]
-        # Notes on the captures are those of the loop that was traced last.
-        skeleton.note_dependencies()
-        for form in {id(call.graph): call.graph for call in skeleton.calls}.values():
-            EVALUATION.run(form)
+        if skeleton is not self._noted:
+            # The notes on the captures are those of one loop.
+            skeleton.note_dependencies()
+            for form in {id(call.graph): call.graph for call in skeleton.calls}.values():
+                EVALUATION.run(form)
+            self._noted = skeleton
         return skeleton
 
     def _weight_versions(self) -> list[int]:

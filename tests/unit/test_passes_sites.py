@@ -207,7 +207,8 @@ class Modulated(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         scale, shift = self.to_two(t[:, None]).chunk(2, dim=-1)
-        result: Tensor = x * scale + shift + self.mean(t[:, None]).expand_as(x)
+        mean: Tensor = self.mean(t[:, None])
+        result: Tensor = x * scale + shift + mean.expand_as(x)
         return result
 
 
