@@ -22,7 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "kernels._launch"),
     ("kernels.*",),
     ("rules", "sites", "schedule"),
+    ("forms",),
     ("graph",),
+    ("values",),
     ("loops", "loops.*", "models", "models.*"),
     ("verify",),
     ("columns", "cost", "liveness"),
@@ -33,14 +35,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.*",),
     ("passes.pipeline",),
     ("backend",),
-    ("reference",),
+    ("reference", "proof"),
     ("comparison", "summary"),
     ("saved", "prediction"),
     ("api", "dynamo_backend"),
     ("",),
     ("finders", "finders.*", "testing"),
     ("report", "plots"),
-    ("cli", "demo", "inspection", "preview", "__main__"),
+    ("cli", "demo", "inspection", "preview", "verification", "__main__"),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
@@ -64,6 +66,8 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("cli", "demo"),
     ("cli", "inspection"),
     ("cli", "preview"),
+    ("cli", "verification"),
+    ("verification", "preview"),
     ("__main__", "cli"),
 )
 
@@ -71,6 +75,9 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
 ONLY: dict[str, tuple[str, ...]] = {
     # The oracle shares nothing with the compiler it judges.
     "reference": ("errors", "rules", "sites", "schedule"),
+    # The proof shares nothing with the passes it judges, nor with what unrolls.
+    "proof": ("errors", "exported", "forms", "graph", "liveness", "schedule", "sites", "trace", "values", "verify"),
+    "values": ("errors", "forms", "graph", "rules"),
     # A kernel knows of no graph and no schedule.
     "kernels.*": ("errors", "kernels._launch"),
     # A pass knows of no sampler, no model and no file.
