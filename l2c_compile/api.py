@@ -37,15 +37,16 @@ from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
 from l2c_compile.prediction import Prediction, predict
+from l2c_compile.proof import prove
 from l2c_compile.router import Router, schedule_of
 from l2c_compile.saved import save_sampler
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
-from l2c_compile.trace import Loop, trace_loop
+from l2c_compile.trace import Loop, LoopSkeleton, trace_loop
 from l2c_compile.unroll import unroll
 from l2c_compile.weights_lock import one_capture, weights_in_use
 
-__all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile"]
+__all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile", "trace_and_capture"]
 
 
 def l2c_compile(
@@ -118,6 +119,28 @@ def build_loop_graph(
 ) -> tuple[LoopGraph, list[PassRun]]:
     """Return the loop as one static graph, and what the passes did."""
     say = progress or silent
+    skeleton = trace_and_capture(denoiser, loop, schedule, noise, conditions, progress)
+    say("simplify")
+    SKELETON.run(skeleton)
+    skeleton.note_dependencies()
+    for evaluation in {id(call.graph): call.graph for call in skeleton.calls}.values():
+        EVALUATION.run(evaluation)
+    say(f"unroll {len(skeleton.calls)} evaluations")
+    graph = unroll(skeleton, denoiser, schedule)
+    runs = passes.run(graph, on_pass=lambda name: say(f"pass {name}"))
+    return graph, runs
+
+
+def trace_and_capture(
+    denoiser: nn.Module,
+    loop: Loop,
+    schedule: CacheSchedule,
+    noise: object,
+    conditions: Mapping[str, object],
+    progress: Progress | None = None,
+) -> LoopSkeleton:
+    """Return the loop as it is traced, with its evaluations as they are captured: no pass has run."""
+    say = progress or silent
     evaluations: dict[CallSignature, EvaluationGraph] = {}
     read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
 
@@ -130,15 +153,7 @@ def build_loop_graph(
     say("trace the loop")
     skeleton = trace_loop(loop, denoiser, noise, conditions, capture_call)
     _check_num_evaluations(schedule, len(skeleton.calls))
-    say("simplify")
-    SKELETON.run(skeleton)
-    skeleton.note_dependencies()
-    for evaluation in evaluations.values():
-        EVALUATION.run(evaluation)
-    say(f"unroll {len(skeleton.calls)} evaluations")
-    graph = unroll(skeleton, denoiser, schedule)
-    runs = passes.run(graph, on_pass=lambda name: say(f"pass {name}"))
-    return graph, runs
+    return skeleton
 
 
 def _check_num_evaluations(schedule: CacheSchedule, performed: int) -> None:
@@ -296,12 +311,35 @@ class CompiledSampler(nn.Module):
         return graph
 
     def verify(self, noise: object, **conditions: object) -> VerifyReport:
-        """Run compiled and reference on equal inputs and equal random numbers, and compare them."""
+        """Prove the structure of the static graph, and compare a run of it with a run of the reference.
+
+        The loop is traced and its evaluations are captured anew, and the static graph is shown to be what they and the
+        schedule say (``proof.py``), bit for bit or up to rounding as ``numerics`` allows. Then both run once, on equal
+        inputs and equal random numbers; where the results differ, every site of every evaluation is compared.
+
+        Returns:
+            The report; printable. ``report.holds`` says whether all is as it should be.
+
+        Raises:
+            StaleConstantsError: weights changed since constants were folded from them.
+        """
         program = self.capture(noise, **conditions)
         with weights_in_use():
             _check_fresh(program)
+        with one_capture(), torch.inference_mode(False):
+            skeleton = trace_and_capture(self.model, self.loop, self.schedule, noise, conditions, self._progress)
+        with weights_in_use():
+            proof = prove(program.graph, skeleton, self.model, exact=self.passes.is_bitwise, facts=self.passes.facts)
             return compare_with_reference(
-                self.model, self.loop, self.schedule, program.module, program.run, noise, conditions
+                self.model,
+                self.loop,
+                self.schedule,
+                program.module,
+                program.run,
+                noise,
+                conditions,
+                proof,
+                wants_bitwise=self.passes.is_bitwise and self.backend == EAGER,
             )
 
     def refresh(self) -> None:

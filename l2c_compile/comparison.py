@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 from torch.utils._pytree import tree_flatten, tree_map
 
+from l2c_compile.proof import Proof
 from l2c_compile.reference import Recorder, run_reference
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.sites import Site
@@ -20,12 +24,15 @@ __all__ = ["Difference", "VerifyReport", "compare_with_reference"]
 
 @dataclass(frozen=True)
 class Difference:
-    """The first site whose value is not the reference's."""
+    """A site whose value is not the reference's."""
 
     evaluation: int
     site: str
     port: int
     max_error: float
+    """max |compiled - reference|"""
+    relative_error: float
+    """max |compiled - reference| / max |reference|"""
 
     def __str__(self) -> str:
         return f"site '{self.site}' of evaluation {self.evaluation} differs by {self.max_error:.3g}"
@@ -33,7 +40,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """How far a compiled loop is from the reference."""
+    """Whether a static graph is right, and how far its results are from the reference's. Print it."""
 
     max_error: float
     """max |compiled - reference|"""
@@ -41,19 +48,71 @@ class VerifyReport:
     """max |compiled - reference| / max |reference|"""
     num_compared_sites: int
     """Computed site values that were compared one by one; 0 if the results agree bit for bit."""
-    first_difference: Difference | None
-    """Of the site values of the static graph run in eager mode, the first that is not equal bit for bit."""
+    differences: tuple[Difference, ...]
+    """Of the site values of the static graph run in eager mode, those that are not equal bit for bit, in order."""
+    proof: Proof
+    """That the graph computes what loop, denoiser and schedule say, whatever the input."""
+    wants_bitwise: bool
+    """Whether no pass changes a bit and the graph runs eagerly, so that nothing but equal bits will do."""
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """Where compiled and reference part."""
+        return self.differences[0] if self.differences else None
 
     @property
     def bitwise(self) -> bool:
         """Whether every bit of the result is the reference's."""
         return self.max_error == 0.0
 
+    @property
+    def holds(self) -> bool:
+        """Whether the structure is proven and the numbers are right.
+
+        That is, equal bit for bit where ``wants_bitwise``; otherwise finite: how far rounding may take them depends on
+        model and dtype, so ``relative_error`` is for the caller to judge.
+        """
+        return self.proof.holds and (self.bitwise if self.wants_bitwise else math.isfinite(self.max_error))
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the report in JSON types."""
+        return {
+            "holds": self.holds,
+            "bitwise": self.bitwise,
+            "max_error": self.max_error,
+            "relative_error": self.relative_error,
+            "num_compared_sites": self.num_compared_sites,
+            "differences": [asdict(difference) for difference in self.differences],
+            "wants_bitwise": self.wants_bitwise,
+            "proof": self.proof.to_dict(),
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.proof
+        yield self._numbers()
+        if self.differences:
+            yield self._table()
+
     def __str__(self) -> str:
+        return self._numbers() if self.proof.holds else f"{self._numbers()}; {self.proof}"
+
+    def _numbers(self) -> str:
         if self.bitwise:
             return "equal to the reference bit for bit"
         where = self.first_difference or "no site of the static graph differs: the backend rounds differently"
         return f"max error {self.max_error:.3g}, relative {self.relative_error:.3g}; {where}"
+
+    def _table(self) -> Table:
+        table = Table(title="sites that differ from the reference", title_justify="left")
+        for heading in ("evaluation", "differ", "first", "its error", "worst", "its error", "relative"):
+            table.add_column(heading)
+        for evaluation in dict.fromkeys(difference.evaluation for difference in self.differences):
+            here = [difference for difference in self.differences if difference.evaluation == evaluation]
+            worst = max(here, key=lambda difference: difference.max_error)
+            first, errors = here[0], (here[0].max_error, worst.max_error, worst.relative_error)
+            shown = [f"{error:.3g}" for error in errors]
+            table.add_row(str(evaluation), str(len(here)), first.site, shown[0], worst.site, *shown[1:])
+        return table
 
 
 def compare_with_reference(
@@ -64,6 +123,9 @@ def compare_with_reference(
     run: Callable[..., object],
     noise: object,
     conditions: Mapping[str, object],
+    proof: Proof,
+    *,
+    wants_bitwise: bool,
 ) -> VerifyReport:
     """Run ``run`` and the reference from the same random state; on a difference, compare site by site.
 
@@ -75,6 +137,8 @@ def compare_with_reference(
         run: what is judged: the static graph through its backend.
         noise: as given to the sampler.
         conditions: as given to the sampler.
+        proof: of the static graph; it goes into the report.
+        wants_bitwise: whether passes and backend change no bit.
     """
     inputs = [leaf for leaf in tree_flatten((noise, dict(conditions)))[0] if isinstance(leaf, Tensor)]
 
@@ -91,7 +155,7 @@ def compare_with_reference(
         results = [x for x in tree_flatten(expected)[0] if isinstance(x, Tensor)]
         max_error, relative_error = _errors([x for x in compiled if isinstance(x, Tensor)], results)  # type: ignore[attr-defined]
         if max_error == 0.0:
-            return VerifyReport(0.0, 0.0, 0, None)
+            return VerifyReport(0.0, 0.0, 0, (), proof, wants_bitwise)
         values: dict[tuple[int, str, int], Tensor] = {}
 
         def record(evaluation: int, site: Site, port: int, value: Tensor) -> None:
@@ -102,7 +166,9 @@ def compare_with_reference(
         watcher = _Watcher(module, values)
         with _same_random_numbers(inputs):
             watcher.run(*inputs)
-    return VerifyReport(max_error, relative_error, watcher.num_compared, watcher.first)
+    return VerifyReport(
+        max_error, relative_error, watcher.num_compared, tuple(watcher.differences), proof, wants_bitwise
+    )
 
 
 class _Watcher(fx.Interpreter):
@@ -112,18 +178,18 @@ class _Watcher(fx.Interpreter):
         super().__init__(module)
         self.expected = expected
         self.num_compared = 0
-        self.first: Difference | None = None
+        self.differences: list[Difference] = []
 
     def run_node(self, n: Node) -> object:
         value = super().run_node(n)
-        for key in n.meta.get("sites", ()) if self.first is None else ():
+        for key in n.meta.get("sites", ()):
             wanted = self.expected.get(key)
             if wanted is not None and isinstance(value, Tensor):
                 self.num_compared += 1
-                error, _ = _errors([value], [wanted])
+                error, relative = _errors([value], [wanted])
                 if error != 0.0:
                     evaluation, site, port = key
-                    self.first = Difference(evaluation, site, port, error)
+                    self.differences.append(Difference(evaluation, site, port, error, relative))
         return value
 
 

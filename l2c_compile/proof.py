@@ -558,25 +558,26 @@ class _Comparison:
         yield from self._dead()
         times: Counter[Value] = Counter()
         for node, value in self.read.made:
+            if _is_free(node):
+                continue
             plain = self.table.without_copies(value)
+            passing = not self.table.exact and value.target in _ROUNDING_WORK
             if plain in self.needed:
-                if plain is value and not _is_free(node) and value.target not in _ROUNDING_WORK:
-                    times[value] += 1
-                    if times[value] > max(1, self.expected.made[value]):
-                        yield _at(node, "work", f"computes {self._name(value)} again")
-                        return
-            elif plain in self.expected.met and not isinstance(value.form, tuple):
-                if self.table.exact or value.target not in _ROUNDING_WORK:
-                    yield _at(node, "work", f"computes {self._name(value)}, which no result needs")
+                times[value] += plain is value and not passing
+                if times[value] > max(1, self.expected.made[value]):
+                    yield _at(node, "work", f"computes {self._name(value)} again")
                     return
-            elif not different_results and self.table.exact and not isinstance(value.form, tuple):
-                yield _at(node, "work", f"computes {value}, which is no part of the loop")
-                return
-            if not self.table.exact and value.target is aten.linear.default and plain not in self.needed:
-                unread = _unread(node, value)
+            elif passing:
+                unread = _unread(node, value) if value.target is aten.linear.default else None
                 if unread is not None:
                     yield _at(node, "work", f"projects {unread}, which nobody reads")
                     return
+            elif plain in self.expected.met:
+                yield _at(node, "work", f"computes {self._name(value)}, which no result needs")
+                return
+            elif not different_results:
+                yield _at(node, "work", f"computes {value}, which is no part of the loop")
+                return
 
     def _dead(self) -> Iterator[Finding]:
         if self.dead_allowed:

@@ -81,6 +81,19 @@ class Pipeline:
                 raise ValueError(f"pass '{each.name}' needs {fact.name}, which no earlier pass gives")
             facts = (facts - each.breaks) | each.gives
 
+    @property
+    def facts(self) -> frozenset[Fact]:
+        """What the graph satisfies after the last pass."""
+        facts = self.assumes
+        for each in self.passes:
+            facts = (facts - each.breaks) | each.gives
+        return facts
+
+    @property
+    def is_bitwise(self) -> bool:
+        """Whether no pass changes a bit."""
+        return all(each.numerics is Numerics.BITWISE for each in self.passes)
+
     def within(self, numerics: Numerics) -> Pipeline:
         """Return the passes that do no more to the numbers than ``numerics``, in the same order."""
         return Pipeline(tuple(p for p in self.passes if p.numerics.value <= numerics.value), self.assumes)

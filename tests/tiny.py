@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,20 +110,23 @@ def check_equals_reference(
     noise: object,
     **conditions: object,
 ) -> CompiledSampler:
-    """Compile, and compare with the reference, and with the plain loop where nothing is reused, bit for bit."""
-    sampler = l2c_compile(model, schedule, loop)
-    sampler.capture(own(noise), **own(conditions))
-    # Another seed than the capture ran under, so that nothing drawn then can be right.
-    torch.manual_seed(11)
-    got = sampler(own(noise), **own(conditions))
-    torch.manual_seed(11)
-    wanted = run_reference(model, loop, sampler.schedule, own(noise), own(conditions))
-    assert same_bits(got, wanted), (got, wanted)
-    if not schedule.reuses:
+    """Compile, compare with the reference, and with the plain loop where nothing is reused, bit for bit; and prove."""
+    with captured_once():
+        sampler = l2c_compile(model, schedule, loop)
+        sampler.capture(own(noise), **own(conditions))
+        # Another seed than the capture ran under, so that nothing drawn then can be right.
         torch.manual_seed(11)
-        with torch.no_grad():
-            assert same_bits(got, loop(model, own(noise), **own(conditions)))
-    assert str(sampler.summary())
+        got = sampler(own(noise), **own(conditions))
+        torch.manual_seed(11)
+        wanted = run_reference(model, loop, sampler.schedule, own(noise), own(conditions))
+        assert same_bits(got, wanted), (got, wanted)
+        if not schedule.reuses:
+            torch.manual_seed(11)
+            with torch.no_grad():
+                assert same_bits(got, loop(model, own(noise), **own(conditions)))
+        assert str(sampler.summary())
+        report = sampler.verify(own(noise), **own(conditions))
+        assert report.holds, str(report)
     return sampler
 
 
@@ -139,7 +143,12 @@ def captured_once() -> Iterator[None]:
         if key not in known:
             kept.append(denoiser)
             known[key] = capture(denoiser, signature, sites, read_inputs_of)
-        return known[key]
+        # A copy: passes run on it, and the proof wants it as it was captured.
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in known[key].graph.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        return replace(known[key], graph=graph)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "capture", capture_once)

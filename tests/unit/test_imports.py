@@ -22,7 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "kernels._launch"),
     ("kernels.*",),
     ("rules", "sites", "schedule"),
+    ("forms",),
     ("graph",),
+    ("values",),
     ("loops", "loops.*", "models", "models.*"),
     ("verify",),
     ("columns", "cost", "liveness", "strides"),
@@ -34,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.pipeline",),
     ("cuda_graphs",),
     ("backend",),
-    ("reference",),
+    ("reference", "proof"),
     ("comparison", "summary"),
     ("saved", "prediction"),
     ("api", "dynamo_backend"),
@@ -42,7 +44,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("finders", "finders.*", "quality", "testing"),
     ("report", "plots", "named_models"),
     ("evaluation",),
-    ("cli", "cli_schedule", "demo", "inspection", "learning", "preview", "profiling", "scheduling", "__main__"),
+    ("cli", "cli_schedule", "demo", "inspection", "learning", "preview", "profiling", "scheduling", "verification")
+    + ("__main__",),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
@@ -70,6 +73,8 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("cli", "inspection"),
     ("cli", "learning"),
     ("cli", "preview"),
+    ("cli", "verification"),
+    ("verification", "preview"),
     ("__main__", "cli"),
 )
 
@@ -77,6 +82,9 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
 ONLY: dict[str, tuple[str, ...]] = {
     # The oracle shares nothing with the compiler it judges.
     "reference": ("errors", "rules", "sites", "schedule"),
+    # The proof shares nothing with the passes it judges, nor with what unrolls.
+    "proof": ("errors", "exported", "forms", "graph", "liveness", "schedule", "sites", "trace", "values", "verify"),
+    "values": ("errors", "forms", "graph", "rules"),
     # A kernel knows of no graph and no schedule.
     "kernels.*": ("errors", "kernels._launch"),
     # A pass knows of no sampler, no model and no file.
