@@ -44,8 +44,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("finders", "finders.*", "quality", "testing"),
     ("report", "plots", "named_models"),
     ("evaluation",),
-    ("cli", "cli_schedule", "demo", "inspection", "learning", "preview", "profiling", "scheduling", "verification")
-    + ("__main__",),
+    (
+        *("cli", "cli_schedule", "demo", "inspection", "learning", "preview", "profiling", "scheduling"),
+        *("verification", "__main__"),
+    ),
 )
 
 # Within one layer nobody may import anybody, except (importer, imported). No pass may ever import another pass.
