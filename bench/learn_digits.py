@@ -4,7 +4,7 @@
 
 Writes one router file each, named ``<method>-<evaluations>-<budget in percent>.safetensors``. A second call with the
 same folder leaves finished routers alone and goes on with the one that was interrupted. Seeds are fixed: on one
-machine, with one number of threads, two runs agree bit for bit.
+machine, with one number of threads, two runs agree bit for bit. What is in ``bench/routers`` was made so.
 
 Shapes: B batch.
 """

@@ -133,9 +133,9 @@ class Workers:
         """Return the mean over the processes."""
         if self._accelerator is None or self.count == 1:
             return value
-        result = self._accelerator.reduce(value, reduction="mean")
+        result = self._accelerator.reduce(value.to(self._accelerator.device), reduction="mean")
         assert isinstance(result, Tensor)
-        return result
+        return result.to(value.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the accelerator's mixed precision."""
@@ -163,9 +163,10 @@ class Costs:
         denoiser: the sites.
         forms: of each evaluation.
         unit: "multiply-adds", "time", or "sites", of which each counts 1.
+        workers: measure times each for itself, and agree on the mean.
     """
 
-    def __init__(self, denoiser: SoftDenoiser, forms: Sequence[Form], unit: str) -> None:
+    def __init__(self, denoiser: SoftDenoiser, forms: Sequence[Form], unit: str, workers: Workers) -> None:
         self._covers = denoiser.covers
         S = len(denoiser.sites)
         if unit == "sites":
@@ -174,8 +175,9 @@ class Costs:
             return
         price = price_in(unit, denoiser.device, forms)
         known = {id(form): form.costs(price, denoiser.sites) for form in {id(form): form for form in forms}.values()}
-        self.total = sum(known[id(form)][0] for form in forms)
-        self.own_ES = torch.tensor([self._without_parts(known[id(form)][1]) for form in forms], dtype=torch.float64)
+        total = torch.tensor(sum(known[id(form)][0] for form in forms), dtype=torch.float64)
+        own_ES = torch.tensor([self._without_parts(known[id(form)][1]) for form in forms], dtype=torch.float64)
+        self.total, self.own_ES = float(workers.mean(total)), workers.mean(own_ES)
 
     def open(self, scores_S: Tensor) -> Tensor:
         """Return the scores times those of all sites that cover them: a site runs only where these do."""
@@ -227,11 +229,10 @@ class Learner:
         draws = {e: torch.randn(len(denoiser.sites), generator=generator) for e in trained}
         self.logits = {e: nn.Parameter(drawn.to(denoiser.device)) for e, drawn in draws.items()}
         self._optimizer = torch.optim.AdamW(self.logits.values(), lr=settings.learning_rate, weight_decay=0.0)
-        self._work = Costs(denoiser, forms, settings.budget_in)
-        prices = self._work if settings.price_by == settings.budget_in else Costs(denoiser, forms, settings.price_by)
-        self._prices = prices
-        mean_price = float(prices.own_ES[list(trained)].mean())
-        self._price_ES = (prices.own_ES / mean_price).to(torch.float32).to(denoiser.device)
+        self._work = Costs(denoiser, forms, settings.budget_in, workers)
+        is_same = settings.price_by == settings.budget_in
+        self._prices = self._work if is_same else Costs(denoiser, forms, settings.price_by, workers)
+        self._set_prices()
         self.penalty = settings.penalty or _LEAST_PENALTY
         self.steepness_ES = torch.full((len(forms), len(denoiser.sites)), _UNKNOWN)
         self.extra: dict[str, Tensor] = {}
@@ -311,6 +312,10 @@ class Learner:
         self.round += 1
         return distance, self._work.kept(self._computed(self._all_scores(), self.settings.threshold))
 
+    def _set_prices(self) -> None:
+        mean_price = float(self._prices.own_ES[list(self.logits)].mean())
+        self._price_ES = (self._prices.own_ES / mean_price).to(torch.float32).to(self.denoiser.device)
+
     def _note_steepness(self, e: int, gradient: Tensor) -> None:
         """Estimate how steeply the distance grows where a site is no longer computed, from its gradient.
 
@@ -357,6 +362,10 @@ class Learner:
         tensors = {f"extra.{name}": value for name, value in self.extra.items()}
         tensors["penalty"] = torch.tensor(self.penalty, dtype=torch.float64)
         tensors["steepness"] = self.steepness_ES
+        # Times that are measured again would be others.
+        tensors["work.total"] = torch.tensor(self._work.total, dtype=torch.float64)
+        tensors["work.own"] = self._work.own_ES
+        tensors["prices.own"] = self._prices.own_ES.clone()
         for e, row in self.logits.items():
             tensors[f"logits.{e}"] = row.detach().cpu().clone()
             for name, value in self._optimizer.state[row].items():
@@ -387,6 +396,9 @@ class Learner:
         if type(done) is not int:
             raise FileFormatError(f"{os.fspath(path)} does not say how many rounds it has seen")
         self.round, self.penalty, self.steepness_ES = done, float(tensors["penalty"]), tensors["steepness"]
+        self._work.total, self._work.own_ES = float(tensors["work.total"]), tensors["work.own"]
+        self._prices.own_ES = tensors["prices.own"]
+        self._set_prices()
         self.extra = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
         for e, row in self.logits.items():
             with torch.no_grad():

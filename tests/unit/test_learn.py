@@ -421,3 +421,11 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path: Path) -> N
     residual_router.save(path)
     with pytest.raises(FileFormatError, match="no checkpoint"):
         learned(path)
+
+
+def test_a_budget_of_time_is_resumed_with_the_times_it_began_with(tmp_path: Path) -> None:
+    """Measured again they would be others, so that two runs agree only if the resumed one keeps them."""
+    path = tmp_path / "c"
+    changes: dict[str, Any] = {"budget": 0.95, "budget_in": "time", "price_by": "time"}
+    whole = learned(path, rounds=2, **changes)
+    assert learned(path, rounds=2, **changes) == whole
