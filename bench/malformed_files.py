@@ -19,7 +19,7 @@ import selectors
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
@@ -53,23 +53,26 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     for outcome in outcomes(options.seed, options.first, options.first + options.count):
         done.append(outcome)
         progress.advance(task)
-    return _rows(done, options.seed)
+    return _rows(done, {"seed": options.seed, "first": options.first, "count": len(done)})
 
 
-def _rows(done: Sequence[Outcome], seed: int) -> list[Row]:
+def _rows(done: Sequence[Outcome], of_run: Mapping[str, Condition]) -> list[Row]:
     counts = Counter((each.kind, each.outcome) for each in done)
-    rows = [Row("files", n, "", {"kind": kind, "outcome": how}) for (kind, how), n in sorted(counts.items())]
+    rows = [Row("files", n, "", {**of_run, "kind": kind, "outcome": how}) for (kind, how), n in sorted(counts.items())]
     failures = [each for each in done if each.outcome not in ALLOWED]
     for each in failures:
-        where: dict[str, Condition] = {"seed": seed, "file": each.index, "kind": each.kind, "mutation": each.mutation}
-        rows.append(Row("failure", each.seconds, "s", {**where, "outcome": each.outcome, "detail": each.detail}))
+        rows.append(Row("failure", each.seconds, "s", {**_which(each, of_run), "detail": each.detail}))
     slowest = max(done, key=lambda each: each.seconds)
-    what_it_was: dict[str, Condition] = {"file": slowest.index, "kind": slowest.kind, "mutation": slowest.mutation}
-    rows.append(Row("slowest", slowest.seconds, "s", {"seed": seed, **what_it_was}))
+    rows.append(Row("slowest", slowest.seconds, "s", _which(slowest, of_run)))
     for what in ("CRASHED", "HUNG", "EXECUTED"):
-        rows.append(Row(what.lower(), sum(each.outcome == what for each in failures), "files", {"seed": seed}))
-    rows.append(Row("failures", len(failures), "files", {"seed": seed, "count": len(done)}))
+        rows.append(Row(what.lower(), sum(each.outcome == what for each in failures), "files", of_run))
+    rows.append(Row("failures", len(failures), "files", of_run))
     return rows
+
+
+def _which(one: Outcome, of_run: Mapping[str, Condition]) -> dict[str, Condition]:
+    about: dict[str, Condition] = {"kind": one.kind, "mutation": one.mutation, "outcome": one.outcome}
+    return {**of_run, "file": one.index, **about}
 
 
 def outcomes(seed: int, start: int, stop: int) -> Iterator[Outcome]:

@@ -448,10 +448,10 @@ def _rename_key(draw: Draw, document: object, canary: Path) -> object:
 
 def _multiply(draw: Draw, document: object, canary: Path) -> object:
     lists = [place for place in _places(document) if isinstance(_at(document, place), list)]
-    count = draw.choice((2, 100, 20_000))
-    if not lists:
-        return [document] * count
-    return _edited(document, draw.choice(lists), lambda value: list(value) * count)  # type: ignore[call-overload]
+    place = draw.choice(lists or [()])
+    # At most what the largest JSON document may have, and a bit.
+    count = min(draw.choice((2, 100, 20_000)), 5 * 2**20 // len(_dumps(_at(document, place))))
+    return _edited(document, place, lambda value: list(value if isinstance(value, list) else [value]) * count)
 
 
 def _twice(draw: Draw, document: object, canary: Path) -> object:
