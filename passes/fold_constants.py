@@ -13,13 +13,24 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Node
+from torch.fx.node import Argument, Node
 
-from l2c_compile.graph import FoldedConstants, LoopGraph, ProgramGraph, draws_random_numbers, num_bytes, strided_copy
+from l2c_compile.graph import (
+    FoldedConstants,
+    LoopGraph,
+    ProgramGraph,
+    draws_random_numbers,
+    infer,
+    num_bytes,
+    strided_copy,
+)
 from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.strides import follow
 from l2c_compile.verify import Fact
 
 __all__ = ["FoldConstants"]
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,18 @@ class FoldConstants(Pass):
             recipe = _recipe(chosen)
             values = make_constants(program, recipe)
             names = [program.new_constant(value, "_folded") for value in values]
-            for node, name in zip(chosen, names, strict=True):
+            other_strides: set[Node] = set()
+            for node, name, value in zip(chosen, names, values, strict=True):
                 with program.graph.inserting_before(node):
                     folded = program.graph.create_node("get_attr", name)
                 folded.meta = {"val": node.meta["val"]}
+                if not _has_strides(value, node.meta["val"]):
+                    # Operators without values expect others where arguments are expanded (torch 2.13).
+                    form: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
+                    folded.meta["val"] = infer(aten.empty_strided.default, (value.shape, value.stride()), form)
+                    other_strides.add(folded)
                 node.replace_all_uses_with(folded)
+            follow(program.graph, other_strides, restore_results=False)
             weights = tuple(
                 str(n.target) for n in recipe.find_nodes(op="get_attr") if str(n.target).startswith("denoiser.")
             )
@@ -73,6 +91,11 @@ class FoldConstants(Pass):
         if any(user.op == "output" for user in node.users):
             return "is returned by the loop: the caller may write into it"
         return None
+
+
+def _has_strides(value: Tensor, noted: Tensor) -> bool:
+    # The stride of a dimension of size 1 says nothing.
+    return all(size <= 1 or a == b for size, a, b in zip(value.shape, value.stride(), noted.stride(), strict=True))
 
 
 def make_constants(program: LoopGraph, recipe: fx.Graph) -> list[Tensor]:

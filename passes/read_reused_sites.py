@@ -78,6 +78,8 @@ class _Cutter:
                 f"site '{site}', evaluation {evaluation}: its module returns several tensors, so its change (out - in)"
                 " is not defined; reuse its output instead"
             )
+        if site.kind == "delta":
+            self._check_change(evaluation, site, own)
         history = [self._held_at(source, evaluation, site, port, own) for source in reuse.sources]
         needs_input = site.kind == "delta" or reuse.rule.needs_input
         current = self.held[evaluation, str(site), INPUT_PORT] if needs_input else None
@@ -106,6 +108,14 @@ class _Cutter:
                 f" {_describe(wanted)}; choose a source with equal batch, shape and memory layout"
             )
         return value if site.kind == "out" else self._delta(value, source, site)
+
+    def _check_change(self, evaluation: int, site: Site, own: Node) -> None:
+        before, after = self.held[evaluation, str(site), INPUT_PORT].meta["val"].shape, own.meta["val"].shape
+        if before != after:
+            raise ScheduleError(
+                f"site '{site}', evaluation {evaluation}: takes {tuple(before)} and returns {tuple(after)}, so its"
+                " change (out - in) is not defined; reuse its output instead"
+            )
 
     def _delta(self, out: Node, source: int, site: Site) -> Node:
         if out not in self.deltas:

@@ -26,7 +26,9 @@ class CalledModules:
     """Which modules one evaluation calls, how often, and whether their change (out - in) is defined."""
 
     calls: Counter[str] = field(default_factory=Counter)
-    changes: set[str] = field(default_factory=set)
+    inputs: dict[str, object] = field(default_factory=dict)
+    outputs: dict[str, object] = field(default_factory=dict)
+    """Shapes, where there is a single tensor."""
 
     @classmethod
     def of(cls, denoiser: nn.Module, *args: Tensor, **kwargs: Tensor) -> CalledModules:
@@ -36,9 +38,8 @@ class CalledModules:
         def note(path: str) -> object:
             def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
                 called.calls[path] += 1
-                before = args[0] if args else None
-                if isinstance(before, Tensor) and isinstance(output, Tensor) and output.shape == before.shape:
-                    called.changes.add(path)
+                if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                    called.inputs[path], called.outputs[path] = args[0].shape, output.shape
 
             return hook
 
@@ -51,7 +52,8 @@ class CalledModules:
 
     def change_is_defined(self, site: Site) -> bool:
         """Tell whether the output of the site has the shape of its input."""
-        return {site.path, site.last or site.path} <= self.changes
+        last = site.last or site.path
+        return {site.path, last} <= self.inputs.keys() and self.inputs[site.path] == self.outputs[last]
 
     def runs(self) -> list[tuple[str, str]]:
         """Return the runs of neighbouring numbered modules that are all called."""
@@ -76,7 +78,7 @@ def draw_sites(rng: random.Random, called: CalledModules) -> list[str]:
             first, last = rng.choice(runs)
         else:
             first = last = rng.choice(upper if upper and rng.random() < 0.6 else paths)
-        kind = "delta" if {first, last} <= called.changes and rng.random() < 0.3 else "out"
+        kind = "delta" if called.change_is_defined(Site(first, last)) and rng.random() < 0.3 else "out"
         call = rng.randrange(min(called.calls[first], called.calls[last]))
         sites[str(Site(first, last, kind, call))] = None  # type: ignore[arg-type]
     return list(sites)

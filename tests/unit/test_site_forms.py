@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l2c_compile import CacheSchedule, Reuse, Rule, Site, run_reference
+from l2c_compile import CacheSchedule, Reuse, Rule, Site, l2c_compile, run_reference
 from l2c_compile.errors import CaptureError, ScheduleError
 from l2c_compile.rules import Reading, T
 from tests.tiny import Residual, at, captured_once, check_equals_reference, draw, residual, same_bits, seeded, steps
@@ -117,6 +117,22 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value.expand_as(x)
+
+
+def test_a_change_wants_equal_shapes() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(4, 8)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            first, second = self.wide(x).chunk(2, -1)
+            result: Tensor = first * second
+            return result
+
+    schedule = CacheSchedule.from_table({"delta(wide)": [1, 0]})
+    with pytest.raises(ScheduleError, match=r"takes \(3, 4\) and returns \(3, 8\), so its change"):
+        l2c_compile(seeded(Halves()), schedule, steps(2)).capture(draw(3, 4))
 
 
 @pytest.mark.parametrize("site", ["delta(constant)", "constant", "unused", "delta(unused)"])
