@@ -321,7 +321,7 @@ def _odd_value(draw: Draw, canary: Path) -> object:
     """Return a value that no reader expects where it stands; ``_Raw`` is written as it is."""
     code = f"__import__('os').mkdir({str(canary)!r})"
     deep: object = 0
-    for _ in range(draw.choice((10, 40, 900))):
+    for _ in range(draw.choice((10, 40, 300))):
         deep = [deep] if draw.random() < 0.5 else {"a": deep}
     return draw.choice(
         (

@@ -7,6 +7,7 @@ file at most.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -176,5 +177,10 @@ def _as_format_errors() -> Iterator[None]:
         yield
     except FileFormatError:
         raise
+    except OSError as error:
+        # What zipfile does where a forged offset lies before the beginning of the file; other numbers are the disk's.
+        if error.errno != errno.EINVAL:
+            raise
+        raise FileFormatError("the zip archive is damaged: it names a place that the file does not have") from error
     except (zipfile.BadZipFile, struct.error, RuntimeError, ValueError, EOFError, OverflowError) as error:
         raise FileFormatError(f"the zip archive is damaged: {error}") from error

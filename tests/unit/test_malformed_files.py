@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import struct
 import sys
 import time
 import zipfile
@@ -93,3 +94,11 @@ def test_zip_members_with_a_path_upwards_are_never_unpacked(tmp_path: Path) -> N
     with pytest.raises(FileFormatError, match="odd name"):
         load(tmp_path / "x.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt2"]
+
+
+@pytest.mark.parametrize("read", [load, load_schedule_file])
+def test_a_zip_directory_before_the_beginning_of_the_file_is_a_damaged_file(read: object, tmp_path: Path) -> None:
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 1000, 0, 0)
+    (tmp_path / "x.pt").write_bytes(b"PK\3\4" + bytes(96) + end)
+    with pytest.raises(FileFormatError):
+        read(tmp_path / "x.pt")  # type: ignore[operator]
