@@ -21,6 +21,7 @@ from l2c_compile.backend import (
     Progress,
     check_backend,
     check_mode,
+    kernels_for,
     lower_to_backend,
     num_regions,
     passes_for,
@@ -35,7 +36,7 @@ from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
-from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
+from l2c_compile.passes.pipeline import BITWISE, EVALUATION, KERNELS, SKELETON
 from l2c_compile.prediction import Prediction, predict
 from l2c_compile.proof import prove
 from l2c_compile.router import Router, schedule_of
@@ -103,9 +104,8 @@ def l2c_compile(
     check_mode(mode)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    return CompiledSampler(
-        model, schedule, loop, backend, passes_for(backend, numerics, without, caches), progress, mode
-    )
+    passes, kernels = passes_for(backend, numerics, without, caches), kernels_for(numerics, without)
+    return CompiledSampler(model, schedule, loop, backend, passes, progress, mode, kernels)
 
 
 def build_loop_graph(
@@ -211,6 +211,7 @@ class CompiledSampler(nn.Module):
         passes: Pipeline,
         progress: Progress | None = None,
         mode: str | None = None,
+        kernels: Pipeline = KERNELS,
     ) -> None:
         super().__init__()
         self.model = model
@@ -219,6 +220,7 @@ class CompiledSampler(nn.Module):
         self.backend = backend
         self.passes = passes
         self.mode = mode
+        self.kernels = kernels
         self.training = model.training
         self._progress = progress
         self._begin_empty()
@@ -412,7 +414,7 @@ class CompiledSampler(nn.Module):
             graph, passes = build_loop_graph(
                 self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
             )
-        run = lower_to_backend(graph, self.backend, self._progress or silent, self.mode)
+        run = lower_to_backend(graph, self.backend, self._progress or silent, self.mode, self.kernels)
         return Program(graph, passes, run, inputs, self._weights(), _weight_versions(graph))
 
     def _form(self, inputs: CallSignature) -> object:

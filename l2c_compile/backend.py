@@ -21,7 +21,7 @@ from l2c_compile.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
 from l2c_compile.errors import BackendError, nearest
 from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.base import Numerics, Pipeline
-from l2c_compile.passes.pipeline import CACHE_FORMATS, LOOP, REGIONS, with_packed_caches
+from l2c_compile.passes.pipeline import CACHE_FORMATS, KERNELS, LOOP, REGIONS, with_packed_caches
 
 __all__ = [
     "EAGER",
@@ -31,6 +31,7 @@ __all__ = [
     "Progress",
     "check_backend",
     "check_mode",
+    "kernels_for",
     "lower_to_backend",
     "num_regions",
     "passes_for",
@@ -66,7 +67,7 @@ def passes_for(backend: Backend, numerics: str | None, without: Collection[str],
     Args:
         backend: "eager" changes no bit unless ``numerics`` allows it; all others round in their own way anyway.
         numerics: "bitwise", "rounding", or None for what suits the backend.
-        without: names of passes to leave out.
+        without: names of passes to leave out; those of ``kernels_for`` are not meant here.
         caches: "int8" or "fp8" packs what is kept for later evaluations; None keeps it as it is.
 
     Raises:
@@ -78,7 +79,18 @@ def passes_for(backend: Backend, numerics: str | None, without: Collection[str],
     if caches is not None and caches not in CACHE_FORMATS:
         raise ValueError(f"caches wants one of {', '.join(CACHE_FORMATS)} or None, got {caches!r}")
     passes = LOOP.within(words[numerics or ("bitwise" if backend == EAGER else "rounding")])
-    return (passes if caches is None else with_packed_caches(passes, caches)).without(without)
+    mine = [name for name in without if name not in _names(KERNELS)]
+    return (passes if caches is None else with_packed_caches(passes, caches)).without(mine)
+
+
+def kernels_for(numerics: str | None, without: Collection[str]) -> Pipeline:
+    """Return the passes that put kernels for the processor into what Inductor compiles; arguments as ``passes_for``."""
+    kernels = KERNELS.within(Numerics.BITWISE if numerics == "bitwise" else Numerics.ROUNDING)
+    return kernels.without([name for name in without if name in _names(kernels)])
+
+
+def _names(passes: Pipeline) -> list[str]:
+    return [each.name for each in passes.passes]
 
 
 def check_mode(mode: str | None) -> None:
@@ -88,7 +100,7 @@ def check_mode(mode: str | None) -> None:
 
 
 def lower_to_backend(
-    graph: LoopGraph, backend: Backend, progress: Progress, mode: str | None = None
+    graph: LoopGraph, backend: Backend, progress: Progress, mode: str | None = None, kernels: Pipeline = KERNELS
 ) -> Callable[..., Sequence[object]]:
     """Return a callable that computes what ``graph`` computes, through ``backend``.
 
@@ -97,29 +109,33 @@ def lower_to_backend(
         backend: what runs it.
         progress: told which region is compiled.
         mode: "reduce-overhead" runs what the backend made as one CUDA graph; None as it is.
+        kernels: see ``kernels_for``.
 
     Raises:
         BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device.
     """
     if mode == REDUCE_OVERHEAD:
         device = check_capturable(graph)
-        return RecordedLoop(_lower(graph, backend, progress), graph, CudaRecorder(device))
-    return _lower(graph, backend, progress)
+        return RecordedLoop(_lower(graph, backend, progress, kernels), graph, CudaRecorder(device))
+    return _lower(graph, backend, progress, kernels)
 
 
-def _lower(graph: LoopGraph, backend: Backend, progress: Progress) -> Callable[..., Sequence[object]]:
+def _lower(
+    graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline
+) -> Callable[..., Sequence[object]]:
     if backend == EAGER:
         return graph.module()
     if backend == INDUCTOR:
-        return _compile_regions(graph.copy(), progress)
+        return _compile_regions(graph.copy(), progress, kernels)
     compiled: Callable[..., Sequence[object]] = torch.compile(
         graph.module(), backend=backend, fullgraph=True, dynamic=False
     )
     return compiled
 
 
-def _compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
+def _compile_regions(graph: LoopGraph, progress: Progress, kernels: Pipeline) -> fx.GraphModule:
     """Compile each distinct region with Inductor; return the loop that calls them."""
+    kernels.run(graph)
     REGIONS.run(graph)
     bodies = {name: body for name, body in graph.root.named_children() if isinstance(body, fx.GraphModule)}
     with _kernels_compiled_together(_runs_on_cpu(graph)):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from l2c_compile.backend import INDUCTOR, Backend, check_backend, lower_to_backend, passes_for, silent
+from l2c_compile.backend import INDUCTOR, Backend, check_backend, kernels_for, lower_to_backend, passes_for, silent
 from l2c_compile.dynamo_graph import loop_graph_of
 from l2c_compile.errors import L2CError, ScheduleError, nearest
 from l2c_compile.importers import load_schedule_file
@@ -59,13 +59,14 @@ def l2c(
     backend: Backend = given.get("backend", INDUCTOR)
     check_backend(backend)
     passes = passes_for(backend, given.get("numerics"), given.get("without", ()), given.get("caches"))
+    kernels = kernels_for(given.get("numerics"), given.get("without", ()))
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
     # What is folded and compiled here has nothing to do with Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
         passes.run(loop.graph)
-        run = lower_to_backend(loop.graph, backend, silent)
+        run = lower_to_backend(loop.graph, backend, silent, kernels=kernels)
     positions = loop.positions
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ __all__ = [
     "BITWISE",
     "CACHE_FORMATS",
     "EVALUATION",
+    "KERNELS",
     "LOOP",
     "MIXED",
     "OBSERVED",
@@ -114,11 +115,11 @@ LOOP = Pipeline(
 )
 """Runs on the loop graph."""
 
+KERNELS = Pipeline((PackWeights(),), assumes=frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES}))
+"""Runs on a copy of the finished loop graph, before ``REGIONS``: what suits the processor and nobody else."""
+
 REGIONS = Pipeline(
-    (
-        PackWeights(),  # first: what multiplies with weights is still to be seen
-        OutlineRegions(),  # last of all: nothing looks into a region any more
-    ),
+    (OutlineRegions(),),  # last of all: nothing looks into a region any more
     assumes=frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES}),
 )
 """Runs on a copy of the finished loop graph, for backends that compile region by region."""

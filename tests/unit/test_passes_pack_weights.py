@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from l2c_compile import CacheSchedule
+from l2c_compile import CacheSchedule, l2c_compile
+from l2c_compile.backend import kernels_for
 from l2c_compile.graph import LoopGraph
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
 from l2c_compile.passes.base import PassReport
 from l2c_compile.passes.pack_weights import PackWeights
-from l2c_compile.passes.pipeline import LOOP, REGIONS
+from l2c_compile.passes.pipeline import KERNELS, LOOP, REGIONS
 from tests.tiny import draw, run, tiny_dit, unrolled
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="this build of torch has no oneDNN")
@@ -70,7 +71,19 @@ def test_weights_that_cannot_be_packed_are_left_alone() -> None:
 def test_regions_with_packed_weights_equal_the_packed_graph() -> None:
     flat, _, _ = packed()
     graph = flat.copy()
+    PackWeights(1).run(graph)
     REGIONS.run(graph)
     alone = flat.copy()
-    PackWeights().run(alone)
+    PackWeights(1).run(alone)
     assert torch.equal(run(graph, *INPUTS)[0], run(alone, *INPUTS)[0])
+
+
+def test_it_can_be_left_out() -> None:
+    assert kernels_for(None, ()) == KERNELS
+    assert not kernels_for("bitwise", ()).passes
+    assert not kernels_for(None, ["pack-weights"]).passes
+    model = tiny_dit()
+    for without, expected in (((), True), (("pack-weights", "plan-memory"), False)):
+        sampler = l2c_compile(model, CacheSchedule.from_table(ROWS), loop, backend="inductor", without=without)
+        assert bool(sampler.kernels.passes) == expected
+        assert ("plan-memory" in [each.name for each in sampler.passes.passes]) == expected
