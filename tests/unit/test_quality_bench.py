@@ -73,6 +73,12 @@ def test_others_have_at_least_the_work_of_the_router(tmp_path: Path, digits: tup
     assert [each.loop.num_evaluations for each in plan if each.method == "fewer steps"] == [4, 3]
 
 
+def test_methods_may_be_left_out(digits: tuple[NamedModel, Profile]) -> None:
+    plan, absent = contenders(*digits, options(without=["random", "SmoothCache by site"]))
+    assert not {"random", "SmoothCache by site"} & {each.method for each in plan}
+    assert absent == [f"l2c-{STEPS}-70.safetensors", f"rollout-{STEPS}-70.safetensors"]
+
+
 def test_a_router_of_another_loop_is_refused(tmp_path: Path, digits: tuple[NamedModel, Profile]) -> None:
     known, profile = digits
     router_path = tmp_path / f"l2c-{STEPS}-70.safetensors"
