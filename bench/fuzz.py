@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from bench.cases import BenchError
 from bench.report import Row
+from l2c_compile.errors import CaptureError
 from tests.programs.checking import Checker, Program, draw_programs
 from tests.programs.shrinking import minimise
 
@@ -55,6 +56,8 @@ class _Hunt:
                 continue
             if refused:
                 self.refused[refused.partition(":")[0]] += 1
+            if refused.startswith(CaptureError.__name__):
+                return  # all programs of this denoiser share its captures, and are refused in the same words
 
     @property
     def minutes(self) -> float:
