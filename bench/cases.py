@@ -52,13 +52,14 @@ CASES: dict[str, str] = {
     "kernels": "bench.kernels:run",
     "latency": "bench.latency:run",
     "memory": "bench.memory:run",
+    "mutations": "bench.mutations:run",
     "predict": "bench.predict:run",
     "removed-shares": "bench.removed_shares:run",
     "trace-time": "bench.trace_time:run",
 }
 
 
-ALWAYS_CHECKED = frozenset({"golden", "removed-shares"})
+ALWAYS_CHECKED = frozenset({"golden", "mutations", "removed-shares"})
 """Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
 
 
