@@ -55,6 +55,7 @@ CASES: dict[str, str] = {
     "latency": "bench.latency:run",
     "malformed-files": "bench.malformed_files:run",
     "memory": "bench.memory:run",
+    "mutations": "bench.mutations:run",
     "packed-caches": "bench.packed_caches:run",
     "predict": "bench.predict:run",
     "quality": "bench.quality:run",
@@ -64,7 +65,7 @@ CASES: dict[str, str] = {
 }
 
 
-ALWAYS_CHECKED = frozenset({"fuzz", "golden", "malformed-files", "removed-shares"})
+ALWAYS_CHECKED = frozenset({"fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
 """Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
 
 

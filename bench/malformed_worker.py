@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from bench.mutations import Malformed, malformed, valid_files
+from bench.file_mutations import Malformed, malformed, valid_files
 from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
 from l2c_compile.errors import L2CError
 from l2c_compile.router import Router

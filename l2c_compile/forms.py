@@ -5,7 +5,9 @@ Asks torch, on fake tensors, once for each operation and form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +83,8 @@ class Inference:
             args = [value for value, argument in zip(given, schema, strict=True) if not argument.kwarg_only]
             kwargs = {a.name: value for value, a in zip(given, schema, strict=True) if a.kwarg_only}
             try:
-                result = target(*args, **kwargs)
+                with _without_log():
+                    result = target(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
                 shown = ", ".join(str(argument) for argument in bound if isinstance(argument, Form))
                 raise VerificationError(f"{name_of(target)} does not take ({shown}): {error}") from error
@@ -91,6 +94,17 @@ class Inference:
         forms = tuple(Form.of(r) if isinstance(r, Tensor) else None for r in results)
         shares = storages.index(made) if made in storages else None
         return Inferred(forms if isinstance(result, (tuple, list)) else forms[0], shares)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep torch from logging a traceback of what is raised here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def bind(target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[object, ...]:

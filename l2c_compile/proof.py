@@ -359,7 +359,7 @@ class _Read:
         self.values: dict[Node, Any] = {}
         """A value; a tuple of them for the call of a region."""
         self.made: list[tuple[Node, Value]] = []
-        """Every operation in order, those inside regions included."""
+        """Every operation in order, those inside regions included and those that only pass on an argument left out."""
         self.draws: list[Value] = []
         self.folded: dict[str, Value] = {}
         for each in graph.folded:
@@ -409,8 +409,18 @@ class _Read:
             self.draws.append(self.table.draw(len(self.draws), cast(OpOverload, node.target), args, kwargs))
             return self.draws[-1]
         value = self.table.call(node.target, args, kwargs)
-        self.made.append((node, value))
+        # A mark, a held value, a copy: what only passes its argument on computes nothing.
+        if not any(operand is value for operand in _values_in(args)):
+            self.made.append((node, value))
         return value
+
+
+def _values_in(arguments: Iterable[object]) -> Iterator[Value]:
+    for argument in arguments:
+        if isinstance(argument, Value):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _values_in(argument)
 
 
 def _needed(results: Iterable[object]) -> set[Value]:
@@ -536,8 +546,8 @@ class _Comparison:
         evaluation, module = value.place
         if isinstance(value.target, str) and value.target != "sum":
             return str(value)
-        where = "the loop" if evaluation is None else f"'{module}' of evaluation {evaluation}"
-        return f"a {value} in {where}"
+        inside = f" in '{module}'" if module else ""
+        return f"a {value}{inside} of {'the loop' if evaluation is None else f'evaluation {evaluation}'}"
 
     def _sites(self) -> Iterator[Finding]:
         for node, value in self.read.values.items():

@@ -75,7 +75,7 @@ class Value:
     def __str__(self) -> str:
         if not isinstance(self.target, str):
             return name_of(self.target)
-        return f"{self.target} {self.arguments[0]}" if self.arguments else self.target
+        return _SUM if self.target == _SUM else f"{self.target} {self.arguments[0]}"
 
 
 _SUM = "sum"

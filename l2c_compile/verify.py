@@ -10,6 +10,7 @@ import enum
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 from torch.fx.node import Node
 
 from l2c_compile.errors import VerificationError
@@ -59,10 +60,17 @@ def _check_form(program: ProgramGraph) -> None:
             raise _violation("graphs are functional ATen", node, f"is a {node.op}")
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise _violation("graphs are functional ATen", node, f"{node.target} writes into an argument")
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            if not hasattr(program.root.get_submodule(owner), name):
-                raise _violation("weights are attributes of the root", node, f"the root has no '{node.target}'")
+        if node.op == "get_attr" and not _has(program.root, str(node.target)):
+            raise _violation("weights are attributes of the root", node, f"the root has no '{node.target}'")
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    owner: object = root
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            return False
+        owner = getattr(owner, name)
+    return True
 
 
 def _sites_marked(program: ProgramGraph) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import bench.malformed_files as bench_module
 from bench.malformed_files import ALLOWED, outcomes
-from bench.mutations import KINDS
+from bench.file_mutations import KINDS
 from l2c_compile import CacheSchedule, load, load_schedule_file
 from l2c_compile.errors import FileFormatError, ScheduleError
 from l2c_compile.router import Router

@@ -54,6 +54,12 @@ def a_missing_weight(graph: LoopGraph) -> str:
     return node.name
 
 
+def a_missing_module(graph: LoopGraph) -> str:
+    node: fx.Node = graph.graph.find_nodes(op="get_attr")[0]
+    node.target = "denoiser.gone.weight"
+    return node.name
+
+
 def a_site_marked_twice(graph: LoopGraph) -> str:
     mark = site_marks(graph.graph)[0]
     with graph.graph.inserting_after(mark.node):
@@ -100,6 +106,7 @@ def a_site_left(graph: LoopGraph) -> str:
         (an_in_place_op, None, r"graphs are functional ATen, .*aten\.tanh_\.default writes into an argument"),
         (a_module_call, None, "graphs are functional ATen, .*is a call_module"),
         (a_missing_weight, None, "the root has no 'denoiser.gone'"),
+        (a_missing_module, None, "the root has no 'denoiser.gone.weight'"),
         (a_site_marked_twice, Fact.SITES_MARKED, r"\('a', 0, 0\) is marked twice"),
         (a_site_unmarked, Fact.SITES_MARKED, "site 'a' is not marked in evaluation 1"),
         (a_site_read_nowhere, Fact.READS_CACHE, "of evaluation 1 is still used by"),
