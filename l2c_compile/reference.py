@@ -164,8 +164,16 @@ def _copy(value: object) -> object:
 
 def _copy_of(tensor: Tensor) -> Tensor:
     # Whoever gets the original may write into it. clone() would close the gaps of a view, and torch may round
-    # differently where elements lie side by side.
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    # differently where elements lie side by side. What an expanded dimension repeats is copied once.
+    once = tensor
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            once = once.narrow(dim, 0, 1)
+    return (
+        torch.empty_strided(once.shape, once.stride(), dtype=tensor.dtype, device=tensor.device)
+        .copy_(once)
+        .expand(tensor.shape)
+    )
 
 
 def _delete(module: nn.Module, name: str, original: object) -> None:

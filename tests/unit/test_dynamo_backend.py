@@ -146,7 +146,7 @@ def test_reuse_removes_the_work(dit: DiT, monkeypatch: pytest.MonkeyPatch) -> No
 
     graphs = []
 
-    def keep(graph: Any, *rest: object) -> Any:  # noqa: ANN401
+    def keep(graph: Any, *rest: object, **options: object) -> Any:  # noqa: ANN401
         graphs.append(graph)
         return graph.module()
 

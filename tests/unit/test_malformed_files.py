@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import bench.malformed_files as bench_module
-from bench.malformed_files import ALLOWED, outcomes
 from bench.file_mutations import KINDS
+from bench.malformed_files import ALLOWED, outcomes
 from l2c_compile import CacheSchedule, load, load_schedule_file
 from l2c_compile.errors import FileFormatError, ScheduleError
 from l2c_compile.router import Router

@@ -15,7 +15,7 @@ MAX_PICTURE_BYTES = 200_000
 def test_the_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 7
     names: dict[str, object] = {"__name__": "readme"}
     for number, example in enumerate(examples, start=1):
         exec(compile(example, f"README.md example {number}", "exec"), names)

@@ -545,8 +545,10 @@ class TestHostileFiles:
     )
     def test_a_hostile_line_is_refused(self, saved: Path, tmp_path: Path, line: object, message: str) -> None:
         def insert(graph: bytes) -> bytes:
-            lines = graph.splitlines(keepends=True)
-            return b"".join([*lines[:-1], json.dumps(line).encode() + b"\n", lines[-1]])
+            # The line's result is returned as well: what nobody uses is refused for that alone.
+            *lines, last = map(json.loads, graph.splitlines())
+            last["output"].append(f"%{len(lines)}")
+            return b"".join(json.dumps(each).encode() + b"\n" for each in (*lines, line, last))
 
         refused(rewritten(saved, tmp_path / "x.pt2", {GRAPH: insert}), message)
 
@@ -579,12 +581,13 @@ class TestHostileFiles:
 
     def test_pieces_without_end_are_refused(self, saved: Path, tmp_path: Path) -> None:
         def insert(graph: bytes) -> bytes:
-            lines = graph.splitlines(keepends=True)
+            *lines, last = map(json.loads, graph.splitlines())
             bomb = [
                 {"op": "aten::zeros", "args": [[2**40]]},
-                {"op": "aten::unbind.int", "args": [f"%{len(lines) - 1}"]},
+                {"op": "aten::unbind.int", "args": [f"%{len(lines)}"]},
             ]
-            return b"".join([*lines[:-1], *(json.dumps(line).encode() + b"\n" for line in bomb), lines[-1]])
+            last["output"].append(f"%{len(lines) + 1}")
+            return b"".join(json.dumps(each).encode() + b"\n" for each in (*lines, *bomb, last))
 
         refused(rewritten(saved, tmp_path / "x.pt2", {GRAPH: insert}), "pieces")
 
