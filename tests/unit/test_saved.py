@@ -145,6 +145,14 @@ def rewritten(
     return target
 
 
+def before_the_output(graph: bytes, more: list[object]) -> bytes:
+    """Insert lines into a graph, the last of which the result then uses, so that none is dead."""
+    lines = graph.splitlines()
+    output = json.loads(lines[-1])
+    output["output"].append(f"%{len(lines) + len(more) - 2}")
+    return b"".join(line + b"\n" for line in [*lines[:-1], *(json.dumps(each).encode() for each in [*more, output])])
+
+
 def refused(path: Path, match: str | None = None) -> None:
     start = time.process_time()
     with pytest.raises(FileFormatError, match=match):
@@ -545,8 +553,7 @@ class TestHostileFiles:
     )
     def test_a_hostile_line_is_refused(self, saved: Path, tmp_path: Path, line: object, message: str) -> None:
         def insert(graph: bytes) -> bytes:
-            lines = graph.splitlines(keepends=True)
-            return b"".join([*lines[:-1], json.dumps(line).encode() + b"\n", lines[-1]])
+            return before_the_output(graph, [line])
 
         refused(rewritten(saved, tmp_path / "x.pt2", {GRAPH: insert}), message)
 
@@ -584,7 +591,7 @@ class TestHostileFiles:
                 {"op": "aten::zeros", "args": [[2**40]]},
                 {"op": "aten::unbind.int", "args": [f"%{len(lines) - 1}"]},
             ]
-            return b"".join([*lines[:-1], *(json.dumps(line).encode() + b"\n" for line in bomb), lines[-1]])
+            return before_the_output(graph, bomb)
 
         refused(rewritten(saved, tmp_path / "x.pt2", {GRAPH: insert}), "pieces")
 
