@@ -185,6 +185,11 @@ class Program:
         is_flat = isinstance(self.run, fx.GraphModule) and num_regions(self.run) == 0
         return self.run if is_flat else self.graph.module()  # type: ignore[return-value]
 
+    @cached_property
+    def module_to_trace(self) -> fx.GraphModule:
+        """The graph as a module for torch.compile; made when it is first asked for."""
+        return self.graph.module_to_trace()
+
 
 class CompiledSampler(nn.Module):
     """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.
@@ -254,7 +259,7 @@ class CompiledSampler(nn.Module):
             # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
             program = self._captured(_form_of(noise, conditions))
             with torch.no_grad():
-                leaves = program.module(*tensors_in((noise, conditions)))
+                leaves = program.module_to_trace(*tensors_in((noise, conditions)))
         else:
             program = self.capture(noise, **conditions)
             with weights_in_use(), torch.no_grad():
@@ -444,7 +449,7 @@ class CompiledSampler(nn.Module):
         self._known = [program for program in self._known if program.weights == weights]
         for program in self._known:
             _check_fresh(program)
-            _ = program.module  # made here: Dynamo could not trace how
+            _ = program.module_to_trace  # made here: Dynamo could not trace how
 
     def _weights(self) -> object:
         names: dict[nn.Parameter, list[str]] = {}

@@ -128,7 +128,7 @@ def _lower(
     if backend == INDUCTOR:
         return _compile_regions(graph.copy(), progress, kernels)
     compiled: Callable[..., Sequence[object]] = torch.compile(
-        graph.module(), backend=backend, fullgraph=True, dynamic=False
+        graph.module_to_trace(), backend=backend, fullgraph=True, dynamic=False
     )
     return compiled
 

@@ -224,6 +224,17 @@ class LoopGraph(ProgramGraph):
             root.register_buffer(name, tensor, persistent=False)
         return replace(self, graph=_copy_of(self.graph), root=root, folded=list(self.folded))
 
+    def module_to_trace(self) -> fx.GraphModule:
+        """Return the graph as a module for who traces it again, as torch.compile does.
+
+        Torch may choose another attention kernel then, which returns other strides, so no view may insist on those of
+        the capture.
+        """
+        copy = self.copy()
+        for node in copy.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
+        return copy.module()
+
     def new_region(self, body: fx.GraphModule) -> str:
         """Store the body of a region as a submodule of the root and return its name."""
         name = f"region_{sum(name.startswith('region_') for name in self.root._modules)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -112,7 +113,12 @@ def draw_schedule(
             if _is_valid(num_evaluations, columns, candidate):
                 reuses = candidate
     return [
-        {"evaluation": e, "site": str(site), "sources": list(reuse.sources), "rule": reuse.rule.to_dict()}
+        {
+            "evaluation": e,
+            "site": str(site),
+            "sources": list(reuse.sources),
+            "rule": json.loads(json.dumps(reuse.rule.to_dict())),
+        }
         for (e, site), reuse in reuses.items()
     ]
 
