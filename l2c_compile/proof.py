@@ -67,7 +67,7 @@ from l2c_compile.trace import LoopSkeleton
 from l2c_compile.values import Value, ValueTable
 from l2c_compile.verify import Fact, check
 
-__all__ = ["FINISHED", "Finding", "Proof", "prove"]
+__all__ = ["FINISHED", "Finding", "Proof", "examine", "prove"]
 
 aten = torch.ops.aten
 
@@ -194,6 +194,15 @@ def prove(
     )
 
 
+def examine(graph: LoopGraph, facts: Collection[Fact] = FINISHED) -> tuple[Finding, ...]:
+    """Return what is wrong with a graph whatever it should compute: its form, notes, constants and memory plan."""
+    findings = list(_form_findings(graph, list(graph.graph.nodes), facts))
+    if not findings:
+        forms = _NodeForms(graph)
+        findings += [*_constant_findings(graph), *forms.findings(), *_memory_findings(forms, plan_memory(graph))]
+    return tuple(findings)
+
+
 # What the loop means.
 
 _Key = tuple[int, str, int]
@@ -241,10 +250,10 @@ class _Expected:
         self.computed: dict[_Key, Value] = {}
         self.reads: dict[_Key, Value] = {}
         self.names: dict[Value, str] = {}
-        self.made: Counter[Value] = Counter()
-        """How often the loop without sharing computes an expression."""
         self.draws: list[Value] = []
         self.results: list[object] = self._run(skeleton)
+        self.made = Counter(table.times_made)
+        """How often the loop, in which nothing is shared, computes an expression."""
         self.met = dict.fromkeys((*self.made, *self.names, *_needed(self.results)))
         """Every expression of the loop, those of skipped sites included."""
 
@@ -295,9 +304,7 @@ class _Expected:
         if draws_random_numbers(node):
             self.draws.append(self.table.draw(len(self.draws), cast(OpOverload, node.target), args, kwargs))
             return self.draws[-1]
-        value = self.table.call(node.target, args, kwargs)
-        self.made[value] += 1
-        return value
+        return self.table.call(node.target, args, kwargs)
 
     def _site(self, evaluation: int, mark: SiteMark, own: Value) -> Value:
         """Return what the denoiser goes on with at a site."""

@@ -28,6 +28,7 @@ import json
 import math
 import operator
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -104,6 +105,8 @@ class ValueTable:
         """Whether equal means bit for bit; otherwise, up to rounding."""
         self.place: Place = (None, "")
         """Noted on values that are new."""
+        self.times_made: Counter[Value] = Counter()
+        """How often each operation was asked for."""
         self._known: dict[object, Value] = {}
         self._boxed: dict[Value, int] = {}
         self._inference = Inference()
@@ -138,7 +141,9 @@ class ValueTable:
         source = bound[0] if bound and isinstance(bound[0], Value) else None
         if source is not None and self._is_identity(target, bound, source, raw):
             return source
-        return self._rewritten(target, bound, raw)
+        value = self._rewritten(target, bound, raw)
+        self.times_made[value] += 1
+        return value
 
     def apply_rule(self, rule: Rule, history: Iterable[Value], inputs: Iterable[Value], current: Value | None) -> Value:
         """Return what a rule makes of values: its own ``combine`` is run on them."""
