@@ -393,8 +393,9 @@ class Learner:
             raise ScheduleError(
                 f"{os.fspath(path)} was made with another {', '.join(names)}; choose another file, or the same settings"
             )
-        if type(done) is not int:
-            raise FileFormatError(f"{os.fspath(path)} does not say how many rounds it has seen")
+        needed = {"penalty", "steepness", "work.total", "work.own", "prices.own", *(f"logits.{e}" for e in self.logits)}
+        if type(done) is not int or not needed <= tensors.keys():
+            raise FileFormatError(f"{os.fspath(path)} is no checkpoint of learning a router: parts of it are missing")
         self.round, self.penalty, self.steepness_ES = done, float(tensors["penalty"]), tensors["steepness"]
         self._work.total, self._work.own_ES = float(tensors["work.total"]), tensors["work.own"]
         self._prices.own_ES = tensors["prices.own"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -429,3 +430,14 @@ def test_a_budget_of_time_is_resumed_with_the_times_it_began_with(tmp_path: Path
     changes: dict[str, Any] = {"budget": 0.95, "budget_in": "time", "price_by": "time"}
     whole = learned(path, rounds=2, **changes)
     assert learned(path, rounds=2, **changes) == whole
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    learned(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "logits.3"}  # noqa: SIM118
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    with pytest.raises(FileFormatError, match="parts of it are missing"):
+        learned(path)
