@@ -45,7 +45,7 @@ from l2c_compile.schedule import CacheSchedule
 from l2c_compile.summary import Summary, summarize
 from l2c_compile.trace import Loop, LoopSkeleton, trace_loop
 from l2c_compile.unroll import unroll
-from l2c_compile.weights_lock import one_capture, weights_in_use
+from l2c_compile.weights_lock import one_capture, weights_in_use, weights_swapped
 
 __all__ = ["CompiledSampler", "Program", "build_loop_graph", "l2c_compile", "trace_and_capture"]
 
@@ -151,7 +151,9 @@ def trace_and_capture(
         return evaluations[signature]
 
     say("trace the loop")
-    skeleton = trace_loop(loop, denoiser, noise, conditions, capture_call)
+    # Torch's flag that somebody traces is one for all threads: code that torch.compile made would refuse to run.
+    with weights_swapped():
+        skeleton = trace_loop(loop, denoiser, noise, conditions, capture_call)
     _check_num_evaluations(schedule, len(skeleton.calls))
     return skeleton
 

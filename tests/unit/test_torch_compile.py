@@ -57,6 +57,7 @@ def toy_inputs(batch: int = 2) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.pgo.reset_code_state()  # else floats of other tests make those of this one dynamic
     yield
     # reset() trips over what is collected while it runs.
     gc.collect()
