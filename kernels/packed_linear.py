@@ -1,10 +1,12 @@
 """packed_linear: a linear layer on a CPU that keeps its weight a second time, in the order oneDNN multiplies it in.
 
-    y = x W^T + b        x (..., K), weight (N, K), bias (N,) or None -> y (..., N)
+    y = act(x W^T + b)        x (..., K), weight (N, K), bias (N,) or None -> y (..., N)
 
 A sampler multiplies with the same weights in every evaluation, so they are worth arranging once. MKL, which
 ``aten::linear`` calls for float32, arranges them in every call, and on processors that are not Intel's takes its slow
 paths besides: 50 to 93 GFLOP/s against 220 for DiT shapes on one core of an AMD EPYC.
+
+``act`` is applied to each tile while it is in the cache: 1.3 ms in place of 2.4 for the first half of a digits MLP.
 
 The copy is made at the first call, and anew when the weight was written to, by its version counter. It is as large as
 the weight and goes when the weight goes. Sums are float32 in both, in another order: ROUNDING.
@@ -13,6 +15,8 @@ the weight and goes when the weight goes. Sums are float32 in both, in another o
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +24,27 @@ from torch import Tensor
 
 from l2c_compile.errors import KernelError
 
-__all__ = ["can_pack", "packed_linear", "packed_linear_op"]
+__all__ = ["ACTIVATIONS", "Activation", "can_pack", "packed_linear", "packed_linear_op"]
+
+
+class Activation(NamedTuple):
+    """A function of one element that follows the product."""
+
+    plain: Callable[[Tensor], Tensor]
+    """What it computes."""
+    onednn: tuple[str, str]
+    """What oneDNN calls it: its name, and which formula."""
+
+
+functional = torch.nn.functional
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "none": Activation(lambda x: x, ("none", "")),
+    "gelu": Activation(functional.gelu, ("gelu", "none")),
+    "gelu_tanh": Activation(partial(functional.gelu, approximate="tanh"), ("gelu", "tanh")),
+    "relu": Activation(functional.relu, ("relu", "")),
+    "silu": Activation(functional.silu, ("swish", "")),
+}
 
 
 class _Copy(NamedTuple):
@@ -46,15 +70,16 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-torch.library.define("l2c::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("l2c::packed_linear", "(Tensor x, Tensor weight, Tensor? bias, str act='none') -> Tensor")
 
 
 @torch.library.impl("l2c::packed_linear", "CPU")
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``torch.nn.functional.linear(x, weight, bias)`` in the dtype of ``x``; without a gradient.
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") -> Tensor:
+    """Return ``act(torch.nn.functional.linear(x, weight, bias))`` in the dtype of ``x``; without a gradient.
 
     Raises:
-        KernelError: shapes or dtypes do not fit, weights of this dtype cannot be packed here, or a gradient is wanted.
+        KernelError: shapes or dtypes do not fit, weights of this dtype cannot be packed here, a gradient is wanted, or
+            there is no such activation.
     """
     num_rows = x.numel() // max(1, x.shape[-1])
     copy = _copies.get((id(weight), num_rows))
@@ -65,11 +90,12 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or copy.memory != weight.data_ptr()
         or torch.is_grad_enabled()
     ):
-        _check(x, weight, bias)
+        _check(x, weight, bias, act)
         if not num_rows or weight.is_inference():  # nothing to do, or nobody counts what is written to the weight
-            return torch.nn.functional.linear(x, weight, bias)
+            return ACTIVATIONS[act].plain(functional.linear(x, weight, bias))
         copy = _pack(weight, num_rows)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.packed, bias, "none", [], "")
+    name, formula = ACTIVATIONS[act].onednn
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.packed, bias, name, [], formula)
     return result
 
 
@@ -96,12 +122,14 @@ def _forget(key: tuple[int, int]) -> None:
 
 
 @torch.library.register_fake("l2c::packed_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") -> Tensor:
+    _check(x, weight, bias, act)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise KernelError(f"packed_linear knows the activations {', '.join(ACTIVATIONS)}, got {act!r}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         raise KernelError("packed_linear has no gradient: samplers run without; train with the denoiser itself")
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:

@@ -36,7 +36,7 @@ from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
-from l2c_compile.passes.pipeline import BITWISE, EVALUATION, KERNELS, SKELETON
+from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
 from l2c_compile.prediction import Prediction, predict
 from l2c_compile.proof import prove
 from l2c_compile.router import Router, schedule_of
@@ -74,8 +74,8 @@ def l2c_compile(
         loop: ``loop(denoiser, noise, **conditions) -> latent``; None takes the loop that the router was made for.
         backend: what runs the graph: "eager", "aot_eager", "inductor" or any other that ``torch.compile`` takes.
         numerics: "bitwise" runs only the passes that change no bit in eager mode; "rounding" also those that compute
-            the same formula in another order. None takes "bitwise" for backend "eager", "rounding" for all others: they
-            round in their own way anyway.
+            the same formula in another order, and faster kernels for linear layers on CPUs. None takes "bitwise" for
+            backend "eager", "rounding" for all others: they round in their own way anyway.
         without: names of passes to leave out, as ``passes/pipeline.py`` lists them.
         threshold: scores above it are computed; None takes the router's own. Only for a ``Router``.
         caches: "int8" or "fp8" keeps values for later evaluations in one byte an element, with a scale for each token:
@@ -104,8 +104,8 @@ def l2c_compile(
     check_mode(mode)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    passes, kernels = passes_for(backend, numerics, without, caches), kernels_for(numerics, without)
-    return CompiledSampler(model, schedule, loop, backend, passes, progress, mode, kernels)
+    passes, kernels = passes_for(backend, numerics, without, caches), kernels_for(backend, numerics, without)
+    return CompiledSampler(model, schedule, loop, backend, passes, kernels, progress, mode)
 
 
 def build_loop_graph(
@@ -216,9 +216,9 @@ class CompiledSampler(nn.Module):
         loop: Loop,
         backend: Backend,
         passes: Pipeline,
+        kernels: Pipeline,
         progress: Progress | None = None,
         mode: str | None = None,
-        kernels: Pipeline = KERNELS,
     ) -> None:
         super().__init__()
         self.model = model
@@ -421,7 +421,7 @@ class CompiledSampler(nn.Module):
             graph, passes = build_loop_graph(
                 self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
             )
-        run = lower_to_backend(graph, self.backend, self._progress or silent, self.mode, self.kernels)
+        run = lower_to_backend(graph, self.backend, self._progress or silent, self.kernels, self.mode)
         return Program(graph, passes, run, inputs, self._weights(), _weight_versions(graph))
 
     def _form(self, inputs: CallSignature) -> object:

@@ -73,20 +73,27 @@ def passes_for(backend: Backend, numerics: str | None, without: Collection[str],
     Raises:
         ValueError: no such numerics, format of caches or pass, or a pass that another one needs.
     """
-    words = {each.name.lower(): each for each in Numerics if each is not Numerics.APPROXIMATE}
-    if numerics is not None and numerics not in words:
-        raise ValueError(f"numerics wants one of {', '.join(words)}, got {numerics!r}")
     if caches is not None and caches not in CACHE_FORMATS:
         raise ValueError(f"caches wants one of {', '.join(CACHE_FORMATS)} or None, got {caches!r}")
-    passes = LOOP.within(words[numerics or ("bitwise" if backend == EAGER else "rounding")])
+    passes = LOOP.within(_allowed(backend, numerics))
     mine = [name for name in without if name not in _names(KERNELS)]
     return (passes if caches is None else with_packed_caches(passes, caches)).without(mine)
 
 
-def kernels_for(numerics: str | None, without: Collection[str]) -> Pipeline:
-    """Return the passes that put kernels for the processor into what Inductor compiles; arguments as ``passes_for``."""
-    kernels = KERNELS.within(Numerics.BITWISE if numerics == "bitwise" else Numerics.ROUNDING)
+def kernels_for(backend: Backend, numerics: str | None, without: Collection[str]) -> Pipeline:
+    """Return the passes that put kernels for the processor into the graph; arguments and errors as ``passes_for``.
+
+    "eager" and "inductor" take them; what other backends do with a custom op is not ours to guess.
+    """
+    kernels = KERNELS.within(_allowed(backend, numerics)) if backend in (EAGER, INDUCTOR) else Pipeline(())
     return kernels.without([name for name in without if name in _names(kernels)])
+
+
+def _allowed(backend: Backend, numerics: str | None) -> Numerics:
+    words = {each.name.lower(): each for each in Numerics if each is not Numerics.APPROXIMATE}
+    if numerics is not None and numerics not in words:
+        raise ValueError(f"numerics wants one of {', '.join(words)}, got {numerics!r}")
+    return words[numerics or ("bitwise" if backend == EAGER else "rounding")]
 
 
 def _names(passes: Pipeline) -> list[str]:
@@ -100,7 +107,7 @@ def check_mode(mode: str | None) -> None:
 
 
 def lower_to_backend(
-    graph: LoopGraph, backend: Backend, progress: Progress, mode: str | None = None, kernels: Pipeline = KERNELS
+    graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline, mode: str | None = None
 ) -> Callable[..., Sequence[object]]:
     """Return a callable that computes what ``graph`` computes, through ``backend``.
 
@@ -108,8 +115,8 @@ def lower_to_backend(
         graph: the finished loop graph; it is not changed.
         backend: what runs it.
         progress: told which region is compiled.
-        mode: "reduce-overhead" runs what the backend made as one CUDA graph; None as it is.
         kernels: see ``kernels_for``.
+        mode: "reduce-overhead" runs what the backend made as one CUDA graph; None as it is.
 
     Raises:
         BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device.
@@ -124,18 +131,24 @@ def _lower(
     graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline
 ) -> Callable[..., Sequence[object]]:
     if backend == EAGER:
-        return graph.module()
+        return _with_kernels(graph, kernels).module()
     if backend == INDUCTOR:
-        return _compile_regions(graph.copy(), progress, kernels)
+        return _compile_regions(_with_kernels(graph, kernels), progress)
     compiled: Callable[..., Sequence[object]] = torch.compile(
         graph.module_to_trace(), backend=backend, fullgraph=True, dynamic=False
     )
     return compiled
 
 
-def _compile_regions(graph: LoopGraph, progress: Progress, kernels: Pipeline) -> fx.GraphModule:
-    """Compile each distinct region with Inductor; return the loop that calls them."""
-    kernels.run(graph)
+def _with_kernels(graph: LoopGraph, kernels: Pipeline) -> LoopGraph:
+    """Return a copy: what is shown, saved and proven is the graph without the kernels of one machine."""
+    copy = graph.copy()
+    kernels.run(copy)
+    return copy
+
+
+def _compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
+    """Compile each distinct region of a graph of one's own with Inductor; return the loop that calls them."""
     REGIONS.run(graph)
     bodies = {name: body for name, body in graph.root.named_children() if isinstance(body, fx.GraphModule)}
     with _kernels_compiled_together(_runs_on_cpu(graph)):

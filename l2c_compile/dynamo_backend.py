@@ -59,14 +59,14 @@ def l2c(
     backend: Backend = given.get("backend", INDUCTOR)
     check_backend(backend)
     passes = passes_for(backend, given.get("numerics"), given.get("without", ()), given.get("caches"))
-    kernels = kernels_for(given.get("numerics"), given.get("without", ()))
+    kernels = kernels_for(backend, given.get("numerics"), given.get("without", ()))
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
     # What is folded and compiled here has nothing to do with Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
         passes.run(loop.graph)
-        run = lower_to_backend(loop.graph, backend, silent, kernels=kernels)
+        run = lower_to_backend(loop.graph, backend, silent, kernels)
     positions = loop.positions
 
     @torch.no_grad()

@@ -37,7 +37,16 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from l2c_compile.archive import Archive
-from l2c_compile.backend import EAGER, Backend, Progress, check_backend, check_mode, lower_to_backend, silent
+from l2c_compile.backend import (
+    EAGER,
+    Backend,
+    Progress,
+    check_backend,
+    check_mode,
+    kernels_for,
+    lower_to_backend,
+    silent,
+)
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec
 from l2c_compile.errors import BackendError, FileFormatError, InputFormError, SaveError
 from l2c_compile.exported import compile_ahead_of_time, root_tensor, to_exported_program
@@ -207,7 +216,7 @@ def load(
     out_spec = _decode_result(manifest["result"], program.graph)
     graph = LoopGraph(program.graph, program.root, schedule, num_noise, [], out_spec)
     module = graph.module()
-    run = lower_to_backend(graph, backend, progress or silent, mode)
+    run = lower_to_backend(graph, backend, progress or silent, kernels_for(backend, None, ()), mode)
     return LoadedSampler(manifest, inputs, graph, module, run)
 
 

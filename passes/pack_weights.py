@@ -1,6 +1,7 @@
 """Multiply with weights that are arranged for the processor once, not in every call.
 
-    y = linear(x, W, b)   ->   y = packed_linear(x, W, b)
+    y = linear(x, W, b)         ->   y = packed_linear(x, W, b)
+    y = gelu(linear(x, W, b))   ->   y = packed_linear(x, W, b, "gelu")     where nothing else reads the product
 
 For CPUs, and for products with enough rows to be worth it: see ``kernels/packed_linear.py``.
 """
@@ -26,7 +27,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PackWeights(Pass):
-    """Let linear layers of the denoiser use packed weights."""
+    """Let linear layers of the denoiser use packed weights, and apply the activation that follows."""
 
     min_rows: int = 16
     """Below, reading the weight takes longer than multiplying with it, in whatever order it is."""
@@ -43,6 +44,7 @@ class PackWeights(Pass):
             if reason is None:
                 node.target = packed_linear_op
                 node.args = (*node.args, *([None] * (3 - len(node.args))))
+                _apply_activation(node)
                 report.rewrites += 1
             else:
                 report.left_alone[node.name] = reason
@@ -62,3 +64,24 @@ class PackWeights(Pass):
         if not node.meta["val"].is_contiguous():
             return "is read in another memory layout than the kernel writes"
         return None
+
+
+def _apply_activation(product: Node) -> None:
+    """Let a packed product do what its only reader does, if that is an activation."""
+    if len(product.users) != 1:
+        return
+    (reader,) = product.users
+    act = _activation_of(reader)
+    if act is not None:
+        product.args = (*product.args, act)
+        product.meta["val"] = reader.meta["val"]
+        reader.replace_all_uses_with(product)
+        reader.graph.erase_node(reader)
+
+
+def _activation_of(node: Node) -> str | None:
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    if node.target is aten.relu.default:
+        return "relu"
+    return "silu" if node.target is aten.silu.default else None

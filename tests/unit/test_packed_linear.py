@@ -7,10 +7,11 @@ import gc
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from l2c_compile.errors import KernelError
 from l2c_compile.kernels import packed_linear as module
-from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
+from l2c_compile.kernels.packed_linear import ACTIVATIONS, can_pack, packed_linear_op
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="this build of torch has no oneDNN")
 
@@ -43,6 +44,21 @@ def test_bfloat16_where_the_processor_has_it() -> None:
         pytest.skip("this processor has no bfloat16")
     x = torch.randn(4, 16).to(torch.bfloat16)
     assert close(packed_linear_op(x, layer.weight, layer.bias), x, layer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_an_activation_follows(act: str) -> None:
+    x, layer = 4.0 * torch.randn(32, 16), nn.Linear(16, 48)
+    result = packed_linear_op(x, layer.weight, layer.bias, act)
+    wanted = ACTIVATIONS[act].plain(functional.linear(x.double(), layer.weight.double(), layer.bias.double()))
+    # The product is off by at most 17 eps of about 30; slopes are at most 1.13, and each formula adds a few eps.
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-6, atol=17 * torch.finfo(x.dtype).eps * 30)
+    empty = packed_linear_op(x[:0], layer.weight, layer.bias, act)
+    assert empty.shape == (0, 48)
+    with torch.inference_mode():
+        weight = layer.weight.clone()
+        torch.testing.assert_close(packed_linear_op(x, weight, layer.bias, act), result, rtol=1e-6, atol=1e-4)
 
 
 @torch.no_grad()
@@ -99,6 +115,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (x, weight, torch.zeros(4)),
         (x, weight.double(), None),
         (x.double(), weight.double(), None),
+        (x, weight, None, "tanh"),
     ):
         with pytest.raises(KernelError):
             packed_linear_op(*arguments)
@@ -114,3 +131,4 @@ def test_opcheck() -> None:
     arguments = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
     torch.library.opcheck(packed_linear_op, arguments)
     torch.library.opcheck(packed_linear_op, (*arguments[:2], None))
+    torch.library.opcheck(packed_linear_op, (*arguments, "gelu_tanh"))

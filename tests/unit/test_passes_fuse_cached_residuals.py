@@ -416,7 +416,8 @@ def sampler_of(
         )
         loop, model = DDIM(steps=4), tiny_uvit()
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
-    return CompiledSampler(model, schedule, loop, backend, passes), draw(2, 4, 4, 4), {"y": torch.tensor([1, 2])}
+    sampler = CompiledSampler(model, schedule, loop, backend, passes, Pipeline(()))
+    return sampler, draw(2, 4, 4, 4), {"y": torch.tensor([1, 2])}
 
 
 @pytest.mark.parametrize("name", ["dit", "uvit"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, l2c_compile
 from l2c_compile.backend import kernels_for
@@ -12,7 +13,7 @@ from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
 from l2c_compile.passes.base import PassReport
 from l2c_compile.passes.pack_weights import PackWeights
 from l2c_compile.passes.pipeline import KERNELS, LOOP, REGIONS
-from tests.tiny import draw, run, tiny_dit, unrolled
+from tests.tiny import draw, run, steps, tiny_dit, unrolled
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="this build of torch has no oneDNN")
 
@@ -48,6 +49,42 @@ def test_products_with_weights_use_packed_ones() -> None:
     assert torch.allclose(after, before, rtol=0, atol=1024 * torch.finfo(before.dtype).eps * float(before.abs().max()))
 
 
+def test_an_activation_joins_its_product() -> None:
+    flat, graph, _ = packed()
+    computed = count(flat, aten.gelu.default)
+    # The MLPs of two blocks in three evaluations, one of them reused.
+    assert computed == 5
+    assert count(graph, aten.gelu.default) == 0
+    fused = [
+        node for node in graph.graph.find_nodes(op="call_function", target=packed_linear_op) if len(node.args) == 4
+    ]
+    assert [node.args[3] for node in fused] == ["gelu_tanh"] * computed
+
+
+@pytest.mark.parametrize(("function", "act"), [("gelu", "gelu"), ("relu", "relu"), ("silu", "silu"), ("tanh", None)])
+def test_which_activations_join(function: str, act: str | None) -> None:
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alone, self.shared = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            activation = getattr(nn.functional, function, None) or getattr(torch, function)
+            h: Tensor = self.shared(activation(self.alone(x)))
+            return h + activation(h)  # type: ignore[no-any-return]
+
+    flat = unrolled(Denoiser(), CacheSchedule.all_compute(2), steps(2), draw(3, 4))
+    LOOP.run(flat)
+    graph = flat.copy()
+    assert PackWeights(1).run(graph).rewrites == 4
+    graph.graph.lint()
+    products = graph.graph.find_nodes(op="call_function", target=packed_linear_op)
+    # What ``shared`` returns is read twice: before the activation, too.
+    assert [node.args[3:] for node in products] == [(act,) if act else (), ()] * 2
+    (before,), (after,) = run(flat, draw(3, 4)), run(graph, draw(3, 4))
+    torch.testing.assert_close(after, before)
+
+
 def test_projections_before_the_loop_and_products_of_few_rows_are_left_alone() -> None:
     flat, graph, report = packed()
     assert count(graph, aten.linear.default) == count(flat, aten.linear.default) - report.rewrites > 0
@@ -79,9 +116,13 @@ def test_regions_with_packed_weights_equal_the_packed_graph() -> None:
 
 
 def test_it_can_be_left_out() -> None:
-    assert kernels_for(None, ()) == KERNELS
-    assert not kernels_for("bitwise", ()).passes
-    assert not kernels_for(None, ["pack-weights"]).passes
+    for backend in ("eager", "inductor"):
+        assert kernels_for(backend, "rounding", ()) == KERNELS
+        assert not kernels_for(backend, "bitwise", ()).passes
+        assert not kernels_for(backend, "rounding", ["pack-weights"]).passes
+    assert kernels_for("inductor", None, ()) == KERNELS
+    assert not kernels_for("eager", None, ()).passes
+    assert not kernels_for("aot_eager", "rounding", ()).passes
     model = tiny_dit()
     for without, expected in (((), True), (("pack-weights", "plan-memory"), False)):
         sampler = l2c_compile(model, CacheSchedule.from_table(ROWS), loop, backend="inductor", without=without)
