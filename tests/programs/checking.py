@@ -311,8 +311,6 @@ def _judge(graph: LoopGraph, runs: Sequence[_Run], exact: bool, what: str) -> No
 _RELATIVE = 1e-9
 """Far above what another order of sums does in float64 (2e-16 an operation, and norms that magnify it by a thousand),
 far below what another formula does."""
-_RELATIVE_OF_FLOAT32 = 1e-3
-"""The same where a denoiser rounds to float32 in between: 6e-8, magnified as much, and a margin."""
 
 
 def _close(got: Sequence[object], wanted: Sequence[object]) -> bool:
