@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from l2c_compile.graph import infer, num_bytes
 
@@ -29,7 +29,7 @@ class MultiplyAdds:
         """Return the multiply-adds of one node."""
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return 0
-        if node.target.namespace != "aten" or node.target.is_view:
+        if node.target.namespace != "aten" or not _may_multiply(node.target):
             return 0
         key = (node.target, _form((node.args, node.kwargs)))
         if key not in self._known:
@@ -142,6 +142,15 @@ def _form_of_value(value: object, strides: bool) -> object:
     if not isinstance(value, Tensor):
         return type(value)
     return tuple(value.shape), value.dtype, value.stride() if strides else ()
+
+
+def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:
+    """Tell whether torch has a formula for an operator, or takes it apart into others that may have one."""
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(),  # type: ignore[no-untyped-call]
+        "CompositeImplicitAutograd",
+    )
+    return target.overloadpacket in flop_registry or composite
 
 
 def _count(node: Node) -> int:

@@ -35,7 +35,7 @@ from tests.tiny import own, same_bits
 __all__ = ["Checker", "Mismatch", "Outcome", "Program", "draw_programs", "evaluations_of"]
 
 _LOOPS_PER_DENOISER = 3
-_SCHEDULES_PER_LOOP = 8
+_SCHEDULES_PER_LOOP = 16
 
 _PASSES: dict[str, Pass] = {each.name: each for each in LOOP.passes}
 _CUT: tuple[str, ...] = ("read-reused-sites", "drop-dead", "lower-cache-reads", "drop-site-marks", "drop-dead")
