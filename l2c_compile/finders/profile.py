@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist, tensors_in
+from l2c_compile.cost import MultiplyAdds
 from l2c_compile.errors import FileFormatError, L2CError, ProfileError
 from l2c_compile.files import MAX_JSON_BYTES, frozen_json, parse_json, plain_json, write_atomically
 from l2c_compile.finders.work import Work, work_of
@@ -282,7 +283,7 @@ class _Probe:
         if signature not in self.forms:
             graph = capture(self.denoiser, signature, self.sites)
             _SIMPLIFY.run(graph)
-            work = work_of(graph)
+            work = work_of(graph, MultiplyAdds().of)
             ports = Counter(mark.site for mark in site_marks(graph.graph) if mark.port != INPUT_PORT)
             site_of_value = [site for site in self.sites for _ in range(ports[str(site)])]
             _OBSERVE.run(graph)

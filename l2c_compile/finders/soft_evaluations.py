@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist
 from l2c_compile.cost import MultiplyAdds, NodeTimes
 from l2c_compile.errors import LoopError, ScheduleError
-from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, SiteMark, site_marks
+from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, site_marks
 from l2c_compile.passes.pipeline import MIXED, OBSERVED
 from l2c_compile.schedule import CacheSchedule, covering_sites
 from l2c_compile.sites import Site, as_site
@@ -59,13 +59,6 @@ class Form:
         """Return the outputs in the dtypes that the denoiser has outside autocast."""
         wanted = [leaf for leaf in self.captured.out_leaves if isinstance(leaf, Tensor)]
         return [output.to(leaf.dtype) for output, leaf in zip(outputs, wanted, strict=True)]
-
-    def costs(self, price: Callable[[fx.Node], float], sites: Sequence[Site]) -> tuple[float, list[float]]:
-        """Return the price of the whole graph, and of what runs only for each site."""
-        graph = self.captured.graph
-        prices = {node: 0.0 if node.target is SITE else price(node) for node in graph.nodes}
-        total = sum(prices[node] for node in _alive(graph, None))
-        return total, [total - sum(prices[node] for node in _alive(graph, str(site))) for site in sites]
 
 
 OnEvaluation = Callable[[int, Form, list[Tensor]], list[Tensor]]
@@ -164,20 +157,3 @@ def price_in(unit: str, device: torch.device, forms: Sequence[Form]) -> Callable
     times = NodeTimes(device)
     times.measure(node for form in forms for node in form.captured.graph.nodes if node.target is not SITE)
     return times.of
-
-
-def _alive(graph: fx.Graph, cut: str | None) -> set[fx.Node]:
-    """Return the nodes that the outputs need when the values of one site come from a cache."""
-    cut_marks: dict[fx.Node, SiteMark] = {m.node: m for m in site_marks(graph) if m.site == cut}
-    inputs = [mark.node for mark in cut_marks.values() if mark.port == INPUT_PORT]
-    alive: set[fx.Node] = set()
-    waiting: list[fx.Node] = [graph.output_node()]
-    while waiting:
-        node = waiting.pop()
-        if node in alive:
-            continue
-        alive.add(node)
-        is_cut = node in cut_marks and cut_marks[node].port != INPUT_PORT
-        # A cached change is added to the input of the site, which stays alive.
-        waiting.extend(inputs if is_cut else node.all_input_nodes)
-    return alive

@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_map
 from l2c_compile.errors import FileFormatError, ScheduleError
 from l2c_compile.files import parse_json, write_atomically
 from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser, price_in
+from l2c_compile.finders.work import work_of
 from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.router import Router
+from l2c_compile.sites import Site
 from l2c_compile.trace import Loop
 
 if TYPE_CHECKING:
@@ -174,9 +176,10 @@ class Costs:
             self.own_ES = torch.ones(len(forms), S, dtype=torch.float64)
             return
         price = price_in(unit, denoiser.device, forms)
-        known = {id(form): form.costs(price, denoiser.sites) for form in {id(form): form for form in forms}.values()}
+        different = {id(form): form.captured for form in forms}
+        known = {key: work_of(captured, price) for key, captured in different.items()}
         total = torch.tensor(sum(known[id(form)][0] for form in forms), dtype=torch.float64)
-        own_ES = torch.tensor([self._without_parts(known[id(form)][1]) for form in forms], dtype=torch.float64)
+        own_ES = torch.tensor([self._own(known[id(form)][1], denoiser.sites) for form in forms], dtype=torch.float64)
         self.total, self.own_ES = float(workers.mean(total)), workers.mean(own_ES)
 
     def open(self, scores_S: Tensor) -> Tensor:
@@ -190,7 +193,9 @@ class Costs:
         open_ES = torch.stack([self.open(row) for row in computed_ES.to(torch.float64)])
         return 1.0 - float(((1.0 - open_ES) * self.own_ES).sum()) / self.total
 
-    def _without_parts(self, costs: Sequence[float]) -> list[float]:
+    def _own(self, saved: Mapping[Site, float], sites: Sequence[Site]) -> list[float]:
+        """Return what each site saves without the sites that it covers."""
+        costs = [saved[site] for site in sites]
         own = list(costs)
         for index, wholes in enumerate(self._covers):
             if wholes:

@@ -1,22 +1,24 @@
-"""What an evaluation costs, and what reusing a site saves: prices for finders that have no graph at hand.
+"""What an evaluation costs, and what reusing a site saves: prices for finders.
 
 Shapes: E evaluations, S sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from torch.fx.node import Node
 
-from l2c_compile.cost import MultiplyAdds
 from l2c_compile.errors import ScheduleError
-from l2c_compile.graph import INPUT_PORT, EvaluationGraph, output_list, site_marks
+from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, SiteMark, output_list, site_marks
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.sites import Site
 
 __all__ = ["Work", "work_of"]
+
+_Price = TypeVar("_Price", bound=float)
 
 
 @dataclass(frozen=True)
@@ -58,26 +60,33 @@ class Work:
         return 1.0 - saved / self.total if self.total else 1.0
 
 
-def work_of(evaluation: EvaluationGraph) -> tuple[int, dict[Site, int]]:
-    """Return the multiply-adds of an evaluation graph, and for each site those that only feed the site.
+def work_of(evaluation: EvaluationGraph, price: Callable[[Node], _Price]) -> tuple[_Price, dict[Site, _Price]]:
+    """Return the price of an evaluation graph, and for each site that of what only feeds the site.
 
     Args:
-        evaluation: with its sites marked, without dead nodes.
+        evaluation: with its sites marked.
+        price: of one node, such as its multiply-adds or its time.
     """
-    count = MultiplyAdds()
-    total = count.total(evaluation.graph.nodes)
+    prices = {node: price(node) for node in evaluation.graph.nodes if node.target is not SITE}
+    marks = site_marks(evaluation.graph)
+    total = _sum(prices, _needed(evaluation, []))
     saved = {}
     for site in evaluation.sites:
-        marks = [mark for mark in site_marks(evaluation.graph) if mark.site == str(site)]
-        # A reused change is added to the input, so that is still computed.
-        still_read = {mark.node for mark in marks if mark.port == INPUT_PORT}
-        cut = {mark.node for mark in marks} - still_read
-        saved[site] = total - count.total(_needed(evaluation, still_read, cut))
+        mine = [mark for mark in marks if mark.site == str(site)]
+        saved[site] = cast("_Price", total - _sum(prices, _needed(evaluation, mine)))
     return total, saved
 
 
-def _needed(evaluation: EvaluationGraph, still_read: set[Node], cut: set[Node]) -> set[Node]:
-    """Return the nodes that the outputs are made from when the nodes in ``cut`` are read from a cache."""
+def _sum(prices: Mapping[Node, _Price], nodes: set[Node]) -> _Price:
+    # In the order of the graph, so that equal graphs have equal prices to the last bit.
+    return cast("_Price", sum(price for node, price in prices.items() if node in nodes))
+
+
+def _needed(evaluation: EvaluationGraph, reused: Sequence[SiteMark]) -> set[Node]:
+    """Return the nodes that the outputs are made from when one site is read from a cache."""
+    # A reused change is added to the input, so that is still computed.
+    still_read = {mark.node for mark in reused if mark.port == INPUT_PORT}
+    cut = {mark.node for mark in reused} - still_read
     pending = [node for node in output_list(evaluation.graph) if isinstance(node, Node)]
     pending.extend(still_read)
     needed: set[Node] = set()
