@@ -76,7 +76,6 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("cli", "learning"),
     ("cli", "preview"),
     ("cli", "verification"),
-    ("verification", "preview"),
     ("__main__", "cli"),
 )
 
