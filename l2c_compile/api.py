@@ -91,7 +91,8 @@ def l2c_compile(
         UnknownSiteError: the schedule names a module that ``model`` does not have.
         ScheduleError: there is no loop, or a threshold for a schedule that needs none.
         BackendError: torch.compile knows no such backend, or there is no such mode.
-        ValueError: ``without`` names an unknown pass, or one that another pass needs; or no such ``caches``.
+        ValueError: ``without`` names an unknown pass, one that another pass needs, or the one that applies the
+            schedule; or no such ``caches``.
     """
     schedule = schedule_of(router, threshold)
     if loop is None:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from l2c_compile.capture import TensorSpec
+from l2c_compile.compile_cache import cache_folder_named
 from l2c_compile.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
 from l2c_compile.errors import BackendError, nearest
 from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.pipeline import CACHE_FORMATS, KERNELS, LOOP, REGIONS, with_packed_caches
+from l2c_compile.passes.read_reused_sites import ReadReusedSites
 
 __all__ = [
     "EAGER",
@@ -71,13 +73,19 @@ def passes_for(backend: Backend, numerics: str | None, without: Collection[str],
         caches: "int8" or "fp8" packs what is kept for later evaluations; None keeps it as it is.
 
     Raises:
-        ValueError: no such numerics, format of caches or pass, or a pass that another one needs.
+        ValueError: no such numerics, format of caches or pass, a pass that another one needs, or the one that applies
+            the schedule.
     """
     words = {each.name.lower(): each for each in Numerics if each is not Numerics.APPROXIMATE}
     if numerics is not None and numerics not in words:
         raise ValueError(f"numerics wants one of {', '.join(words)}, got {numerics!r}")
     if caches is not None and caches not in CACHE_FORMATS:
         raise ValueError(f"caches wants one of {', '.join(CACHE_FORMATS)} or None, got {caches!r}")
+    if ReadReusedSites.name in without:
+        raise ValueError(
+            f"without names '{ReadReusedSites.name}', the pass that applies the schedule; to reuse nothing, give a"
+            " schedule that computes everything: CacheSchedule.all_compute(num_evaluations)"
+        )
     passes = LOOP.within(words[numerics or ("bitwise" if backend == EAGER else "rounding")])
     mine = [name for name in without if name not in _names(KERNELS)]
     return (passes if caches is None else with_packed_caches(passes, caches)).without(mine)
