@@ -120,7 +120,8 @@ def lower_to_backend(
         kernels: see ``kernels_for``.
 
     Raises:
-        BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device.
+        BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device; or torch cannot
+            write to its cache folder.
     """
     if mode == REDUCE_OVERHEAD:
         device = check_capturable(graph)
@@ -134,7 +135,8 @@ def _lower(
     if backend == EAGER:
         return graph.module()
     if backend == INDUCTOR:
-        return _compile_regions(graph.copy(), progress, kernels)
+        with cache_folder_named():
+            return _compile_regions(graph.copy(), progress, kernels)
     compiled: Callable[..., Sequence[object]] = torch.compile(
         graph.module_to_trace(), backend=backend, fullgraph=True, dynamic=False
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2c_compile import CacheSchedule, CompiledSampler, api, capture, l2c_compile, run_reference
-from l2c_compile.errors import L2CError
+from l2c_compile.compile_cache import cache_folder_named
+from l2c_compile.errors import BackendError, L2CError
 from l2c_compile.files import replaced_at_once, write_atomically
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.router import Router
@@ -186,6 +189,77 @@ class TestRun:
         assert state_of(sampler.model) == before
         # The next form is captured without waiting for the run that failed.
         sampler.capture(draw(3, 4))
+
+
+def assert_no_internals(error: Exception) -> None:
+    """Check that a traceback does not go through torch."""
+    assert "torch/" not in "".join(traceback.format_exception(error)).replace(os.sep, "/")
+
+
+class TestCacheFolder:
+    """The folder where torch keeps what it compiles."""
+
+    WAY_OUT = r"cannot write what it compiles to the folder '.*': {}; set TORCHINDUCTOR_CACHE_DIR"
+
+    def test_one_that_cannot_be_made_is_named_by_the_capture(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        sampler, noise = compiled(), draw(2, 4)
+        before = state_of(sampler.model)
+        with monkeypatch.context() as patch:
+            # Below a file, so that not even the superuser can.
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+            with pytest.raises(BackendError, match=self.WAY_OUT.format("Not a directory")) as raised:
+                sampler.capture(noise)
+        assert_no_internals(raised.value)
+        assert state_of(sampler.model) == before
+        assert_usable(sampler, noise)
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+    def test_one_that_cannot_be_written_is_named_by_inductor(
+        self, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampler, noise = compiled(), draw(2, 4)
+        sampler.backend = "inductor"
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+        def fail(*args: object, **kwargs: object) -> None:
+            # open() names the file, write() does not.
+            names = (str(tmp_path / "ab" / "x.tmp"),) if code == errno.EACCES else ()
+            raise OSError(code, os.strerror(code), *names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._inductor.codecache, "write_atomic", fail)
+            with pytest.raises(BackendError, match=self.WAY_OUT.format(os.strerror(code))) as raised:
+                sampler.capture(noise)
+        assert_no_internals(raised.value)
+        assert not sampler._programs
+        sampler.backend = "eager"
+        assert_usable(sampler, noise)
+
+    def test_other_errors_of_files_stay_what_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+        (tmp_path / "cache").mkdir()
+        for error in (FileNotFoundError(errno.ENOENT, "no such file", str(tmp_path / "mine")), ValueError("mine")):
+            with pytest.raises(type(error)) as raised, cache_folder_named():
+                raise error
+            assert raised.value is error
+
+    def test_one_that_cannot_be_made_is_named_when_the_package_is_imported(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "x")}
+        done = subprocess.run(
+            [sys.executable, "-c", "import l2c_compile"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 1
+        assert re.search(self.WAY_OUT.format("Not a directory"), done.stderr)
+        assert "torch/" not in done.stderr
 
 
 def _full(*args: object, **kwargs: object) -> None:
