@@ -109,14 +109,13 @@ class VerifyReport:
 
     def _table(self) -> Table:
         table = Table(title="sites that differ from the reference", title_justify="left")
-        for heading in ("evaluation", "differ", "first", "its error", "worst", "its error", "relative"):
-            table.add_column(heading)
+        for heading in ("evaluation", "sites", "first", "worst", "error", "relative"):
+            table.add_column(heading, overflow="fold")
         for evaluation in dict.fromkeys(difference.evaluation for difference in self.differences):
             here = [difference for difference in self.differences if difference.evaluation == evaluation]
             worst = max(here, key=lambda difference: difference.max_error)
-            first, errors = here[0], (here[0].max_error, worst.max_error, worst.relative_error)
-            shown = [f"{error:.3g}" for error in errors]
-            table.add_row(str(evaluation), str(len(here)), first.site, shown[0], worst.site, *shown[1:])
+            errors = f"{worst.max_error:.2g}", f"{worst.relative_error:.2g}"
+            table.add_row(str(evaluation), str(len(here)), here[0].site, worst.site, *errors)
         return table
 
 
