@@ -1,6 +1,6 @@
 """The folder where torch keeps what it compiles: an error of the file system there is named, not torch's internals.
 
-Torch makes the folder when Dynamo is imported, again when it exports, and writes there when Inductor compiles. The
+Torch makes the folder when Dynamo is imported, again in the first export, and writes there when Inductor compiles. The
 variable ``TORCHINDUCTOR_CACHE_DIR`` names it; torch sets the variable itself where nobody did.
 """
 

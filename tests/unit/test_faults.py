@@ -93,6 +93,37 @@ class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+def interrupt_captures() -> None:
+    """Interrupt captures evenly over all that they do, at odd places, and check what they leave."""
+    sampler, noise = compiled(), draw(2, 4)
+    with raising_at_call(-1, KeyboardInterrupt) as calls:
+        compiled().capture(noise)
+    before = state_of(sampler.model)
+    num_interrupted = 0
+    for number in range(97, calls[0], calls[0] // 8):
+        try:
+            with raising_at_call(number, KeyboardInterrupt):
+                sampler.capture(noise)
+        except (KeyboardInterrupt, L2CError):
+            num_interrupted += 1
+        assert state_of(sampler.model) == before, number
+        sampler._begin_empty()
+    assert num_interrupted > 4
+    assert_usable(sampler, noise)
+
+
+def run_alone(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+
+
 class TestCapture:
     @pytest.mark.parametrize("error", ERRORS)
     @pytest.mark.parametrize(
@@ -138,22 +169,10 @@ class TestCapture:
         assert_usable(sampler, noise)
 
     def test_an_interrupt_anywhere_leaves_everything_as_it_was(self) -> None:
-        sampler, noise = compiled(), draw(2, 4)
-        with raising_at_call(-1, KeyboardInterrupt) as calls:
-            compiled().capture(noise)
-        before = state_of(sampler.model)
-        num_interrupted = 0
-        # Evenly over all that a capture does, at odd places.
-        for number in range(97, calls[0], calls[0] // 8):
-            try:
-                with raising_at_call(number, KeyboardInterrupt):
-                    sampler.capture(noise)
-            except (KeyboardInterrupt, L2CError):
-                num_interrupted += 1
-            assert state_of(sampler.model) == before, number
-            sampler._begin_empty()
-        assert num_interrupted > 4
-        assert_usable(sampler, noise)
+        # In a process of its own: torch's table of decompositions does not survive every interrupt.
+        code = "from tests.unit.test_faults import interrupt_captures; interrupt_captures()"
+        done = run_alone(code)
+        assert done.returncode == 0, done.stderr
 
     def test_weights_are_put_back_even_if_torch_was_interrupted_in_its_own_cleanup(
         self, monkeypatch: pytest.MonkeyPatch
@@ -196,25 +215,31 @@ def assert_no_internals(error: Exception) -> None:
     assert "torch/" not in "".join(traceback.format_exception(error)).replace(os.sep, "/")
 
 
+WAY_OUT = r"cannot write what it compiles to the folder '.*': {}; set TORCHINDUCTOR_CACHE_DIR"
+
+
+def capture_below_a_file(folder: str) -> None:
+    """Capture while torch's cache folder would lie below a regular file, where not even the superuser can make it."""
+    sampler, noise = compiled(), draw(2, 4)
+    before = state_of(sampler.model)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "file", "cache")
+    with pytest.raises(BackendError, match=WAY_OUT.format("Not a directory")) as raised:
+        sampler.capture(noise)
+    assert_no_internals(raised.value)
+    assert state_of(sampler.model) == before
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    assert_usable(sampler, noise)
+
+
 class TestCacheFolder:
     """The folder where torch keeps what it compiles."""
 
-    WAY_OUT = r"cannot write what it compiles to the folder '.*': {}; set TORCHINDUCTOR_CACHE_DIR"
-
-    def test_one_that_cannot_be_made_is_named_by_the_capture(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_that_cannot_be_made_is_named_by_the_capture(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
-        sampler, noise = compiled(), draw(2, 4)
-        before = state_of(sampler.model)
-        with monkeypatch.context() as patch:
-            # Below a file, so that not even the superuser can.
-            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-            with pytest.raises(BackendError, match=self.WAY_OUT.format("Not a directory")) as raised:
-                sampler.capture(noise)
-        assert_no_internals(raised.value)
-        assert state_of(sampler.model) == before
-        assert_usable(sampler, noise)
+        # In a process of its own: torch makes the folder in the first capture only.
+        code = "import sys; from tests.unit.test_faults import capture_below_a_file as f; f(sys.argv[1])"
+        done = run_alone(code, str(tmp_path))
+        assert done.returncode == 0, done.stderr
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
     def test_one_that_cannot_be_written_is_named_by_inductor(
@@ -231,7 +256,7 @@ class TestCacheFolder:
 
         with monkeypatch.context() as patch:
             patch.setattr(torch._inductor.codecache, "write_atomic", fail)
-            with pytest.raises(BackendError, match=self.WAY_OUT.format(os.strerror(code))) as raised:
+            with pytest.raises(BackendError, match=WAY_OUT.format(os.strerror(code))) as raised:
                 sampler.capture(noise)
         assert_no_internals(raised.value)
         assert not sampler._programs
@@ -246,19 +271,14 @@ class TestCacheFolder:
                 raise error
             assert raised.value is error
 
-    def test_one_that_cannot_be_made_is_named_when_the_package_is_imported(self, tmp_path: Path) -> None:
+    def test_one_that_cannot_be_made_is_named_when_the_package_is_imported(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "file").write_bytes(b"")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "x")}
-        done = subprocess.run(
-            [sys.executable, "-c", "import l2c_compile"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            cwd=tmp_path,
-        )
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+        done = run_alone("import l2c_compile")
         assert done.returncode == 1
-        assert re.search(self.WAY_OUT.format("Not a directory"), done.stderr)
+        assert re.search(WAY_OUT.format("Not a directory"), done.stderr)
         assert "torch/" not in done.stderr
 
 
@@ -326,15 +346,7 @@ for limit in (1, 5000, 20000):
 """
         path = tmp_path / "old.pt2"
         path.write_bytes(b"old")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            cwd=ROOT,
-        )
+        done = run_alone(code, str(path))
         assert done.returncode == 0, done.stderr
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
