@@ -1,7 +1,10 @@
 """l2c_compile: compile the sampling loop of a diffusion model, caches included, into one static graph."""
 
-from l2c_compile.api import CompiledSampler, l2c_compile
+from l2c_compile.compile_cache import cache_folder_named
 from l2c_compile.errors import L2CError
+
+with cache_folder_named():  # Dynamo makes the folder when it is imported
+    from l2c_compile.api import CompiledSampler, l2c_compile
 from l2c_compile.importers import load_schedule_file
 from l2c_compile.reference import run_reference
 from l2c_compile.router import Router

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -38,7 +38,7 @@ from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
 from l2c_compile.prediction import Prediction, predict
-from l2c_compile.proof import prove
+from l2c_compile.proof import Proof, prove
 from l2c_compile.router import Router, schedule_of
 from l2c_compile.saved import save_sampler
 from l2c_compile.schedule import CacheSchedule
@@ -91,7 +91,8 @@ def l2c_compile(
         UnknownSiteError: the schedule names a module that ``model`` does not have.
         ScheduleError: there is no loop, or a threshold for a schedule that needs none.
         BackendError: torch.compile knows no such backend, or there is no such mode.
-        ValueError: ``without`` names an unknown pass, or one that another pass needs; or no such ``caches``.
+        ValueError: ``without`` names an unknown pass, one that another pass needs, or the one that applies the
+            schedule; or no such ``caches``.
     """
     schedule = schedule_of(router, threshold)
     if loop is None:
@@ -305,26 +306,66 @@ class CompiledSampler(nn.Module):
         """
         self._check_devices(noise, conditions)
         with torch.inference_mode(False):
-            cached = self._graph(self.schedule, noise, conditions)
+            cached, _ = self._graph(self.schedule, self.passes, noise, conditions)
             devices = {weight.device for weight in self.model.parameters()}
             if any(device.type == "meta" for device in devices):
                 return predict(cached)
             nothing_reused = CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
-            uncached = self._graph(nothing_reused, noise, conditions)
+            uncached, _ = self._graph(nothing_reused, self.passes, noise, conditions)
             device = min(devices, key=str, default=torch.device("cpu"))
             return predict(cached, uncached, NodeTimes(device))
 
-    def _graph(self, schedule: CacheSchedule, noise: object, conditions: Mapping[str, object]) -> LoopGraph:
-        with one_capture():
-            graph, _ = build_loop_graph(self.model, self.loop, schedule, noise, conditions, self.passes, self._progress)
-        return graph
+    def _graph(
+        self, schedule: CacheSchedule, passes: Pipeline, noise: object, conditions: Mapping[str, object]
+    ) -> tuple[LoopGraph, list[PassRun]]:
+        with one_capture(), torch.inference_mode(False):
+            return build_loop_graph(self.model, self.loop, schedule, noise, conditions, passes, self._progress)
+
+    def prove(self, noise: object, **conditions: object) -> Proof:
+        """Prove the structure of the static graph for this form of input; nothing is sampled, and no backend compiles.
+
+        The loop is traced and its evaluations are captured anew, and the static graph is shown to be what they and the
+        schedule say (``proof.py``), bit for bit or up to rounding as ``numerics`` allows. The proof has no rules for
+        kernels of ours and for packed caches: what is proven then is the graph without the passes that put them in, and
+        the report names those.
+
+        Weights may be on the meta device: constants then have no values, and are not compared.
+
+        Returns:
+            The proof; printable. ``proof.holds`` says whether the graph is right.
+
+        Raises:
+            StaleConstantsError: weights changed since constants were folded from them.
+        """
+        self._check_devices(noise, conditions)
+        with weights_in_use():
+            program = self._programs.get(self._form(_form_of(noise, conditions)))
+            if program is not None:
+                _check_fresh(program)
+        if program is None:
+            graph, runs = self._graph(self.schedule, self.passes, noise, conditions)
+        else:
+            graph, runs = program.graph, program.passes
+        passes, not_covered = self.passes, self._not_covered(runs)
+        if not_covered:
+            passes = passes.without(not_covered)
+            graph, _ = self._graph(self.schedule, passes, noise, conditions)
+        with one_capture(), torch.inference_mode(False):
+            skeleton = trace_and_capture(self.model, self.loop, self.schedule, noise, conditions, self._progress)
+        with weights_in_use():
+            proof = prove(graph, skeleton, self.model, exact=passes.is_bitwise, facts=passes.facts)
+        return replace(proof, not_covered=not_covered)
+
+    def _not_covered(self, runs: Sequence[PassRun]) -> tuple[str, ...]:
+        """Return the passes that put something into a graph which the proof cannot follow."""
+        opaque = {each.name for each in self.passes.passes if not each.is_followed_by_proof}
+        return tuple(run.name for run in runs if run.name in opaque and run.report.rewrites)
 
     def verify(self, noise: object, **conditions: object) -> VerifyReport:
         """Prove the structure of the static graph, and compare a run of it with a run of the reference.
 
-        The loop is traced and its evaluations are captured anew, and the static graph is shown to be what they and the
-        schedule say (``proof.py``), bit for bit or up to rounding as ``numerics`` allows. Then both run once, on equal
-        inputs and equal random numbers; where the results differ, every site of every evaluation is compared.
+        After the proof (see ``prove``) both run once, on equal inputs and equal random numbers; where the results
+        differ, every site of every evaluation is compared.
 
         Returns:
             The report; printable. ``report.holds`` says whether all is as it should be.
@@ -333,12 +374,8 @@ class CompiledSampler(nn.Module):
             StaleConstantsError: weights changed since constants were folded from them.
         """
         program = self.capture(noise, **conditions)
+        proof = self.prove(noise, **conditions)
         with weights_in_use():
-            _check_fresh(program)
-        with one_capture(), torch.inference_mode(False):
-            skeleton = trace_and_capture(self.model, self.loop, self.schedule, noise, conditions, self._progress)
-        with weights_in_use():
-            proof = prove(program.graph, skeleton, self.model, exact=self.passes.is_bitwise, facts=self.passes.facts)
             return compare_with_reference(
                 self.model,
                 self.loop,

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from l2c_compile.capture import TensorSpec
+from l2c_compile.compile_cache import cache_folder_named
 from l2c_compile.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
 from l2c_compile.errors import BackendError, nearest
 from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.pipeline import CACHE_FORMATS, KERNELS, LOOP, REGIONS, with_packed_caches
+from l2c_compile.passes.read_reused_sites import ReadReusedSites
 
 __all__ = [
     "EAGER",
@@ -71,10 +73,16 @@ def passes_for(backend: Backend, numerics: str | None, without: Collection[str],
         caches: "int8" or "fp8" packs what is kept for later evaluations; None keeps it as it is.
 
     Raises:
-        ValueError: no such numerics, format of caches or pass, or a pass that another one needs.
+        ValueError: no such numerics, format of caches or pass, a pass that another one needs, or the one that applies
+            the schedule.
     """
     if caches is not None and caches not in CACHE_FORMATS:
         raise ValueError(f"caches wants one of {', '.join(CACHE_FORMATS)} or None, got {caches!r}")
+    if ReadReusedSites.name in without:
+        raise ValueError(
+            f"without names '{ReadReusedSites.name}', the pass that applies the schedule; to reuse nothing, give a"
+            " schedule that computes everything: CacheSchedule.all_compute(num_evaluations)"
+        )
     passes = LOOP.within(_allowed(backend, numerics))
     mine = [name for name in without if name not in _names(KERNELS)]
     return (passes if caches is None else with_packed_caches(passes, caches)).without(mine)
@@ -119,7 +127,8 @@ def lower_to_backend(
         mode: "reduce-overhead" runs what the backend made as one CUDA graph; None as it is.
 
     Raises:
-        BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device.
+        BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device; or torch cannot
+            write to its cache folder.
     """
     if mode == REDUCE_OVERHEAD:
         device = check_capturable(graph)
@@ -133,7 +142,8 @@ def _lower(
     if backend == EAGER:
         return _with_kernels(graph, kernels).module()
     if backend == INDUCTOR:
-        return _compile_regions(_with_kernels(graph, kernels), progress)
+        with cache_folder_named():
+            return _compile_regions(_with_kernels(graph, kernels), progress)
     compiled: Callable[..., Sequence[object]] = torch.compile(
         graph.module_to_trace(), backend=backend, fullgraph=True, dynamic=False
     )

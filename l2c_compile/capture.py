@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from l2c_compile.compile_cache import cache_folder_named
 from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.graph import (
     INPUT_PORT,
@@ -125,13 +126,14 @@ def capture(
         UnknownSiteError: a site's module is not called, or not that often, in one evaluation.
         CaptureError: the denoiser cannot be exported, draws random numbers, or changes its buffers, its inputs or the
             value of a site in place.
+        BackendError: torch cannot make its cache folder.
     """
     flat = _FlatCall(denoiser, signature)
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
     try:
         marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
-        with weights_swapped(), torch.no_grad(), _as_it_was(denoiser), marking:
+        with cache_folder_named(), weights_swapped(), torch.no_grad(), _as_it_was(denoiser), marking:
             program = torch.export.export(flat, example_inputs, strict=False)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.

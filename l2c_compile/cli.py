@@ -45,6 +45,11 @@ class _Price(str, Enum):
     time = "time"
 
 
+class _Numerics(str, Enum):
+    bitwise = "bitwise"
+    rounding = "rounding"
+
+
 class _Precision(str, Enum):
     no = "no"
     bf16 = "bf16"
@@ -133,6 +138,52 @@ def predict(
     from l2c_compile.preview import preview
 
     preview(file, Console(), model=model, steps=steps, threshold=threshold, batch=batch)
+
+
+@app.command()
+def verify(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A schedule, router or saved sampler.")
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="digits, or a published size: dit-xl/2, u-vit-h/2, ...")
+    ] = "digits",
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Sampler steps; by default those that FILE is for.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="T", help="For routers: compute where the score is above T.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="B", min=1, help="Samples a call; by default 1, or as saved.")
+    ] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="What runs the static graph.")] = "eager",
+    numerics: Annotated[_Numerics | None, typer.Option(help="By default what suits the backend.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report here as well.")] = None,
+) -> None:
+    """Prove that the static graph made of a schedule is right, and compare it with the eager loop.
+
+    Exits with 0 if it is right, 1 if it is wrong, 2 if that cannot be told. The published sizes are proven without
+    their weights.
+    """
+    # Imported here: `l2c --help` should not wait for torch.
+    from rich.console import Console
+
+    from l2c_compile.verification import verify_file
+
+    is_right = verify_file(
+        file,
+        Console(),
+        model=model,
+        steps=steps,
+        threshold=threshold,
+        batch=batch,
+        backend=backend,
+        numerics=None if numerics is None else numerics.value,
+        json_path=json,
+    )
+    if not is_right:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -271,10 +322,10 @@ def learn(
 
 
 def main() -> None:
-    """Run ``l2c``. An error of ours is one line on stderr and exit code 1, without a traceback."""
+    """Run ``l2c``. An error of ours is one line on stderr and exit code 2, as bad usage is, without a traceback."""
     try:
         app()
     except (L2CError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"l2c: error: {message}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)

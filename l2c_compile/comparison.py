@@ -19,7 +19,7 @@ from l2c_compile.reference import Recorder, run_reference
 from l2c_compile.schedule import CacheSchedule
 from l2c_compile.sites import Site
 
-__all__ = ["Difference", "VerifyReport", "compare_with_reference"]
+__all__ = ["Difference", "VerifyReport", "compare_with_reference", "finite", "largest_errors"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Difference:
     """max |compiled - reference|"""
     relative_error: float
     """max |compiled - reference| / max |reference|"""
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the difference in JSON types; an error that is not finite is None."""
+        errors = {"max_error": finite(self.max_error), "relative_error": finite(self.relative_error)}
+        return {**asdict(self), **errors}
 
     def __str__(self) -> str:
         return f"site '{self.site}' of evaluation {self.evaluation} differs by {self.max_error:.3g}"
@@ -75,14 +80,14 @@ class VerifyReport:
         return self.proof.holds and (self.bitwise if self.wants_bitwise else math.isfinite(self.max_error))
 
     def to_dict(self) -> dict[str, object]:
-        """Return the report in JSON types."""
+        """Return the report in JSON types; an error that is not finite is None."""
         return {
             "holds": self.holds,
             "bitwise": self.bitwise,
-            "max_error": self.max_error,
-            "relative_error": self.relative_error,
+            "max_error": finite(self.max_error),
+            "relative_error": finite(self.relative_error),
             "num_compared_sites": self.num_compared_sites,
-            "differences": [asdict(difference) for difference in self.differences],
+            "differences": [difference.to_dict() for difference in self.differences],
             "wants_bitwise": self.wants_bitwise,
             "proof": self.proof.to_dict(),
         }
@@ -99,19 +104,18 @@ class VerifyReport:
     def _numbers(self) -> str:
         if self.bitwise:
             return "equal to the reference bit for bit"
-        where = self.first_difference or "no site of the static graph differs: the backend rounds differently"
+        where = self.first_difference or "no site of the static graph differs, so what follows them or the backend does"
         return f"max error {self.max_error:.3g}, relative {self.relative_error:.3g}; {where}"
 
     def _table(self) -> Table:
         table = Table(title="sites that differ from the reference", title_justify="left")
-        for heading in ("evaluation", "differ", "first", "its error", "worst", "its error", "relative"):
-            table.add_column(heading)
+        for heading in ("evaluation", "sites", "first", "worst", "error", "relative"):
+            table.add_column(heading, overflow="fold")
         for evaluation in dict.fromkeys(difference.evaluation for difference in self.differences):
             here = [difference for difference in self.differences if difference.evaluation == evaluation]
             worst = max(here, key=lambda difference: difference.max_error)
-            first, errors = here[0], (here[0].max_error, worst.max_error, worst.relative_error)
-            shown = [f"{error:.3g}" for error in errors]
-            table.add_row(str(evaluation), str(len(here)), first.site, shown[0], worst.site, *shown[1:])
+            errors = f"{worst.max_error:.2g}", f"{worst.relative_error:.2g}"
+            table.add_row(str(evaluation), str(len(here)), here[0].site, worst.site, *errors)
         return table
 
 
@@ -153,7 +157,7 @@ def compare_with_reference(
         with _same_random_numbers(inputs):
             expected = reference()
         results = [x for x in tree_flatten(expected)[0] if isinstance(x, Tensor)]
-        max_error, relative_error = _errors([x for x in compiled if isinstance(x, Tensor)], results)  # type: ignore[attr-defined]
+        max_error, relative_error = largest_errors([x for x in compiled if isinstance(x, Tensor)], results)  # type: ignore[attr-defined]
         if max_error == 0.0:
             return VerifyReport(0.0, 0.0, 0, (), proof, wants_bitwise)
         values: dict[tuple[int, str, int], Tensor] = {}
@@ -186,7 +190,7 @@ class _Watcher(fx.Interpreter):
             wanted = self.expected.get(key)
             if wanted is not None and isinstance(value, Tensor):
                 self.num_compared += 1
-                error, relative = _errors([value], [wanted])
+                error, relative = largest_errors([value], [wanted])
                 if error != 0.0:
                     evaluation, site, port = key
                     self.differences.append(Difference(evaluation, site, port, error, relative))
@@ -203,7 +207,12 @@ def _same_random_numbers(inputs: list[Tensor]) -> AbstractContextManager[None]:
     return context
 
 
-def _errors(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
+def finite(number: float) -> float | None:
+    """Return a number that JSON can hold, None for one that is infinite or no number."""
+    return number if math.isfinite(number) else None
+
+
+def largest_errors(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
     """Return the largest absolute error, and that over the largest magnitude; infinite if either is not finite."""
     worst = scale = 0.0
     for a, b in zip(got, wanted, strict=True):

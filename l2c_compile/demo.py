@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from l2c_compile import CacheSchedule, CompiledSampler, Router, l2c_compile, run_reference
 from l2c_compile.loops import DDIM, Guidance, Loop
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
+from l2c_compile.named_models import tolerance
 
-__all__ = ["Side", "every_second_evaluation", "learned_router", "run_demo", "save_digit_grid", "tolerance"]
+__all__ = ["Side", "every_second_evaluation", "learned_router", "run_demo", "save_digit_grid"]
 
 _NUM_CLASSES = 10
 _LABELS_B = torch.arange(_NUM_CLASSES)
@@ -70,15 +71,6 @@ def learned_router(num_evaluations: int) -> Router | None:
         return None
     with resources.as_file(file) as path:
         return Router.load(path)
-
-
-def tolerance(num_evaluations: int) -> float:
-    """Return the relative error that a static graph may have.
-
-    The eager backend has none. Others sum up to 384 products in another order, twice in each of 8 blocks: 64 units of
-    float32 an evaluation.
-    """
-    return 64 * torch.finfo(torch.float32).eps * num_evaluations
 
 
 @torch.no_grad()

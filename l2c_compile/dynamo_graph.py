@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.source import NNModuleSource
 from torch._functorch._aot_autograd.schemas import GraphSignature
 from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import ChainedSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import Argument, Node
 from torch.utils._pytree import tree_structure
@@ -38,7 +40,7 @@ _GRAD_MODES = (
 
 
 _WEIGHT = "l2c_weight"
-"""Notes on an input whether it is a parameter or a buffer."""
+"""Notes on an input whether a module holds it."""
 
 
 @dataclass
@@ -145,10 +147,10 @@ def _copy(module: fx.GraphModule, inputs: Sequence[object]) -> tuple[fx.GraphMod
         if node.op == "placeholder":
             value = inputs[position]
             if isinstance(value, _Static):
-                if "nn_module_stack" in node.meta or isinstance(node.meta.get("example_value"), nn.Parameter):
+                if isinstance(node.meta.get("example_value"), nn.Parameter) or _is_held_by_a_module(node):
                     weights.add(position)
                 copy = copies[node] = graph.placeholder(node.name)
-                # The stack of a weight is that of its owner: it is no call.
+                # The stack of an input is that of the module where Dynamo met it first: it is no call.
                 copy.meta = {"example_value": node.meta.get("example_value"), _WEIGHT: position in weights}
             else:
                 assert value is None or isinstance(value, (bool, int, float))
@@ -157,6 +159,16 @@ def _copy(module: fx.GraphModule, inputs: Sequence[object]) -> tuple[fx.GraphMod
         elif node.target not in _GRAD_MODES:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     return fx.GraphModule(module, graph), weights
+
+
+def _is_held_by_a_module(placeholder: Node) -> bool:
+    """Tell whether Dynamo found an input in a module: a buffer, or any other tensor among its attributes."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while isinstance(source, ChainedSource):
+        if isinstance(source, NNModuleSource):
+            return True
+        source = source.base
+    return False
 
 
 @dataclass(frozen=True)

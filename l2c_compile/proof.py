@@ -109,6 +109,8 @@ class Proof:
     """Site values that are read from the cache and needed: each is what the rule makes of the right sources."""
     num_kept: int
     """Values in the memory plan."""
+    not_covered: tuple[str, ...] = ()
+    """Passes that run behind what is proven: nothing is said of the kernels and packed caches that they put in."""
 
     @property
     def holds(self) -> bool:
@@ -121,6 +123,8 @@ class Proof:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         how = "bit for bit" if self.exact else "up to rounding"
+        if self.not_covered:
+            how += f", before {' and '.join(self.not_covered)}"
         if self.holds:
             yield Text(
                 f"structure proven {how}: {self.num_nodes} operations, {self.num_computed_sites} site values computed,"

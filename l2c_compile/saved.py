@@ -249,7 +249,10 @@ class LoadedSampler(nn.Module):
         self.loop: Mapping[str, object] | None = loop if isinstance(loop, dict) else None
         """The description of the loop; None if it was a function of the user's."""
         self._summary: Summary = _decode_numbers(manifest["summary"], Summary)
-        self._inputs = inputs
+        self.inputs = inputs
+        """The form of ``(noise, conditions)``."""
+        self.loop_graph = graph
+        """The static graph as the compiler knows it."""
         self._names = _names(inputs)
         self._out_spec = graph.out_spec
         # Not as a submodule: it has the weights of graph_module.
@@ -282,22 +285,22 @@ class LoadedSampler(nn.Module):
     def extra_repr(self) -> str:
         """Describe the sampler in one line."""
         inputs = ", ".join(
-            f"{name}: {_describe(leaf)}" for name, leaf in zip(self._names, self._inputs.leaves, strict=True)
+            f"{name}: {_describe(leaf)}" for name, leaf in zip(self._names, self.inputs.leaves, strict=True)
         )
         return f"denoiser={self.denoiser}, num_evaluations={self.schedule.num_evaluations}, inputs=({inputs})"
 
     def _tensors(self, noise: object, conditions: Mapping[str, object]) -> list[Tensor]:
-        saved = tree_unflatten(list(self._inputs.leaves), self._inputs.spec)[1]
+        saved = tree_unflatten(list(self.inputs.leaves), self.inputs.spec)[1]
         if conditions.keys() != saved.keys():
             names = [", ".join(map(repr, each)) or "none" for each in (saved, conditions)]
             raise InputFormError(f"the sampler was saved with conditions {names[0]}, got {names[1]}")
         leaves, spec = tree_flatten((noise, {name: conditions[name] for name in saved}))
-        if spec != self._inputs.spec:
+        if spec != self.inputs.spec:
             raise InputFormError(
                 f"the sampler was saved with the inputs {', '.join(self._names)}, got others; give the same containers"
             )
         tensors = []
-        for what, leaf, wanted in zip(self._names, leaves, self._inputs.leaves, strict=True):
+        for what, leaf, wanted in zip(self._names, leaves, self.inputs.leaves, strict=True):
             given = TensorSpec.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf)
             if isinstance(wanted, TensorSpec) and isinstance(leaf, Tensor) and _fits(leaf, wanted):
                 tensors.append(leaf if given == wanted else wanted.empty().copy_(leaf))

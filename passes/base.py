@@ -45,6 +45,8 @@ class Pass(ABC):
     gives: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     numerics: ClassVar[Numerics] = Numerics.BITWISE
+    is_followed_by_proof: ClassVar[bool] = True
+    """Whether ``l2c_compile/values.py`` has the rules by which what it makes is equal to what was there."""
 
     @abstractmethod
     def run(self, program: ProgramGraph) -> PassReport:

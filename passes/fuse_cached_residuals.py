@@ -130,6 +130,7 @@ class FuseCachedResiduals(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
+    is_followed_by_proof: ClassVar[bool] = False
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         if not isinstance(program, LoopGraph):

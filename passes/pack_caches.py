@@ -48,6 +48,7 @@ class PackCaches(Pass):
     name: ClassVar[str] = "pack-caches"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
     numerics: ClassVar[Numerics] = Numerics.APPROXIMATE
+    is_followed_by_proof: ClassVar[bool] = False
 
     def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
         if not isinstance(program, LoopGraph):

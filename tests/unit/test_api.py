@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile.errors import StaleConstantsError
 from l2c_compile.loops import DDIM
+from l2c_compile.passes.pipeline import LOOP
 from tests.tiny import Residual, at, captured_once, check_equals_reference, draw, residual, same_bits, steps
 
 TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
@@ -294,3 +295,9 @@ def test_the_loop_of_the_schedule_is_taken_where_none_is_given() -> None:
     described = CacheSchedule.from_table(table, loop=DDIM(2).to_dict())
     given = check_equals_reference(model, CacheSchedule.from_table(table), DDIM(2), x)
     assert same_bits(l2c_compile(model, described)(x), given(x))
+
+
+@pytest.mark.parametrize("without", [["read-reused-sites"], [each.name for each in LOOP.passes]], ids=["alone", "all"])
+def test_the_pass_that_applies_the_schedule_cannot_be_left_out(without: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"the pass that applies the schedule; .* CacheSchedule\.all_compute"):
+        sampler_of(residual(), without=without)

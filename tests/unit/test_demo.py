@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import l2c_compile.demo
 from l2c_compile.cli import app
-from l2c_compile.demo import Side, every_second_evaluation, learned_router, run_demo, save_digit_grid, tolerance
+from l2c_compile.demo import Side, every_second_evaluation, learned_router, run_demo, save_digit_grid
 from l2c_compile.loops import DDIM, Guidance, loop_from_dict
 from l2c_compile.models.digits import GUIDANCE_SCALE
+from l2c_compile.named_models import tolerance
 
 PNG = b"\x89PNG"
 

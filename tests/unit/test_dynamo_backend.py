@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, Router, Site, run_reference
 from l2c_compile.dynamo_backend import l2c
+from l2c_compile.graph import LoopGraph
 from l2c_compile.loops import DDIM, DPMSolver, FlowEuler, Guidance
 from l2c_compile.loops import Loop as BuiltInLoop
 from l2c_compile.models import DiT
@@ -407,3 +408,29 @@ def test_the_entry_point_makes_the_name_known_to_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "backend='l2c' raised" in done.stderr
     assert "backend 'l2c' needs a router" in done.stderr
+
+
+@pytest.mark.parametrize("site", ["inner", "delta(inner)"])
+def test_noise_that_is_met_first_in_the_denoiser_is_no_weight(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import l2c_compile.dynamo_backend as module
+
+    graphs: list[LoopGraph] = []
+
+    def keep(graph: LoopGraph, *rest: object, **options: object) -> nn.Module:
+        graphs.append(graph)
+        return graph.module()
+
+    monkeypatch.setattr(module, "lower_to_backend", keep)
+    torch.manual_seed(0)
+    model, x = Toy().eval(), torch.randn(2, 4)
+    schedule = CacheSchedule.from_table({site: [1, 0]})
+    options: dict[str, Any] = {"router": schedule, "backend": "eager"}
+    with torch.no_grad():
+        # Dynamo notes the module on the noise: its first use is there.
+        got = torch.compile(lambda x: toy_loop(model, x), backend=l2c, options=options, fullgraph=True)(x)
+    assert torch.equal(got, run_reference(model, toy_loop, schedule, x, {}))  # type: ignore[arg-type]
+    (graph,) = graphs
+    assert graph.num_noise == 1
+    assert not graph.known_before_the_loop().intersection(
+        node for node in graph.graph.nodes if "evaluation" in node.meta and node.op == "call_function"
+    )

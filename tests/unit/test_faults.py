@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2c_compile import CacheSchedule, CompiledSampler, api, capture, l2c_compile, run_reference
-from l2c_compile.errors import L2CError
+from l2c_compile.compile_cache import cache_folder_named
+from l2c_compile.errors import BackendError, L2CError
 from l2c_compile.files import replaced_at_once, write_atomically
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.router import Router
@@ -90,10 +93,10 @@ class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def interrupt_anywhere() -> None:
-    """Interrupt captures evenly over all that they do, at odd places; check the model and the sampler after each."""
+def interrupt_captures() -> None:
+    """Interrupt captures evenly over all that they do, at odd places, and check what they leave."""
     sampler, noise = compiled(), draw(2, 4)
-    sampler.capture(noise)  # the first capture imports much
+    sampler.capture(noise)  # the first one imports much
     sampler._begin_empty()
     with raising_at_call(-1, KeyboardInterrupt) as calls:
         compiled().capture(noise)
@@ -107,9 +110,20 @@ def interrupt_anywhere() -> None:
             num_interrupted += 1
         assert state_of(sampler.model) == before, number
         sampler._begin_empty()
-    # Those that arrive in a destructor are swallowed by Python.
     assert num_interrupted > 4
     assert_usable(sampler, noise)
+
+
+def run_alone(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
 
 
 class TestCapture:
@@ -157,9 +171,9 @@ class TestCapture:
         assert_usable(sampler, noise)
 
     def test_an_interrupt_anywhere_leaves_everything_as_it_was(self) -> None:
-        # Apart, because torch's own settings do not survive an interrupt in the midst of their change.
-        command = [sys.executable, "-c", "from tests.unit.test_faults import interrupt_anywhere; interrupt_anywhere()"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        # In a process of its own: torch's table of decompositions does not survive every interrupt.
+        code = "from tests.unit.test_faults import interrupt_captures; interrupt_captures()"
+        done = run_alone(code)
         assert done.returncode == 0, done.stderr
 
     def test_weights_are_put_back_even_if_torch_was_interrupted_in_its_own_cleanup(
@@ -196,6 +210,78 @@ class TestRun:
         assert state_of(sampler.model) == before
         # The next form is captured without waiting for the run that failed.
         sampler.capture(draw(3, 4))
+
+
+def assert_no_internals(error: Exception) -> None:
+    """Check that a traceback does not go through torch."""
+    assert "torch/" not in "".join(traceback.format_exception(error)).replace(os.sep, "/")
+
+
+WAY_OUT = r"cannot write what it compiles to the folder '.*': {}; set TORCHINDUCTOR_CACHE_DIR"
+
+
+def capture_below_a_file(folder: str) -> None:
+    """Capture while torch's cache folder would lie below a regular file, where not even the superuser can make it."""
+    sampler, noise = compiled(), draw(2, 4)
+    before = state_of(sampler.model)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "file", "cache")
+    with pytest.raises(BackendError, match=WAY_OUT.format("Not a directory")) as raised:
+        sampler.capture(noise)
+    assert_no_internals(raised.value)
+    assert state_of(sampler.model) == before
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    assert_usable(sampler, noise)
+
+
+class TestCacheFolder:
+    """The folder where torch keeps what it compiles."""
+
+    def test_one_that_cannot_be_made_is_named_by_the_capture(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        # In a process of its own: torch makes the folder in the first capture only.
+        code = "import sys; from tests.unit.test_faults import capture_below_a_file as f; f(sys.argv[1])"
+        done = run_alone(code, str(tmp_path))
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+    def test_one_that_cannot_be_written_is_named_by_inductor(
+        self, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampler, noise = compiled(), draw(2, 4)
+        sampler.backend = "inductor"
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+        def fail(*args: object, **kwargs: object) -> None:
+            # open() names the file, write() does not.
+            names = (str(tmp_path / "ab" / "x.tmp"),) if code == errno.EACCES else ()
+            raise OSError(code, os.strerror(code), *names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch._inductor.codecache, "write_atomic", fail)
+            with pytest.raises(BackendError, match=WAY_OUT.format(os.strerror(code))) as raised:
+                sampler.capture(noise)
+        assert_no_internals(raised.value)
+        assert not sampler._programs
+        sampler.backend = "eager"
+        assert_usable(sampler, noise)
+
+    def test_other_errors_of_files_stay_what_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+        (tmp_path / "cache").mkdir()
+        for error in (FileNotFoundError(errno.ENOENT, "no such file", str(tmp_path / "mine")), ValueError("mine")):
+            with pytest.raises(type(error)) as raised, cache_folder_named():
+                raise error
+            assert raised.value is error
+
+    def test_one_that_cannot_be_made_is_named_when_the_package_is_imported(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+        done = run_alone("import l2c_compile")
+        assert done.returncode == 1
+        assert re.search(WAY_OUT.format("Not a directory"), done.stderr)
+        assert "torch/" not in done.stderr
 
 
 def _full(*args: object, **kwargs: object) -> None:
@@ -262,15 +348,7 @@ for limit in (1, 5000, 20000):
 """
         path = tmp_path / "old.pt2"
         path.write_bytes(b"old")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            cwd=ROOT,
-        )
+        done = run_alone(code, str(path))
         assert done.returncode == 0, done.stderr
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]

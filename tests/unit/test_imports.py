@@ -17,7 +17,7 @@ PACKAGE = "l2c_compile"
 # does not exist.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("files", "weights_lock"),
+    ("compile_cache", "files", "weights_lock"),
     ("archive",),
     ("kernels", "kernels._launch"),
     ("kernels.*",),
@@ -76,7 +76,6 @@ SIDEWAYS: tuple[tuple[str, str], ...] = (
     ("cli", "learning"),
     ("cli", "preview"),
     ("cli", "verification"),
-    ("verification", "preview"),
     ("__main__", "cli"),
 )
 

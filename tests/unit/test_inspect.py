@@ -121,11 +121,11 @@ def l2c(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
 
 
-def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text("no schedule")
     done = l2c("inspect", path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("l2c: error: the file has no known form")
     assert done.stderr.count("\n") == 1
