@@ -327,7 +327,7 @@ class CompiledSampler(nn.Module):
         The loop is traced and its evaluations are captured anew, and the static graph is shown to be what they and the
         schedule say (``proof.py``), bit for bit or up to rounding as ``numerics`` allows. The proof has no rules for
         kernels of ours and for packed caches: what is proven then is the graph without the passes that put them in, and
-        the report names those.
+        the report names those. Packed weights are never part of it: they go into a copy, which the backend runs.
 
         Weights may be on the meta device: constants then have no values, and are not compared.
 
