@@ -1,10 +1,10 @@
 """Time whole sampling loops: ours against plain torch.compile, hooks and the eager loop, in turn in one process.
 
 Options: ``--models dit-s dit-xl-depth uvit nothing-gained`` ``--batches 1 8`` ``--rounds N`` (default 3)
-``--device cpu`` ``--steps 20``. Weights are random. The published routers are used as they are at depth 28; for DiT-S
-(depth 12) block i takes the scores of block floor((i + 0.5) * 28 / 12). "nothing-gained" reuses nothing. "freezing"
-is Inductor's own way of arranging weights once; who knows of it gets it without us. "weights not packed" shows what is
-left on a CPU without our faster linear layers.
+``--device cpu`` ``--steps 20`` ``--sides SIDE ...``: beside ours time only these. Weights are random. The published
+routers are used as they are at depth 28; for DiT-S (depth 12) block i takes the scores of block
+floor((i + 0.5) * 28 / 12). "nothing-gained" reuses nothing. "freezing" is Inductor's own way of arranging weights once;
+who knows of it gets it without us. "weights not packed" shows what is left on a CPU without our faster linear layers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _OURS, _OURS_UNCACHED = "compiled cached", "compiled uncached"
 _UNPACKED = "compiled cached, weights not packed"
 _COMPILE, _FROZEN = "torch.compile in the eager loop", "torch.compile with freezing in the eager loop"
 _HOOKS, _EAGER = "eager cached by hooks", "eager uncached"
+_OTHERS = (_UNPACKED, _OURS_UNCACHED, _COMPILE, _FROZEN, _HOOKS, _EAGER)
 _MODELS = ("dit-s", "dit-xl-depth", "uvit", "nothing-gained")
 
 
@@ -39,6 +40,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     parser.add_argument("--steps", type=int, default=20, choices=(20, 50))
     parser.add_argument("--width", type=int, default=384, help="of the model of XL's depth")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sides", nargs="+", default=list(_OTHERS), choices=_OTHERS)
     options = parser.parse_args(list(args))
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BenchError("there is no CUDA device; use --device cpu")
@@ -74,16 +76,17 @@ def _measure(name: str, work: Workload, options: argparse.Namespace, on_round: C
     def plain(denoiser: Callable[..., object]) -> Callable[[], object]:
         return torch.no_grad()(lambda: work.loop(denoiser, work.noise, y=work.labels))  # type: ignore[arg-type]
 
+    sides: dict[str, Callable[[], object]] = {
+        _OURS: lambda: ours(work.noise, y=work.labels),
+        _UNPACKED: lambda: unpacked(work.noise, y=work.labels),
+        _OURS_UNCACHED: lambda: uncached(work.noise, y=work.labels),
+        _COMPILE: plain(compiled),
+        _FROZEN: plain(frozen),
+        _HOOKS: lambda: run_reference(work.model, work.loop, schedule, work.noise, {"y": work.labels}),
+        _EAGER: plain(work.model),
+    }
     timings = compare(
-        {
-            _OURS: lambda: ours(work.noise, y=work.labels),
-            _UNPACKED: lambda: unpacked(work.noise, y=work.labels),
-            _OURS_UNCACHED: lambda: uncached(work.noise, y=work.labels),
-            _COMPILE: plain(compiled),
-            _FROZEN: plain(frozen),
-            _HOOKS: lambda: run_reference(work.model, work.loop, schedule, work.noise, {"y": work.labels}),
-            _EAGER: plain(work.model),
-        },
+        {name: side for name, side in sides.items() if name == _OURS or name in options.sides},
         rounds=options.rounds,
         warmup=1,
         sync=synchronizer(options.device),
@@ -99,7 +102,7 @@ def _rows(name: str, work: Workload, timings: dict[str, Timing], kept: float, op
         where["threads"] = torch.get_num_threads()
     rows = [Row.timed("sampling", timing, {**where, "side": side}, device=device) for side, timing in timings.items()]
     rows.append(Row("multiply_adds_kept", kept, "", where, device=device))
-    for side in (_UNPACKED, _OURS_UNCACHED, _COMPILE, _FROZEN, _HOOKS, _EAGER):
+    for side in options.sides:
         at = {**where, "against": side}
         time_ratio = ratio(timings[_OURS], timings[side])
         rows.append(Row.ratio("time_ratio", time_ratio, at, device=device))

@@ -55,7 +55,7 @@ class Job:
 PLAN: tuple[Job, ...] = (
     *(Job("l2c", 20, budget, rounds=80) for budget in (0.7, 0.6, 0.8, 0.55, 0.9)),
     *(Job("l2c", 50, budget, rounds=60) for budget in (0.7, 0.55)),
-    *(Job("rollout", 20, budget, rounds=70) for budget in (0.7, 0.55, 0.4, 0.8, 0.3)),
+    *(Job("rollout", 20, budget, rounds=70) for budget in (0.7, 0.55, 0.4)),
     Job("rollout", 50, 0.55, rounds=50),
 )
 """What is learned, the most wanted first. Alternating pairs cannot leave less than half of the multiply-adds."""

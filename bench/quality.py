@@ -7,7 +7,7 @@ go through the compiled path, from the same noise, and are judged against those 
                     evaluations and 70% of the multiply-adds; those that are absent are left out, and named
     --keep DIR      verdicts and references go there; a second call with equal settings goes on from them
     --png FILE, --table FILE    the picture, and one line a schedule in Markdown
-    --steps 20 50, --budgets B ... (in place of the usual ones), --samples 2000, --batch 10, --seeds 3, --runs 16
+    --steps 20 50, --settings pairs free, --budgets B ... (in place of the usual ones), --samples 2000, --batch 10, --seeds 3, --runs 16
     --without METHOD ...    leave methods out, by their name in the table
 
 A sample of 20 evaluations takes about 0.045 s of one core, half of that with half of the work: with everything, 2000
@@ -57,7 +57,7 @@ from l2c_compile.quality import Estimate
 __all__ = ["Contender", "Judged", "contenders", "not_beaten", "run"]
 
 _BUDGETS: Mapping[int, Mapping[str, tuple[float, ...]]] = {
-    20: {"pairs": (0.55, 0.6, 0.7, 0.8, 0.9), "free": (0.3, 0.4, 0.55, 0.7, 0.8)},
+    20: {"pairs": (0.55, 0.6, 0.7, 0.8, 0.9), "free": (0.4, 0.55, 0.7)},
     50: {"pairs": (0.55, 0.7), "free": (0.55,)},
 }
 _LEARNED = {"pairs": "l2c", "free": "rollout"}
@@ -135,7 +135,8 @@ def contenders(known: NamedModel, profile: Profile, options: argparse.Namespace)
     loop = known.loop(steps)
     plan: list[Contender] = []
     absent: list[str] = []
-    for setting, usual in _BUDGETS.get(steps, _BUDGETS[20]).items():
+    for setting in options.settings:
+        usual = _BUDGETS.get(steps, _BUDGETS[20])[setting]
         for nominal in options.budgets or usual:
             name = f"{_LEARNED[setting]}-{steps}-{round(100 * nominal)}.safetensors"
             budget = nominal
@@ -355,6 +356,7 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
     for name in ("routers", "keep", "png", "table"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--settings", nargs="+", default=list(_LEARNED), choices=list(_LEARNED))
     parser.add_argument("--budgets", type=float, nargs="+")
     parser.add_argument("--without", nargs="+", default=[])
     for name, default in (("samples", 2000), ("batch", 10), ("seeds", 3), ("runs", 16)):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from l2c_compile.errors import ScheduleError
 from l2c_compile.finders.segments import Segment, segments
-from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser
+from l2c_compile.finders.soft_evaluations import Form, OnEvaluation, SoftDenoiser
 from l2c_compile.finders.training import (
     Draw,
     Learner,
@@ -34,6 +35,7 @@ from l2c_compile.finders.training import (
     Workers,
     draw_share,
     generator_of,
+    squared_difference,
     train,
 )
 from l2c_compile.loops import DPMSolver
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
 
 __all__ = ["L2CSettings", "LatentData", "alternating_pairs", "branches_of", "learn_l2c", "published_pairs"]
 
+_NUM_WEIGHING_DRAWS = 4
+"""Batches that the sensitivities are a mean of."""
+
 _COMPUTED = 1.0
 """The score of evaluations that are not trained. The authors' files hold rows for them that nobody reads."""
 
@@ -54,6 +59,10 @@ _COMPUTED = 1.0
 @dataclass(frozen=True)
 class L2CSettings(Settings):
     """How to learn; see ``Settings``. A round updates every pair once, each on fresh samples."""
+
+    weigh_by_result: bool = False
+    """Weigh the distance of each evaluation with what it does to the result of the loop (``_sensitivities``). The
+    authors count all alike, though what is off early may be forgotten, or grow, on the way to the end."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +195,73 @@ def learn_l2c(
         noised = inputs.noised or _noised_by(loop)
         ways = segments(denoiser, loop, *drawn(0), chosen)
         one_round, source = _data_round(inputs, noised, ways, walk, workers), "latents"
+
+    def weighed_round(number: int) -> None:
+        if settings.weigh_by_result and learner.weights_E is None:
+            learner.weigh(_sensitivities(learner, loop, branches, map(drawn, range(_NUM_WEIGHING_DRAWS))))
+        one_round(number)
+
     info = {"method": "Learning-to-Cache", "learned_on": source}
-    return train(learner, one_round, lambda: learner.router(loop, branches, info), checkpoint, on_round)
+    if settings.weigh_by_result:
+        info["weighed"] = "by result"
+    return train(learner, weighed_round, lambda: learner.router(loop, branches, info), checkpoint, on_round)
+
+
+@torch.no_grad()
+def _sensitivities(
+    learner: Learner, loop: Loop, branches: int, draws: Iterable[tuple[object, dict[str, object]]]
+) -> Tensor:
+    """Return how much the result of the loop changes for a unit of each evaluation's distance, shape (E,), float64.
+
+    Measured where one evaluation alone takes every site from the full one before it: the mean squared change of the
+    result over the distance there. Errors of several evaluations add up where they are independent.
+    """
+    changes_E = torch.zeros(learner.num_evaluations, dtype=torch.float64)
+    distances_E = torch.zeros_like(changes_E)
+    for noise, conditions in draws:
+        for e, (change, distance) in _effects_of_caching(learner, loop, branches, noise, conditions).items():
+            changes_E[e] += change
+            distances_E[e] += distance
+    return changes_E / distances_E.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _effects_of_caching(
+    learner: Learner, loop: Loop, branches: int, noise: object, conditions: dict[str, object]
+) -> dict[int, tuple[float, float]]:
+    """Return, for each trained evaluation, what caching it alone changes in the result, and its distance there."""
+    denoiser, autocast = learner.denoiser, learner.workers.autocast
+    nothing_S = torch.zeros(len(denoiser.sites), device=denoiser.device)
+    full: list[list[Tensor]] = []
+    students: dict[int, list[Tensor]] = {}
+    distances: dict[int, float] = {}
+    caches: dict[int, list[Tensor]] = {}
+
+    def run_in_full(e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
+        with autocast():
+            outputs, values = form.full(tensors)
+            if e in learner.logits:
+                student, _ = form.soft(tensors, nothing_S, caches[e % branches])
+                distances[e] = float(learner.distance(student, outputs))
+                students[e] = form.outputs_in_form(student)
+        caches[e % branches] = values
+        full.append(form.outputs_in_form(outputs))
+        return full[e]
+
+    def run_with_one_cached(cached: int, e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
+        if e <= cached:
+            return students[e] if e == cached else full[e]
+        with autocast():
+            return form.outputs_in_form(form.full(tensors)[0])
+
+    def result_of(on_evaluation: OnEvaluation) -> object:
+        with torch.random.fork_rng():  # loops that draw noise draw the same each time
+            return denoiser.run(loop, noise, conditions, on_evaluation)
+
+    wanted = result_of(run_in_full)
+    return {
+        e: (squared_difference(wanted, result_of(partial(run_with_one_cached, e))), distances[e])
+        for e in learner.logits
+    }
 
 
 class _Walk:

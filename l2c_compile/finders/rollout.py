@@ -24,11 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from l2c_compile.capture import tensors_in
 from l2c_compile.errors import ScheduleError
 from l2c_compile.finders.learn import branches_of
 from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser
-from l2c_compile.finders.training import Draw, Learner, RoundReport, Settings, Workers, draw_share, train
+from l2c_compile.finders.training import (
+    Draw,
+    Learner,
+    RoundReport,
+    Settings,
+    Workers,
+    draw_share,
+    squared_difference,
+    train,
+)
 from l2c_compile.router import Router
 from l2c_compile.sites import Site
 from l2c_compile.trace import Loop
@@ -120,7 +128,7 @@ class _Rollout:
         every = self.settings.weigh_every
         # The first weights are those of a router that knows nothing yet; so they are measured only once it does.
         if every and number and number % every == 0:
-            self.learner.extra["weights"] = self._measured_weights(noise, conditions)
+            self.learner.weigh(self._measured_weights(noise, conditions))
         with torch.enable_grad():
             self.denoiser.run(self.loop, noise, conditions, self._on_evaluation)
             self._step()
@@ -172,14 +180,12 @@ class _Rollout:
 
     def _step(self) -> None:
         if self._distances:
-            stored = self.learner.extra.get("weights")
-            weights = None if stored is None else {e: float(stored[e]) for e in self._distances}
-            self.learner.update(self._distances, weights)
+            self.learner.update(self._distances)
             self._distances = {}
 
     @torch.no_grad()
     def _measured_weights(self, noise: object, conditions: dict[str, object]) -> Tensor:
-        """Return the weight of each evaluation, shape (E,), float64, with mean 1 over those that are trained.
+        """Return the weight of each evaluation, shape (E,), float64.
 
         Evaluation e weighs what its caching does to the result of the loop: the mean squared difference between the
         loop that caches up to e and the one that caches up to e - 1, both in full from there on. The authors add up
@@ -215,14 +221,5 @@ class _Rollout:
             results[last] = self.denoiser.run(self.loop, noise, conditions, resume)
         weights = torch.ones(E, dtype=torch.float64)
         for e in self.learner.logits:
-            weights[e] = _difference(results[e], results[e - 1])
-        weights = self.learner.workers.mean(weights)
-        rows = list(self.learner.logits)
-        mean = weights[rows].mean()
-        weights[rows] = weights[rows] / mean if mean > 0 else 1.0
+            weights[e] = squared_difference(results[e], results[e - 1])
         return weights
-
-
-def _difference(one: object, other: object) -> float:
-    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return float(sum((a.double() - b.double()).square().mean() for a, b in pairs))

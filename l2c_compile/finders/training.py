@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from l2c_compile.capture import tensors_in
 from l2c_compile.errors import FileFormatError, ScheduleError
 from l2c_compile.files import parse_json, write_atomically
 from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser, price_in
@@ -204,6 +205,12 @@ class Costs:
         return own
 
 
+def squared_difference(one: object, other: object) -> float:
+    """Return the mean squared difference of two results of a loop, summed over their tensors."""
+    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
+    return float(sum((a.double() - b.double()).square().mean() for a, b in pairs))
+
+
 class Learner:
     """The logits of the trained evaluations, their optimiser and lambda.
 
@@ -240,8 +247,8 @@ class Learner:
         self._set_prices()
         self.penalty = settings.penalty or _LEAST_PENALTY
         self.steepness_ES = torch.full((len(forms), len(denoiser.sites)), _UNKNOWN)
-        self.extra: dict[str, Tensor] = {}
-        """What a finder wants to keep in checkpoints besides."""
+        self.weights_E: Tensor | None = None
+        """What a unit of each evaluation's distance weighs, shape (E,), float64; None: all alike."""
         self.round = 0
         self._distances: list[float] = []
         self._check_budget()
@@ -273,14 +280,13 @@ class Learner:
                 )
         return total
 
-    def update(self, distances: Mapping[int, Tensor], weights: Mapping[int, float] | None = None) -> None:
+    def update(self, distances: Mapping[int, Tensor]) -> None:
         """Take one step of the optimiser on the rows of the given evaluations.
 
         Args:
             distances: by evaluation, what its student is away from its teacher; differentiable.
-            weights: factors of the distances; None is 1.
         """
-        _, gradients = self.loss(distances, weights)
+        _, gradients = self.loss(distances)
         for e, gradient in gradients.items():
             self.logits[e].grad = gradient
         # Rows without a gradient are left alone, their moments too: the authors train one parameter an evaluation.
@@ -291,12 +297,11 @@ class Learner:
                 self.logits[e].clamp_(-self.settings.limit, self.settings.limit)
         self._distances.extend(float(distance.detach()) for distance in distances.values())
 
-    def loss(
-        self, distances: Mapping[int, Tensor], weights: Mapping[int, float] | None = None
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def loss(self, distances: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the loss, of this process's samples, and its gradient by evaluation, of all processes' samples."""
         rows = [self.logits[e] for e in distances]
-        total = torch.stack([(weights[e] if weights else 1.0) * distance for e, distance in distances.items()]).sum()
+        weights = {e: 1.0 if self.weights_E is None else float(self.weights_E[e]) for e in distances}
+        total = torch.stack([weights[e] * distance for e, distance in distances.items()]).sum()
         of_distances = self.workers.mean(torch.stack(torch.autograd.grad(total, rows)))
         gradients = {}
         for e, row, gradient in zip(distances, rows, of_distances, strict=True):
@@ -306,6 +311,14 @@ class Learner:
             gradients[e] = gradient + self.penalty * of_price
             total = total + self.penalty * price.detach()
         return total.detach(), gradients
+
+    def weigh(self, weights_E: Tensor) -> None:
+        """Take the weights of the trained evaluations over from here, scaled to a mean of 1; float64, shape (E,)."""
+        weights_E = self.workers.mean(weights_E)
+        rows = list(self.logits)
+        mean = weights_E[rows].mean()
+        weights_E[rows] = weights_E[rows] / mean if mean > 0 else 1.0
+        self.weights_E = weights_E
 
     def finish_round(self) -> tuple[float, float]:
         """Count the round and fit lambda to the budget; return the mean distance and the kept share."""
@@ -364,7 +377,7 @@ class Learner:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all that the next round depends on as one safetensors file, atomically."""
-        tensors = {f"extra.{name}": value for name, value in self.extra.items()}
+        tensors = {} if self.weights_E is None else {"weights": self.weights_E}
         tensors["penalty"] = torch.tensor(self.penalty, dtype=torch.float64)
         tensors["steepness"] = self.steepness_ES
         # Times that are measured again would be others.
@@ -405,7 +418,7 @@ class Learner:
         self._work.total, self._work.own_ES = float(tensors["work.total"]), tensors["work.own"]
         self._prices.own_ES = tensors["prices.own"]
         self._set_prices()
-        self.extra = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
+        self.weights_E = tensors.get("weights")
         for e, row in self.logits.items():
             with torch.no_grad():
                 row.copy_(tensors[f"logits.{e}"])

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from l2c_compile import Router, l2c_compile, load_schedule_file
+from l2c_compile import CacheSchedule, Router, l2c_compile, load_schedule_file, run_reference
 from l2c_compile.errors import FileFormatError, ScheduleError, UnknownSiteError
 from l2c_compile.finders import L2CSettings, LatentData, alternating_pairs, learn_l2c, published_pairs
 from l2c_compile.finders.soft_evaluations import Form
@@ -50,11 +50,9 @@ def training_steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     seen: list[Step] = []
     original = Learner.loss
 
-    def spy(
-        self: Learner, distances: Mapping[int, Tensor], weights: Mapping[int, float] | None = None
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def spy(self: Learner, distances: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
         before = {e: self.logits[e].detach().clone() for e in distances}
-        loss, gradients = original(self, distances, weights)
+        loss, gradients = original(self, distances)
         seen.append((before, loss, {e: g.clone() for e, g in gradients.items()}))
         return loss, gradients
 
@@ -254,6 +252,61 @@ def test_straight_through_mixes_with_rounded_scores(training_steps: list[Step]) 
     chosen = settings(rounds=60, budget=0.9, straight_through=True)
     router = learn_l2c(residual(), DDIM(steps=4), draw_latents, SITES, chosen)
     assert router.info["kept_multiply-adds"] <= 0.9  # type: ignore[operator]
+
+
+def test_weights_are_what_a_unit_of_distance_does_to_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, noise = residual(), draw(4, 4)
+    learners: list[Learner] = []
+    original = Learner.weigh
+
+    def spy(self: Learner, weights_E: Tensor) -> None:
+        learners.append(self)
+        original(self, weights_E)
+
+    monkeypatch.setattr(Learner, "weigh", spy)
+    outputs: list[Tensor] = []
+
+    def loop(denoiser: Callable[..., Tensor], x: Tensor) -> Tensor:
+        for i in range(4):
+            outputs.append(denoiser(x, torch.full((4,), float(4 - i))))
+            # What is off in the second evaluation is mostly forgotten.
+            x = (0.1 if i == 1 else 1.0) * (x - 0.25 * outputs[-1])
+        return x
+
+    pairs = [(0, 1), (2, 3)]
+    router = learn_l2c(
+        model, loop, lambda count, generator: (noise, {}), SITES, settings(weigh_by_result=True), pairs=pairs
+    )
+    assert router.info["weighed"] == "by result"
+
+    def sampled(cached: int | None) -> tuple[Tensor, list[Tensor]]:
+        outputs.clear()
+        row = [int(e != cached) for e in range(4)]
+        result = run_reference(model, loop, CacheSchedule.from_table(dict.fromkeys(SITES, row)), noise, {})
+        assert isinstance(result, Tensor)
+        return result, list(outputs)
+
+    wanted, full = sampled(None)
+    expected = []
+    for e in (1, 3):
+        result, cached = sampled(e)
+        expected.append(float((result - wanted).square().mean() / (cached[e] - full[e]).square().mean()))
+    assert 5 * expected[0] < expected[1]
+    weights = learners[0].weights_E
+    assert weights is not None
+    mean = sum(expected) / 2
+    torch.testing.assert_close(weights[[1, 3]], torch.tensor(expected, dtype=torch.float64) / mean, rtol=1e-5, atol=0)
+
+
+def test_weights_multiply_the_distances(training_steps: list[Step]) -> None:
+    given = {"rounds": 1, "penalty": 1e-9}
+    for weighed in (False, True):
+        learn_l2c(residual(), DDIM(steps=4), draw_latents, SITES, settings(**given, weigh_by_result=weighed))
+    (_, _, plain), _, (_, _, heavy), _ = training_steps
+    assert plain.keys() == heavy.keys() == {1}
+    factors = heavy[1] / plain[1]
+    torch.testing.assert_close(factors, factors[:1].expand(2), rtol=1e-3, atol=0)
+    assert abs(float(factors[0]) - 1.0) > 0.05
 
 
 def test_nested_sites_share_their_price() -> None:

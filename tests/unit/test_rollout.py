@@ -102,7 +102,8 @@ def test_weights_are_what_caching_up_to_an_evaluation_changes() -> None:
         before = learn_rollout(model, loop, lambda count, generator: (noise, {}), SITES, chosen)
         chosen = settings(rounds=2, learning_rate=1e-9, threshold=0.6, weigh_every=1)
         learn_rollout(model, loop, lambda count, generator: (noise, {}), SITES, chosen)
-    weights = learners[-1].extra["weights"]
+    weights = learners[-1].weights_E
+    assert weights is not None
     results = []
     for last in range(4):
         rows = before.schedule()
