@@ -7,7 +7,8 @@ go through the compiled path, from the same noise, and are judged against those 
                     evaluations and 70% of the multiply-adds; those that are absent are left out, and named
     --keep DIR      verdicts and references go there; a second call with equal settings goes on from them
     --png FILE, --table FILE    the picture, and one line a schedule in Markdown
-    --steps 20 50, --settings pairs free, --budgets B ... (in place of the usual ones), --samples 2000, --batch 10, --seeds 3, --runs 16
+    --steps 20 50, --settings pairs free, --budgets B ... (in place of the usual ones)
+    --samples 2000, --batch 10, --seeds 3, --runs 16
     --without METHOD ...    leave methods out, by their name in the table
 
 A sample of 20 evaluations takes about 0.045 s of one core, half of that with half of the work: with everything, 2000
