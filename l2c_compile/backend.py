@@ -140,7 +140,7 @@ def _lower(
     graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline
 ) -> Callable[..., Sequence[object]]:
     if backend == EAGER:
-        return _with_kernels(graph, kernels).module()
+        return (_with_kernels(graph, kernels) if kernels.passes else graph).module()
     if backend == INDUCTOR:
         with cache_folder_named():
             return _compile_regions(_with_kernels(graph, kernels), progress)

@@ -85,7 +85,7 @@ def test_the_command_exits_with_1_if_the_graphs_differ(tmp_path: Path, monkeypat
 
 
 def test_the_tolerance_is_a_few_units_an_evaluation() -> None:
-    assert tolerance(20) == pytest.approx(64 * 20 * 2.0**-23)
+    assert tolerance(20) == pytest.approx(128 * 20 * 2.0**-23)
 
 
 def test_the_median_of_a_side_ignores_one_slow_run() -> None:
