@@ -37,8 +37,8 @@ class _Hunt:
     denoisers: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     """How many programs the compiler refuses, by the class of its error."""
-    failures: list[tuple[str, str, Program]] = field(default_factory=list)
-    """What to give to ``--replay``, the message, and the program."""
+    failures: list[tuple[str, str, Program | None]] = field(default_factory=list)
+    """What to give to ``--replay``, the message, and the program; None if the seed gives none that torch can run."""
     start: float = field(default_factory=time.monotonic)
 
     def check(self, seed: int, programs: Sequence[Program]) -> None:
@@ -92,7 +92,12 @@ def _search(hunt: _Hunt, seed: int, minutes: float, progress: Progress) -> None:
     reported = hunt.start
     while hunt.minutes < minutes:
         known = len(hunt.failures)
-        hunt.check(seed, list(draw_programs(random.Random(seed))))
+        try:
+            programs = list(draw_programs(random.Random(seed)))
+        except Exception as error:  # a mistake of the draw is a find, too, and no reason to lose the others
+            hunt.failures.append((f"{seed}", f"no programs: {type(error).__name__}: {error}", None))
+        else:
+            hunt.check(seed, programs)
         progress.update(task, completed=len(hunt.programs))
         for replay, message, _ in hunt.failures[known:]:
             progress.console.print(f"--replay {replay}: {message[:300]}", markup=False, highlight=False)
@@ -122,5 +127,6 @@ def _rows(hunt: _Hunt, seed: int) -> Iterator[Row]:
     for error, number in sorted(hunt.refused.items()):
         yield Row("refused", number, "", {"error": error})
     for index, (replay, message, program) in enumerate(hunt.failures):
-        smaller = minimise(program) if index < _MINIMISED else program
-        yield Row("mismatch", 1, "", {"replay": replay, "message": message[:500], "program": smaller.to_json()})
+        smaller = minimise(program) if program is not None and index < _MINIMISED else program
+        drawn = smaller.to_json() if smaller is not None else ""
+        yield Row("mismatch", 1, "", {"replay": replay, "message": message[:500], "program": drawn})

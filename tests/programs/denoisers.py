@@ -287,8 +287,8 @@ class Part(nn.Module):
         if self.how["buffer"] != "none":
             h = h * self.get_buffer("factor")
         if self.how["in_place"] != "none":
-            # Writing into what a site may hold is refused.
-            h = self._write(h.clone() if self.how["in_place_on"] == "a copy" else h)
+            # Writing into what a site may hold is refused by us, into what repeats (an expanded stream) by torch.
+            h = self._write(h.clone() if self.how["in_place_on"] == "a copy" or 0 in h.stride() else h)
         return self._result(h, x)
 
     def _write(self, h: Tensor) -> Tensor:

@@ -66,6 +66,10 @@ def test_a_denoiser_is_its_description() -> None:
     assert all(map(torch.equal, one.parameters(), other.parameters()))
 
 
+def test_a_sublayer_that_writes_into_an_expanded_stream_is_one_that_torch_runs() -> None:
+    assert next(draw_programs(random.Random(200_006))).denoiser["blocks"]
+
+
 def test_the_draws_cover_what_they_are_for() -> None:
     programs = [program for seed in range(60) for program in draw_programs(random.Random(seed))]
     text = [program.to_json() for program in programs]

@@ -54,6 +54,17 @@ def test_a_failure_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert again.conditions["message"] == "Mismatch: planted"
 
 
+def test_a_seed_without_programs_is_a_find_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(rng: random.Random) -> object:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(fuzz, "draw_programs", draw)
+    rows = fuzz.run(["--minutes", "0.0001", "--seed", "2"], Progress(disable=True))
+    assert row(rows, "programs").value == 0
+    found = next(each for each in rows if each.metric == "mismatch").conditions
+    assert (found["replay"], found["message"]) == ("2", "no programs: RuntimeError: planted")
+
+
 @pytest.mark.parametrize("text", ["x", "1:x", "2:999", "-1"])
 def test_a_replay_wants_a_seed(text: str) -> None:
     with pytest.raises(BenchError, match=r"replay wants|has the programs"):
