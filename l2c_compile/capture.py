@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from l2c_compile.aliases import AliasesAsInEagerTorch
 from l2c_compile.compile_cache import cache_folder_named
 from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.graph import (
@@ -124,8 +125,8 @@ def capture(
 
     Raises:
         UnknownSiteError: a site's module is not called, or not that often, in one evaluation.
-        CaptureError: the denoiser cannot be exported, draws random numbers, or changes its buffers, its inputs or the
-            value of a site in place.
+        CaptureError: the denoiser cannot be exported, draws random numbers, or changes its weights, its buffers, its
+            inputs or the value of a site in place.
         BackendError: torch cannot make its cache folder.
     """
     flat = _FlatCall(denoiser, signature)
@@ -133,7 +134,14 @@ def capture(
         example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
     try:
         marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
-        with cache_folder_named(), weights_swapped(), torch.no_grad(), _as_it_was(denoiser), marking:
+        with (
+            cache_folder_named(),
+            weights_swapped(),
+            torch.no_grad(),
+            _as_it_was(denoiser),
+            marking,
+            AliasesAsInEagerTorch(),
+        ):
             program = torch.export.export(flat, example_inputs, strict=False)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.
@@ -317,6 +325,9 @@ def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:
             raise CaptureError(
                 f"{name} changes its buffer '{buffer}' in every evaluation; call .eval() before compiling"
             )
+        if output.kind is OutputKind.PARAMETER_MUTATION:
+            weight = str(output.target).removeprefix("denoiser.")
+            raise CaptureError(f"{name} changes its weight '{weight}' in place; let it clone that weight first")
         if output.kind is OutputKind.USER_INPUT_MUTATION:
             raise CaptureError(f"{name} changes its input '{output.target}' in place; let it clone that input first")
     for node in program.graph.nodes:

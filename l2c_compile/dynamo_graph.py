@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import Argument, Node
 from torch.utils._pytree import tree_structure
 
+from l2c_compile.aliases import AliasesAsInEagerTorch
 from l2c_compile.capture import TensorSpec
 from l2c_compile.errors import CaptureError, ScheduleError, UnknownSiteError, nearest
 from l2c_compile.graph import INPUT_PORT, SITE, LoopGraph, draws_random_numbers, module_path, output_list
@@ -85,7 +86,7 @@ def loop_graph_of(
     positions = [index for index, value in enumerate(inputs) if isinstance(value, _Static)]
     specs = [value.spec for value in inputs if isinstance(value, _Static)]
     # Dynamo's own context is about its own fake tensors.
-    with torch._guards.tracing(None), torch.no_grad():
+    with torch._guards.tracing(None), torch.no_grad(), AliasesAsInEagerTorch():
         _check_in_place(own, _fake(specs), marker.marks)
         lowered, signature = aot_export_module(
             own, _fake(specs), decompositions={}, trace_joint=False, pre_dispatch=True

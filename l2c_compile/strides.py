@@ -47,8 +47,8 @@ def follow(graph: fx.Graph, replaced: Collection[Node], *, restore_results: bool
     if not replaced:
         return
     changed = set(replaced)
-    results = [node for node in output_list(graph) if isinstance(node, Node)]
-    wanted = {node: node.meta["val"] for node in results}
+    # Each once: a loop may return a value twice.
+    wanted = {node: node.meta["val"] for node in output_list(graph) if isinstance(node, Node)}
     known: dict[object, tuple[object, object]] = {}
     for node in graph.nodes:
         if node.op != "call_function" or changed.isdisjoint(node.all_input_nodes):
@@ -61,9 +61,9 @@ def follow(graph: fx.Graph, replaced: Collection[Node], *, restore_results: bool
         if _strides(value) != _strides(node.meta["val"]):
             node.meta["val"] = value
             changed.add(node)
-    for node in results if restore_results else ():
-        if _strides(node.meta["val"]) != _strides(wanted[node]):
-            _restore(graph, node, wanted[node])
+    for node, before in wanted.items() if restore_results else ():
+        if _strides(node.meta["val"]) != _strides(before):
+            _restore(graph, node, before)
 
 
 def _infer(node: Node) -> tuple[object, object]:

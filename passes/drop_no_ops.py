@@ -3,7 +3,8 @@
     y = clone(x); z = mul(y, w)   ->   z = mul(x, w)
 
 In a functional graph a copy is as good as its original. The value must come out with the same shape, strides, dtype and
-device: a copy that changes the layout decides how later kernels round, so it stays.
+device: a copy that changes the layout decides how later kernels round, so it stays. So does a view that exchanges two
+dimensions over which the value repeats: a cache read may put one there that does not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _VIEWS = frozenset(
     {aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.slice, aten.permute, aten.transpose, aten.t}
     | {aten.squeeze, aten.unsqueeze, aten.flatten, aten.unflatten, aten.movedim, aten.narrow}
 )
+_REORDERS = frozenset({aten.permute, aten.transpose, aten.t, aten.movedim})
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,18 @@ class DropNoOps(Pass):
         packet = packet_of(node)
         if packet in _VIEWS and before.storage_offset() != after.storage_offset():
             return "starts elsewhere in its storage"
+        if packet in _REORDERS and _looks_the_same_in_another_order(before):
+            return "may exchange dimensions that only look alike because the value repeats over them"
         if packet is aten.dropout and node.args[1] and node.args[2]:
             return "drops elements"
         if self.keep_returned and source.op in ("placeholder", "get_attr") and _is_returned(node):
             return "keeps the result from sharing memory with an input or a weight"
         return None
+
+
+def _looks_the_same_in_another_order(value: Tensor) -> bool:
+    strides = [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
+    return len(set(strides)) < len(strides)
 
 
 def _is_returned(node: Node) -> bool:

@@ -305,6 +305,34 @@ def test_a_write_in_place_that_reaches_a_site_is_an_error(how: str, message: str
     fails(lambda x: toy_loop(model, x), message, router=TWO)
 
 
+class WritesIntoDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.inner(x)
+        after: Tensor = self.dropout(before)
+        after += 1.0
+        return before * after  # type: ignore[no-any-return]
+
+
+def test_a_write_into_what_dropout_returned_reaches_its_argument() -> None:
+    schedule = CacheSchedule.from_table({"inner": [1, 0]})
+    model, x = WritesIntoDropout().eval(), torch.randn(2, 4)
+    wanted = run_reference(model, toy_loop, schedule, x, {})
+    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
+    with torch.no_grad():
+        got = torch.compile(lambda x: toy_loop(model, x), backend=l2c, options=given)(x)
+    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+
+
+def test_dropout_that_is_written_into_is_no_site() -> None:
+    model = WritesIntoDropout().eval()
+    schedule = CacheSchedule.from_table({"dropout": [1, 0]})
+    fails(lambda x: toy_loop(model, x), "site 'dropout', evaluation 1: a write in place reaches", router=schedule)
+
+
 def test_changing_an_input_in_place_is_an_error() -> None:
     model = Toy().eval()
     fails(lambda x: toy_loop(model, x.mul_(2.0)), "changes 'l_x_' in place", router=TWO)

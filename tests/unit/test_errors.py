@@ -185,6 +185,8 @@ class Misbehaves(nn.Module):
             return self.norm(h)
         if self.way == "writes":
             return x.add_(h)
+        if self.way == "writes weight":
+            return self.a.bias.expand_as(x).relu_() + h
         if self.way == "draws":
             return h + torch.randn_like(h)
         if self.way == "bypasses":
@@ -206,12 +208,14 @@ def test_a_denoiser_that_export_rejects_gets_our_message_and_torchs_cause() -> N
         ("dropout", r"draws random numbers .* in module 'drop'; call \.eval\(\)"),
         ("batchnorm", r"changes its buffer 'norm\.running_mean' in every evaluation; call \.eval\(\)"),
         ("writes", r"changes its input .* in place; let it clone"),
+        ("writes weight", r"changes its weight 'a\.bias' in place; let it clone that weight first"),
         ("draws", r"draws random numbers .* draw them in the loop"),
     ],
 )
 def test_a_denoiser_with_effects_is_told_what_to_do(way: str, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
-        compiled(steps(1), model=seeded(Misbehaves(way)).train())(draw(3, 4))
+        shape = (4,) if way == "writes weight" else (3, 4)
+        compiled(steps(1), model=seeded(Misbehaves(way)).train())(draw(*shape))
 
 
 @pytest.mark.parametrize(

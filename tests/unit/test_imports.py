@@ -17,7 +17,7 @@ PACKAGE = "l2c_compile"
 # does not exist.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("compile_cache", "files", "weights_lock"),
+    ("aliases", "compile_cache", "files", "weights_lock"),
     ("archive",),
     ("kernels", "kernels._launch"),
     ("kernels.*",),

@@ -10,7 +10,7 @@ from l2c_compile.graph import LoopGraph
 from l2c_compile.passes.base import PassReport
 from l2c_compile.passes.contiguous_layout import ContiguousLayout
 from l2c_compile.passes.pipeline import BITWISE
-from l2c_compile.verify import check
+from l2c_compile.verify import Fact, check
 from tests.tiny import assert_strides_as_noted, draw, run, seeded, unrolled
 
 
@@ -54,6 +54,20 @@ def test_the_residual_stream_lies_in_memory_order() -> None:
     assert report.rewrites == 1  # the embedded tokens; the sum follows
     assert_strides_as_noted(graph, draw(2, 4, 4, 4))
     torch.testing.assert_close(run(graph, draw(2, 4, 4, 4))[0], run(flat, draw(2, 4, 4, 4))[0])
+
+
+def test_a_value_that_is_returned_twice_is_restored_once() -> None:
+    def twice(denoiser: Callable[..., Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = denoiser(noise, noise[:, 0, 0, 0])
+        return tokens, tokens
+
+    flat = unrolled(seeded(Embed()), CacheSchedule.from_table({"mlp": [1]}), twice, draw(2, 4, 4, 4))
+    BITWISE.run(flat)
+    graph = flat.copy()
+    ContiguousLayout().run(graph)
+    check(graph, {Fact.NO_DEAD_NODES})
+    first, second = run(graph, draw(2, 4, 4, 4))
+    assert first.stride() == second.stride() == run(flat, draw(2, 4, 4, 4))[0].stride()
 
 
 def test_what_the_loop_returns_keeps_its_strides() -> None:

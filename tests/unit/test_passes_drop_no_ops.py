@@ -51,6 +51,17 @@ def test_what_changes_something_is_left_alone_for_a_reason(function: Callable[[T
     assert same_bits(run(graph, x), before)
 
 
+def test_an_exchange_of_dimensions_stays_where_another_value_may_take_its_place() -> None:
+    """Over both of them the value repeats, so strides do not tell; what a rule makes of it need not repeat."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        return [aten.sin(aten.transpose(aten.expand(x, [3, 3]), 0, 1))]
+
+    report = DropNoOps().run(program(function, draw(1, 1)))
+    assert (report.rewrites, set(report.left_alone)) == (0, {"expand", "transpose"})
+    assert "only look alike because the value repeats" in report.left_alone["transpose"]
+
+
 def test_a_view_that_starts_elsewhere_is_left_alone() -> None:
     def function(x: Tensor) -> list[Tensor]:
         first, second = aten.slice(x, 0, 0, 1), aten.slice(x, 0, 1, 2)

@@ -215,6 +215,25 @@ def test_a_rule_of_ones_own_equals_the_reference(site: str, rule: Rule, row: lis
     check_equals_reference(residual(), schedule, steps(5), draw(3, 4))
 
 
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean().expand_as(x)
+
+
+class TransposesTheMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.a = Mean(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + t[:, None] * self.a(self.mean(x).t())  # type: ignore[no-any-return]
+
+
+def test_what_a_rule_makes_of_a_value_that_repeats_is_transposed_though_the_value_need_not_be() -> None:
+    schedule = CacheSchedule.from_table({"mean": [1, 0, 1, 0]}, rule=FollowInput())
+    check_equals_reference(seeded(TransposesTheMean()), schedule, steps(4), draw(4, 4))
+
+
 def test_a_rule_may_read_evaluations_of_another_form() -> None:
     def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
         for i in range(4):
@@ -259,6 +278,68 @@ class Stem(nn.Module):
         if self.way == "writes input later":
             before.add_(1.0)
         return before + after  # type: ignore[no-any-return]
+
+
+class WritesIntoDropout(nn.Module):
+    """Outside training dropout returns its argument, so the write reaches both."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.dropout = how, nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        before = self.a(x) + t[:, None]
+        match self.how:
+            case "module":
+                after = self.dropout(before)
+            case "function":
+                after = torch.nn.functional.dropout(before, training=False)
+            case "torch":
+                after = torch.dropout(before, 0.5, train=False)
+            case _:
+                after = torch.ops.aten.dropout.default(before, 0.5, False)
+        after += 1.0
+        return before * after  # type: ignore[no-any-return]
+
+
+DROPOUTS = ("module", "function", "torch", "aten")
+
+
+@pytest.mark.parametrize("how", DROPOUTS)
+def test_a_write_into_what_dropout_returned_reaches_its_argument(how: str) -> None:
+    schedule = CacheSchedule.from_table({"a": [1, 0, 1]})
+    check_equals_reference(seeded(WritesIntoDropout(how)), schedule, steps(3), draw(3, 4))
+
+
+class WritesIntoExpanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.a(x)
+        same = h.expand_as(x)
+        same[:, 0] = 0.5 * same[:, 1]
+        return h + t[:, None] * same  # type: ignore[no-any-return]
+
+
+def test_a_write_into_a_value_expanded_to_its_own_shape_does_not_round() -> None:
+    check_equals_reference(seeded(WritesIntoExpanded()), CacheSchedule.from_table({"a": [1] * 9}), steps(9), draw(3, 4))
+
+
+def test_a_write_into_a_dropped_out_input_is_refused() -> None:
+    class IntoItsInput(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            kept = self.dropout(x)
+            kept += 1.0
+            return x + self.a(kept) * t[:, None]  # type: ignore[no-any-return]
+
+    with pytest.raises(CaptureError, match="changes its input 'tensors_0' in place; let it clone that input first"):
+        check_equals_reference(seeded(IntoItsInput()), CacheSchedule.from_table({"a": [1, 0]}), steps(2), draw(3, 4))
 
 
 @pytest.mark.parametrize(
