@@ -213,8 +213,8 @@ def test_a_denoiser_that_export_rejects_gets_our_message_and_torchs_cause() -> N
     ],
 )
 def test_a_denoiser_with_effects_is_told_what_to_do(way: str, message: str) -> None:
+    shape = (4,) if way == "writes weight" else (3, 4)
     with pytest.raises(CaptureError, match=message):
-        shape = (4,) if way == "writes weight" else (3, 4)
         compiled(steps(1), model=seeded(Misbehaves(way)).train())(draw(*shape))
 
 
