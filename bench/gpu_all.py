@@ -273,7 +273,7 @@ def _equality(shop: Workshop, budget: Budget, rows: list[Row]) -> None:
                     error = _relative(got, wanted)
                     where: dict[str, Condition] = {"dtype": dtype, "backend": backend, "numerics": numerics}
                     rows.append(shop.row("equality_relative_error", error, where))
-                    # As the demo allows: 64 units an evaluation, for sums of products in another order in every block.
+                    # For sums of products in another order; the demo allows twice that, for packed weights.
                     allowed = 64 * torch.finfo(_DTYPES[dtype]).eps * steps
                     rows.append(shop.row("equality_over_allowed", error / allowed, where))
 
