@@ -1,11 +1,13 @@
 """Keep torch.export from losing what shares memory.
 
-Export turns writes in place into values. In two places eager torch hands on the memory that it was given, and export
-makes something else of it, so that the capture would be another model than the one that runs:
+Export turns writes in place into values. In some places eager torch hands on the memory that it was given, and export
+makes something else of it, so that the capture would be another model than the one that runs, or none:
 
 dropout that drops nothing   is kept as an operator with a result of its own, for those who train what they exported.
                              In ``h = dropout(x); h += 1; return x + h`` the write would no longer reach x.
 expand to the same shape     is undone as ``x + (written - x)``, which rounds. As a plain view it is undone exactly.
+x.data                       leaves what export follows; a write into it has crashed torch 2.13. Outside training it is
+                             x.detach().
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ _DROPOUTS: dict[object, Callable[..., tuple[Any, Any]]] = {
 
 _EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
 
 class AliasesAsInEagerTorch(TorchFunctionMode):
     """Enter it around an export."""
@@ -54,6 +58,8 @@ class AliasesAsInEagerTorch(TorchFunctionMode):
             given, drops = _DROPOUTS[func](*args, **kwargs)
             if drops is False:
                 return given
+        if func == _DATA:
+            return args[0].detach()
         result = func(*args, **kwargs)
         if func in _EXPANDS and args and result.shape == args[0].shape:
             return args[0].view(result.shape)

@@ -280,8 +280,8 @@ class Stem(nn.Module):
         return before + after  # type: ignore[no-any-return]
 
 
-class WritesIntoDropout(nn.Module):
-    """Outside training dropout returns its argument, so the write reaches both."""
+class WritesIntoWhatSharesMemory(nn.Module):
+    """Outside training dropout returns its argument, so the write reaches both; so it does through ``.data``."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -296,19 +296,18 @@ class WritesIntoDropout(nn.Module):
                 after = torch.nn.functional.dropout(before, training=False)
             case "torch":
                 after = torch.dropout(before, 0.5, train=False)
+            case "data":
+                after = before.data
             case _:
                 after = torch.ops.aten.dropout.default(before, 0.5, False)
         after += 1.0
         return before * after  # type: ignore[no-any-return]
 
 
-DROPOUTS = ("module", "function", "torch", "aten")
-
-
-@pytest.mark.parametrize("how", DROPOUTS)
-def test_a_write_into_what_dropout_returned_reaches_its_argument(how: str) -> None:
+@pytest.mark.parametrize("how", ["module", "function", "torch", "aten", "data"])
+def test_a_write_into_what_shares_memory_reaches_both(how: str) -> None:
     schedule = CacheSchedule.from_table({"a": [1, 0, 1]})
-    check_equals_reference(seeded(WritesIntoDropout(how)), schedule, steps(3), draw(3, 4))
+    check_equals_reference(seeded(WritesIntoWhatSharesMemory(how)), schedule, steps(3), draw(3, 4))
 
 
 class WritesIntoExpanded(nn.Module):
