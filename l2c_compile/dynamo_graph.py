@@ -419,7 +419,7 @@ class _Marker:
                 nodes.append(mark)
             else:
                 # Which node is the first and which the last matters, the order between them does not.
-                nodes.insert(0 if nodes[0] is neighbour else 1, mark)
+                nodes.insert(0 if distance == 0 and nodes[0] is neighbour else 1, mark)
 
 
 def _last(site: Site) -> str:

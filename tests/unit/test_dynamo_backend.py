@@ -305,6 +305,34 @@ def test_a_write_in_place_that_reaches_a_site_is_an_error(how: str, message: str
     fails(lambda x: toy_loop(model, x), message, router=TWO)
 
 
+class BeginsWithASite(nn.Module):
+    """A block whose first operation is a site by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(2.0 * x)  # type: ignore[no-any-return]
+
+
+def test_the_input_of_a_block_is_read_whose_first_operation_is_a_site_too() -> None:
+    model, x = BeginsWithASite().eval(), torch.randn(2, 4)
+    table = {"delta(block)": [1, 1, 0, 1], "block.0": [1, 0, 1, 0]}
+
+    def loop(denoiser: nn.Module, noise: Tensor) -> Tensor:
+        for _ in range(4):
+            noise = noise - 0.1 * denoiser(noise)
+        return noise
+
+    schedule = CacheSchedule.from_table(table)
+    wanted = run_reference(model, loop, schedule, x, {})
+    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
+    with torch.no_grad():
+        got = torch.compile(lambda x: loop(model, x), backend=l2c, options=given)(x)
+    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+
+
 class WritesIntoDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
