@@ -82,6 +82,7 @@ def loop_graph_of(
     _check_count(name, evaluations, schedule)
     marker = _Marker(own.graph, calls, evaluations, schedule)
     marker.mark()
+    num_results = _return_marks(own.graph)
     own.recompile()
     positions = [index for index, value in enumerate(inputs) if isinstance(value, _Static)]
     specs = [value.spec for value in inputs if isinstance(value, _Static)]
@@ -100,6 +101,7 @@ def loop_graph_of(
             " .eval() on the denoiser"
         )
     assert isinstance(lowered, fx.GraphModule)
+    lowered.graph.output_node().args = (tuple(output_list(lowered.graph)[:num_results]),)
     _note_evaluations(lowered.graph, evaluations)
     return _to_loop_graph(lowered, signature, schedule, positions, weights)
 
@@ -479,6 +481,17 @@ def _by(marks: Iterable[_Mark], name: str) -> dict[Node, list[_Mark]]:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _return_marks(graph: fx.Graph) -> int:
+    """Return the marks behind the results, so that lowering keeps what nobody but a later read uses.
+
+    Returns:
+        How many results there are without them.
+    """
+    results = output_list(graph)
+    graph.output_node().args = ((*results, *graph.find_nodes(op="call_function", target=SITE)),)
+    return len(results)
 
 
 def _check_in_place(module: fx.GraphModule, inputs: Sequence[Tensor], marks: Sequence[_Mark]) -> None:

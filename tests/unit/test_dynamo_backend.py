@@ -333,6 +333,26 @@ def test_the_input_of_a_block_is_read_whose_first_operation_is_a_site_too() -> N
     assert torch.equal(got, wanted)  # type: ignore[arg-type]
 
 
+class UsesTheShapeOfANorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.linear.bias.expand_as(self.norm(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("site", ["norm", "delta(norm)"])
+def test_a_site_whose_values_nobody_uses_is_still_a_site(site: str) -> None:
+    model, x = UsesTheShapeOfANorm().eval(), torch.randn(2, 4)
+    schedule = CacheSchedule.from_table({site: [1, 0], "linear": [1, 0]})
+    wanted = run_reference(model, toy_loop, schedule, x, {})
+    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
+    with torch.no_grad():
+        got = torch.compile(lambda x: toy_loop(model, x), backend=l2c, options=given)(x)
+    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+
+
 class WritesIntoDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
