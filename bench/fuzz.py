@@ -3,6 +3,8 @@
 Options: ``--minutes N`` (default 1) ``--seed S``: the first seed to draw from; each seed is one denoiser with its
 loops and schedules. ``--replay SEED`` or ``--replay SEED:NUMBER``: check the programs of one seed, or one of them, and
 make what fails smaller. A program is counted once for each distinct denoiser, loop and schedule; passes do not count.
+``--dynamo`` compiles the loops with ``torch.compile(..., backend="l2c")`` instead, a few programs of each seed; it
+refuses many more, for a module that only returns its input leaves no trace in Dynamo's graph.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from bench.cases import BenchError
 from bench.report import Row
 from l2c_compile.errors import CaptureError
 from tests.programs.checking import Checker, Program, draw_programs
-from tests.programs.shrinking import minimise
+from tests.programs.shrinking import Check, minimise
 
 __all__ = ["run"]
 
@@ -28,11 +30,15 @@ _REPORT_SECONDS = 60.0
 _MINIMISED = 3
 """How many failures are made smaller: each takes minutes."""
 
+_EVERY_THROUGH_DYNAMO = 8
+"""Of the programs of a denoiser: each is traced anew, so many of one denoiser cost as much as those of many."""
+
 
 @dataclass
 class _Hunt:
     """What was tried so far."""
 
+    through_dynamo: bool = False
     programs: set[str] = field(default_factory=set)
     denoisers: int = 0
     refused: Counter[str] = field(default_factory=Counter)
@@ -46,11 +52,11 @@ class _Hunt:
         checker = Checker(programs[0].denoiser)
         self.denoisers += 1
         for number, program in enumerate(programs):
-            if program.key in self.programs:
+            if program.key in self.programs or (self.through_dynamo and number % _EVERY_THROUGH_DYNAMO):
                 continue
             self.programs.add(program.key)
             try:
-                refused = checker.check(program).refused
+                refused = self.judge(checker, program).refused
             except Exception as error:  # whatever it is, it is a find
                 self.failures.append((f"{seed}:{number}", f"{type(error).__name__}: {error}", program))
                 continue
@@ -58,6 +64,10 @@ class _Hunt:
                 self.refused[refused.partition(":")[0]] += 1
             if refused.startswith(CaptureError.__name__):
                 return  # all programs of this denoiser share its captures, and are refused in the same words
+
+    @property
+    def judge(self) -> Check:
+        return Checker.check_through_dynamo if self.through_dynamo else Checker.check
 
     @property
     def minutes(self) -> float:
@@ -77,8 +87,9 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", metavar="SEED[:NUMBER]")
+    parser.add_argument("--dynamo", action="store_true")
     options = parser.parse_args(list(args))
-    hunt = _Hunt()
+    hunt = _Hunt(options.dynamo)
     if options.replay is not None:
         seed, programs = _replayed(options.replay)
         hunt.check(seed, programs)
@@ -120,13 +131,16 @@ def _replayed(text: str) -> tuple[int, list[Program]]:
 def _rows(hunt: _Hunt, seed: int) -> Iterator[Row]:
     count = len(hunt.programs)
     where = {"first_seed": seed, "denoisers": hunt.denoisers}
+    through = "_through_dynamo" if hunt.through_dynamo else ""
     yield Row("programs", count, "", where)
     yield Row("programs_a_minute", count / hunt.minutes, "", where)
     yield Row("mismatches", len(hunt.failures), "", where)
-    yield Row("refused_percent", 100 * hunt.refused.total() / max(1, count), "%", where)
+    yield Row(f"refused{through}_percent", 100 * hunt.refused.total() / max(1, count), "%", where)
     for error, number in sorted(hunt.refused.items()):
         yield Row("refused", number, "", {"error": error})
     for index, (replay, message, program) in enumerate(hunt.failures):
-        smaller = minimise(program) if program is not None and index < _MINIMISED else program
+        smaller = program
+        if program is not None and index < _MINIMISED:
+            smaller = minimise(program, check=hunt.judge)
         drawn = smaller.to_json() if smaller is not None else ""
         yield Row("mismatch", 1, "", {"replay": replay, "message": message[:500], "program": drawn})

@@ -1,7 +1,8 @@
 """A program: a denoiser, a loop and a schedule, drawn at random; and what must hold of it once it is compiled.
 
 ``draw_programs(rng)`` draws the programs of one denoiser: captures cost most, so several loops and schedules share
-them. ``Checker.check`` compiles one through the passes that it names and judges the result by the reference.
+them. ``Checker.check`` compiles one through the passes that it names and judges the result by the reference;
+``Checker.check_through_dynamo`` compiles it as a function of the user's own, with the backend "l2c".
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from l2c_compile import CacheSchedule, Site, run_reference
 from l2c_compile.capture import CallSignature, capture
+from l2c_compile.dynamo_backend import l2c
 from l2c_compile.errors import L2CError
 from l2c_compile.graph import EvaluationGraph, LoopGraph, infer
 from l2c_compile.passes.base import Pass, Pipeline
@@ -216,8 +219,39 @@ class Checker:
             _judge(graph, runs, _is_bitwise(names), f"passes {', '.join(names)}")
         if regions is not None:
             _judge(regions, runs[:1], _is_bitwise(names), f"passes {', '.join(names)}, outline-regions")
-        if self._weight_versions() != self._versions:
-            raise Mismatch("a weight or buffer of the denoiser was written into")
+        self._check_weights()
+        return Outcome()
+
+    def check_through_dynamo(self, program: Program) -> Outcome:
+        """Compile the loop of ``program`` with ``torch.compile(..., backend="l2c")``; it must equal the reference.
+
+        Raises:
+            Mismatch: it does not, bit for bit, or it changes its inputs or weights.
+            Exception: whatever the backend raises that is no refusal in words of its own.
+        """
+        loop = DrawnLoop(program.loop)
+        schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
+        run = _Run(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, 1))
+        inputs = own(run.inputs)
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"router": schedule, "backend": "eager", "numerics": "bitwise"}
+
+        def sample(noise: Tensor, conditions: Sequence[Tensor]) -> object:
+            return loop(self.denoiser, noise, **dict(zip(run.conditions, conditions, strict=True)))
+
+        try:
+            with run.seeded():
+                got = torch.compile(sample, backend=l2c, options=options, fullgraph=True)(inputs[0], inputs[1:])
+        except BackendCompilerFailed as error:
+            reason = error.inner_exception
+            if not isinstance(reason, L2CError) or not isinstance(reason, ValueError):
+                raise
+            return Outcome(refused=f"{type(reason).__name__}: {reason}")
+        if not same_bits(tree_leaves(got), tree_leaves(run.wanted)):
+            raise Mismatch(f"through Dynamo: got {got}, wanted {run.wanted}")
+        if not same_bits(inputs, run.inputs):
+            raise Mismatch("through Dynamo: writes into its inputs")
+        self._check_weights()
         return Outcome()
 
     def _compiled(self, program: Program, schedule: CacheSchedule, names: Sequence[str]) -> LoopGraph:
@@ -259,6 +293,10 @@ class Checker:
                 EVALUATION.run(form)
             self._noted = skeleton
         return skeleton
+
+    def _check_weights(self) -> None:
+        if self._weight_versions() != self._versions:
+            raise Mismatch("a weight or buffer of the denoiser was written into")
 
     def _weight_versions(self) -> list[int]:
         return [tensor._version for tensor in (*self.denoiser.parameters(), *self.denoiser.buffers())]

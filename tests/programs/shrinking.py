@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from tests.programs.checking import Checker, Program, evaluations_of
+from tests.programs.checking import Checker, Outcome, Program, evaluations_of
 
 __all__ = ["failure_of", "minimise"]
+
+Check = Callable[[Checker, Program], Outcome]
+"""A method of ``Checker`` that judges a program."""
 
 _PLAIN: dict[str, object] = {
     "dtype": "float64",
@@ -38,18 +41,18 @@ _PLAIN: dict[str, object] = {
 """The plainest choice of every option."""
 
 
-def failure_of(program: Program) -> str:
+def failure_of(program: Program, check: Check = Checker.check) -> str:
     """Return how a program fails, in short: equal for failures of one cause. Empty if it does not fail."""
     try:
-        Checker(program.denoiser).check(program)
+        check(Checker(program.denoiser), program)
     except Exception as error:  # whatever the compiler raises is what is looked for
         return f"{type(error).__name__}: {str(error)[:24]}"
     return ""
 
 
-def minimise(program: Program, max_tries: int = 200) -> Program:
+def minimise(program: Program, max_tries: int = 200, check: Check = Checker.check) -> Program:
     """Return a program that fails as ``program`` does and that no single step makes smaller, if tries suffice."""
-    failure = failure_of(program)
+    failure = failure_of(program, check)
     tries = 0
     smaller = True
     while smaller:
@@ -58,7 +61,7 @@ def minimise(program: Program, max_tries: int = 200) -> Program:
             tries += 1
             if tries > max_tries:
                 return program
-            if failure_of(candidate) == failure:
+            if failure_of(candidate, check) == failure:
                 program, smaller = candidate, True
                 break
     return program

@@ -36,6 +36,21 @@ def test_a_random_program_equals_the_reference(rng: random.Random) -> None:
         checker.check(program)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_program_through_dynamo_equals_the_reference(seed: int) -> None:
+    program = next(p for p in draw_programs(random.Random(seed)) if p.entries)
+    Checker(program.denoiser).check_through_dynamo(program)
+
+
+def test_a_graph_that_reads_the_wrong_value_through_dynamo_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower_cache_reads, "_lower", lower_wrongly)
+    found = 0
+    for seed in range(6):
+        program = next(p for p in draw_programs(random.Random(seed)) if p.entries)
+        found += failure_of(program, Checker.check_through_dynamo).startswith("Mismatch: through Dynamo")
+    assert found >= 2
+
+
 def test_few_programs_are_refused() -> None:
     refused = []
     for seed in range(4):
@@ -92,13 +107,15 @@ def wrong_source(node: fx.Node) -> None:
     twice.update_arg(0, node)
 
 
+_LOWER: Callable[..., None] = lower_cache_reads._lower
+
+
+def lower_wrongly(graph: fx.Graph, read: CacheRead) -> None:
+    wrong_source(read.node)
+    _LOWER(graph, read)
+
+
 def test_reads_that_are_slightly_wrong_are_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    lower: Callable[..., None] = lower_cache_reads._lower
-
-    def lower_wrongly(graph: fx.Graph, read: CacheRead) -> None:
-        wrong_source(read.node)
-        lower(graph, read)
-
     programs = [next(p for p in draw_programs(random.Random(seed)) if p.entries) for seed in range(5)]
     monkeypatch.setattr(lower_cache_reads, "_lower", lower_wrongly)
     found = [program for program in programs if failure_of(program).startswith("Mismatch")]

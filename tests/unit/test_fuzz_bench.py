@@ -54,6 +54,21 @@ def test_a_failure_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert again.conditions["message"] == "Mismatch: planted"
 
 
+@pytest.mark.usefixtures("few")
+def test_it_hunts_through_dynamo_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = fuzz.run(["--minutes", "0.001", "--seed", "4", "--dynamo"], Progress(disable=True))
+    assert row(rows, "programs").value == 1
+    assert row(rows, "mismatches").value == 0
+    assert row(rows, "refused_through_dynamo_percent").value == 0
+
+    def check(self: Checker, program: Program) -> Outcome:
+        raise Mismatch("planted")
+
+    monkeypatch.setattr(Checker, "check_through_dynamo", check)
+    rows = fuzz.run(["--replay", "2:1", "--dynamo"], Progress(disable=True))
+    assert row(rows, "mismatch").conditions["message"] == "Mismatch: planted"
+
+
 def test_a_seed_without_programs_is_a_find_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(rng: random.Random) -> object:
         raise RuntimeError("planted")
