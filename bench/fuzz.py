@@ -3,8 +3,8 @@
 Options: ``--minutes N`` (default 1) ``--seed S``: the first seed to draw from; each seed is one denoiser with its
 loops and schedules. ``--replay SEED`` or ``--replay SEED:NUMBER``: check the programs of one seed, or one of them, and
 make what fails smaller. A program is counted once for each distinct denoiser, loop and schedule; passes do not count.
-``--dynamo`` compiles the loops with ``torch.compile(..., backend="l2c")`` instead, a few programs of each seed; it
-refuses many more, for a module that only returns its input leaves no trace in Dynamo's graph.
+``--dynamo`` compiles the loops with ``torch.compile(..., backend="l2c")`` instead, a few programs of each seed; many
+more are refused, for what a module returns of its input leaves no trace in Dynamo's graph.
 """
 
 from __future__ import annotations

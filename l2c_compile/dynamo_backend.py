@@ -3,6 +3,9 @@
 Dynamo unrolls the function, ``dynamo_graph`` finds the evaluations and sites in its graph, the passes run on it, and an
 inner backend runs the result. Nothing falls back: a function that the schedule does not fit is an error, which Dynamo
 reports as ``BackendCompilerFailed`` around ours.
+
+Dynamo's graph shows what modules compute, not what they return. A module that returns one of its inputs beside what it
+computes (``return h, context``) has that part reused by ``l2c_compile``, but not here: whoever uses it gets today's.
 """
 
 from __future__ import annotations

@@ -232,6 +232,11 @@ class Checker:
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
         run = _Run(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, 1))
+        called = CalledModules.of(self.denoiser, own(run.noise), torch.ones(len(run.noise)), **own(run.conditions))
+        for _, site in schedule.reuses:
+            if (site.last or site.path) in called.pass_on:
+                # A documented limit: the graph does not show it, so it is not reused.
+                return Outcome(refused=f"NoTrace: {site} returns what it was given")
         inputs = own(run.inputs)
         torch._dynamo.reset()
         options: dict[str, Any] = {"router": schedule, "backend": "eager", "numerics": "bitwise"}

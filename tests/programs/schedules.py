@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from l2c_compile import CacheSchedule, Reuse, Rule, Site
 from l2c_compile.errors import ScheduleError
@@ -30,6 +31,8 @@ class CalledModules:
     inputs: dict[str, object] = field(default_factory=dict)
     outputs: dict[str, object] = field(default_factory=dict)
     """Shapes, where there is a single tensor."""
+    pass_on: set[str] = field(default_factory=set)
+    """Those that return a tensor which they were given."""
 
     @classmethod
     def of(cls, denoiser: nn.Module, *args: Tensor, **kwargs: Tensor) -> CalledModules:
@@ -39,6 +42,9 @@ class CalledModules:
         def note(path: str) -> object:
             def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
                 called.calls[path] += 1
+                given = {id(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+                if not given.isdisjoint(map(id, tree_leaves(output))):
+                    called.pass_on.add(path)
                 if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                     called.inputs[path], called.outputs[path] = args[0].shape, output.shape
 
