@@ -353,6 +353,34 @@ def test_a_site_whose_values_nobody_uses_is_still_a_site(site: str) -> None:
     assert torch.equal(got, wanted)  # type: ignore[arg-type]
 
 
+class TwoInARow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("last", ["layers.1", "delta(layers.1)"])
+@pytest.mark.parametrize("run_first", [True, False])
+def test_a_run_holds_what_is_read_where_its_last_module_is_reused(last: str, run_first: bool) -> None:
+    rows = [("layers.0..layers.1", [1, 1, 0]), (last, [1, 0, 1])]
+    schedule = CacheSchedule.from_table(dict(rows if run_first else rows[::-1]))
+    model, x = TwoInARow().eval(), torch.randn(2, 4)
+
+    def loop(denoiser: nn.Module, noise: Tensor) -> Tensor:
+        for _ in range(3):
+            noise = noise - 0.1 * denoiser(noise)
+        return noise
+
+    wanted = run_reference(model, loop, schedule, x, {})
+    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
+    with torch.no_grad():
+        got = torch.compile(lambda x: loop(model, x), backend=l2c, options=given)(x)
+    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+
+
 class WritesIntoDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
