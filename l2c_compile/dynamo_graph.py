@@ -331,8 +331,8 @@ class _Marker:
                 for e in (evaluation, *reuse.sources):
                     reads_input = site.kind == "delta" or reuse.rule.needs_input
                     cells[e, site] = cells.get((e, site), False) or reads_input
-        # Where a module ends with another, the inner one's mark is the value that the outer one returns. Of marks behind
-        # one module the first is the outermost: a run holds what is read where its last module is reused.
+        # Where a module ends with another, the inner one's mark is the value that the outer one returns. Of marks
+        # behind one module the first is the outermost: a run holds what is read where its last module is reused.
         rank = {site: index for index, site in enumerate(self.schedule.sites)}
         order = sorted(cells, key=lambda cell: (-_last(cell[1]).count("."), -cell[1].num_modules, -rank[cell[1]]))
         for evaluation, site in order:
