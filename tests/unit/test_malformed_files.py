@@ -41,9 +41,11 @@ def test_a_reader_that_dies_or_hangs_is_one_outcome(monkeypatch: pytest.MonkeyPa
     (tmp_path / "bench").mkdir()
     worker = tmp_path / "bench" / "malformed_worker.py"
     monkeypatch.setattr(bench_module, "_ROOT", tmp_path)
-    monkeypatch.setattr(bench_module, "_HANG_SECONDS", 2.0)
+    # Long enough for Python to start on a busy machine.
+    monkeypatch.setattr(bench_module, "_HANG_SECONDS", 60.0)
     worker.write_text(f"print('ready')\nprint('''{line}''')\n")
     assert [each.outcome for each in outcomes(0, 7, 9)] == ["refused", "CRASHED"]
+    monkeypatch.setattr(bench_module, "_HANG_SECONDS", 2.0)
     worker.write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
     assert [each.outcome for each in outcomes(0, 7, 8)] == ["HUNG"]
 

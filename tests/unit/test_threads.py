@@ -6,8 +6,10 @@ import copy
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -157,12 +159,16 @@ def test_a_reader_that_is_in_goes_on_though_a_writer_waits() -> None:
     assert not writer.is_alive()
 
 
-def test_the_lock_costs_a_call_microseconds() -> None:
-    start = time.perf_counter()
-    for _ in range(1000):
+def test_the_lock_costs_a_call_little() -> None:
+    """Counted, not timed: a timing would depend on what else the machine does."""
+    calls: Counter[str] = Counter()
+    sys.setprofile(lambda frame, event, argument: calls.update((event,)))
+    try:
         with weights_lock.weights_in_use():
             pass
-    assert (time.perf_counter() - start) / 1000 < 200e-6
+    finally:
+        sys.setprofile(None)
+    assert calls["call"] + calls["c_call"] < 50
 
 
 def _sample_in_child(sampler: CompiledSampler, noise: Tensor, connection: object) -> None:
