@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -201,3 +203,23 @@ def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
             return value
 
     Checked(graph.module()).run(*inputs)
+
+
+def calls_in(function: Callable[[], object], within: str = "") -> int:
+    """Return how many Python functions a function calls, of modules whose name begins with ``within``.
+
+    In tests it stands for time, which depends on what else the machine does.
+    """
+    calls = 0
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call" and str(frame.f_globals.get("__name__", "")).startswith(within)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return calls

@@ -305,6 +305,20 @@ def test_a_write_in_place_that_reaches_a_site_is_an_error(how: str, message: str
     fails(lambda x: toy_loop(model, x), message, router=TWO)
 
 
+def check_toy_equals_reference(model: nn.Module, schedule: CacheSchedule) -> None:
+    def loop(denoiser: nn.Module, noise: Tensor) -> Tensor:
+        for _ in range(schedule.num_evaluations):
+            noise = noise - 0.1 * denoiser(noise)
+        return noise
+
+    x = torch.randn(2, 4)
+    wanted = run_reference(model, loop, schedule, x, {})
+    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
+    with torch.no_grad():
+        got = torch.compile(lambda x: loop(model, x), backend=l2c, options=given)(x)
+    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+
+
 class BeginsWithASite(nn.Module):
     """A block whose first operation is a site by itself."""
 
@@ -317,20 +331,9 @@ class BeginsWithASite(nn.Module):
 
 
 def test_the_input_of_a_block_is_read_whose_first_operation_is_a_site_too() -> None:
-    model, x = BeginsWithASite().eval(), torch.randn(2, 4)
+    model = BeginsWithASite().eval()
     table = {"delta(block)": [1, 1, 0, 1], "block.0": [1, 0, 1, 0]}
-
-    def loop(denoiser: nn.Module, noise: Tensor) -> Tensor:
-        for _ in range(4):
-            noise = noise - 0.1 * denoiser(noise)
-        return noise
-
-    schedule = CacheSchedule.from_table(table)
-    wanted = run_reference(model, loop, schedule, x, {})
-    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
-    with torch.no_grad():
-        got = torch.compile(lambda x: loop(model, x), backend=l2c, options=given)(x)
-    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+    check_toy_equals_reference(model, CacheSchedule.from_table(table))
 
 
 class UsesTheShapeOfANorm(nn.Module):
@@ -344,13 +347,9 @@ class UsesTheShapeOfANorm(nn.Module):
 
 @pytest.mark.parametrize("site", ["norm", "delta(norm)"])
 def test_a_site_whose_values_nobody_uses_is_still_a_site(site: str) -> None:
-    model, x = UsesTheShapeOfANorm().eval(), torch.randn(2, 4)
+    model = UsesTheShapeOfANorm().eval()
     schedule = CacheSchedule.from_table({site: [1, 0], "linear": [1, 0]})
-    wanted = run_reference(model, toy_loop, schedule, x, {})
-    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
-    with torch.no_grad():
-        got = torch.compile(lambda x: toy_loop(model, x), backend=l2c, options=given)(x)
-    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+    check_toy_equals_reference(model, schedule)
 
 
 class TwoInARow(nn.Module):
@@ -367,18 +366,8 @@ class TwoInARow(nn.Module):
 def test_a_run_holds_what_is_read_where_its_last_module_is_reused(last: str, run_first: bool) -> None:
     rows = [("layers.0..layers.1", [1, 1, 0]), (last, [1, 0, 1])]
     schedule = CacheSchedule.from_table(dict(rows if run_first else rows[::-1]))
-    model, x = TwoInARow().eval(), torch.randn(2, 4)
-
-    def loop(denoiser: nn.Module, noise: Tensor) -> Tensor:
-        for _ in range(3):
-            noise = noise - 0.1 * denoiser(noise)
-        return noise
-
-    wanted = run_reference(model, loop, schedule, x, {})
-    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
-    with torch.no_grad():
-        got = torch.compile(lambda x: loop(model, x), backend=l2c, options=given)(x)
-    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+    model = TwoInARow().eval()
+    check_toy_equals_reference(model, schedule)
 
 
 class WritesIntoDropout(nn.Module):
@@ -395,12 +384,8 @@ class WritesIntoDropout(nn.Module):
 
 def test_a_write_into_what_dropout_returned_reaches_its_argument() -> None:
     schedule = CacheSchedule.from_table({"inner": [1, 0]})
-    model, x = WritesIntoDropout().eval(), torch.randn(2, 4)
-    wanted = run_reference(model, toy_loop, schedule, x, {})
-    given: dict[str, Any] = {"router": schedule, "backend": "eager"}
-    with torch.no_grad():
-        got = torch.compile(lambda x: toy_loop(model, x), backend=l2c, options=given)(x)
-    assert torch.equal(got, wanted)  # type: ignore[arg-type]
+    model = WritesIntoDropout().eval()
+    check_toy_equals_reference(model, schedule)
 
 
 def test_dropout_that_is_written_into_is_no_site() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +12,18 @@ from l2c_compile import CacheSchedule, Site
 from l2c_compile.api import build_loop_graph
 from l2c_compile.graph import LoopGraph, evaluation_of, site_marks
 from l2c_compile.verify import Fact, check
-from tests.tiny import assert_strides_as_noted, at, captured_once, draw, residual, run, same_bits, steps, unrolled
+from tests.tiny import (
+    assert_strides_as_noted,
+    at,
+    calls_in,
+    captured_once,
+    draw,
+    residual,
+    run,
+    same_bits,
+    steps,
+    unrolled,
+)
 
 MODEL = residual()
 aten = torch.ops.aten
@@ -91,26 +98,9 @@ def schedule_of(num_evaluations: int) -> CacheSchedule:
     return CacheSchedule.from_table({Site(path): row for path, row in rows.items()})
 
 
-def calls_in(function: Callable[[], object]) -> int:
-    """Return how many Python functions of this package a function calls."""
-    made: Counter[str] = Counter()
-
-    def note(frame: FrameType, event: str, argument: object) -> None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if event == "call" and name.startswith("l2c_compile"):
-            made[name] += 1
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
-    return made.total()
-
-
 def test_nodes_and_work_grow_linearly_with_the_evaluations() -> None:
-    nodes, work = {}, {}
+    nodes: dict[int, int] = {}
+    work: dict[int, int] = {}
     with captured_once():
 
         def build(num_evaluations: int) -> LoopGraph:
@@ -120,7 +110,11 @@ def test_nodes_and_work_grow_linearly_with_the_evaluations() -> None:
 
         build(2)
         for num_evaluations in (8, 16, 32):
-            work[num_evaluations] = calls_in(lambda e=num_evaluations: nodes.update({e: len(build(e).graph.nodes)}))  # type: ignore[misc]
+
+            def measure(e: int = num_evaluations) -> None:
+                nodes[e] = len(build(e).graph.nodes)
+
+            work[num_evaluations] = calls_in(measure, "l2c_compile")
     assert nodes[32] - nodes[16] == 2 * (nodes[16] - nodes[8])
     # A quadratic part of even one call for each pair of evaluations would add (32**2 - 2 * 16**2 + 8**2) = 576 calls.
     assert abs((work[32] - work[16]) - 2 * (work[16] - work[8])) < 100
