@@ -19,7 +19,7 @@ from torch._inductor.utils import fresh_cache
 from bench.report import Row
 from bench.workloads import Workload, dit_workload
 from l2c_compile import l2c_compile
-from l2c_compile.backend import num_regions
+from l2c_compile.backends.regions import num_regions
 
 __all__ = ["run"]
 

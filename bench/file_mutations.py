@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
-from l2c_compile.router import Router
+from l2c_compile.schedules.router import Router
 
 __all__ = ["KINDS", "Malformed", "malformed", "valid_files"]
 

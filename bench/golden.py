@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from bench.cases import BenchError
 from bench.report import Row
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
-from l2c_compile.importers import import_l2c_dit, import_l2c_uvit
-from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance, Loop
+from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolver, Guidance
 from l2c_compile.loops.noise_schedules import Spacing
 from l2c_compile.models import DiT, UViT
+from l2c_compile.schedules.importers import import_l2c_dit, import_l2c_uvit
 
 __all__ = ["replay", "run"]
 
@@ -52,7 +52,7 @@ def replay(path: Path, device: str = "cpu") -> dict[str, float]:
         raise BenchError(f"{path} is no record of the documented form: it lacks {error}") from error
 
 
-def _dit(record: Mapping[str, Any]) -> tuple[nn.Module, Loop, CacheSchedule]:
+def _dit(record: Mapping[str, Any]) -> tuple[nn.Module, BuiltInLoop, CacheSchedule]:
     config = dict(record["config"])
     model = DiT(**{"in_channels": 4, "learn_sigma": True, **config}).eval()
     model.load_state_dict(record["state_dict"])
@@ -65,7 +65,7 @@ def _dit(record: Mapping[str, Any]) -> tuple[nn.Module, Loop, CacheSchedule]:
     return model, loop, import_l2c_dit(record["routers"], record["threshold"]).schedule()
 
 
-def _uvit(record: Mapping[str, Any]) -> tuple[nn.Module, Loop, CacheSchedule]:
+def _uvit(record: Mapping[str, Any]) -> tuple[nn.Module, BuiltInLoop, CacheSchedule]:
     model = UViT(**record["config"]).eval()
     model.load_state_dict(record["state_dict"])
     guidance = Guidance(scale=record["cfg_scale"], null={"y": record["null_label"]}, batched=False, base="cond")

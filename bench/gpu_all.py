@@ -42,10 +42,10 @@ from bench.measure import compare, ratio, synchronizer
 from bench.report import Condition, Record, Row, Surroundings, records, results_table
 from bench.workloads import published_router, routers_folder
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
-from l2c_compile.cuda_graphs import CudaRecorder, RecordedLoop, Recorder, check_capturable
-from l2c_compile.demo import every_second_evaluation
-from l2c_compile.files import write_atomically
+from l2c_compile.backends.cuda_graphs import CudaRecorder, RecordedLoop, Recorder, check_capturable
+from l2c_compile.files.documents import write_atomically
 from l2c_compile.loops import DDIM, Guidance
+from l2c_compile.methods import uniform_interval
 from l2c_compile.models import DiT
 
 __all__ = ["PARTS", "Budget", "run"]
@@ -171,7 +171,9 @@ class Workshop:
         if not self.tiny and (routers_folder() / name).is_file():
             return published_router(name).schedule(), name
         paths = [path for path, _ in self.model(case.dtype).named_modules()]
-        return every_second_evaluation(case.steps).resolve(paths), "formula: odd evaluations reuse everything"
+        return uniform_interval(case.steps, ("blocks.*.attn", "blocks.*.mlp"), 2).resolve(
+            paths
+        ), "formula: odd evaluations reuse everything"
 
     def inputs(self, case: Case) -> tuple[Tensor, Tensor]:
         """Return noise and labels, equal for equal cases."""
@@ -260,7 +262,9 @@ def _equality(shop: Workshop, budget: Budget, rows: list[Row]) -> None:
                 weight.normal_(std=0.02)
         model.to(_DTYPES[dtype])
         loop = DDIM(steps=steps, guidance=Guidance(scale=1.5, null={"y": 1000}, channels=3))
-        schedule = every_second_evaluation(steps).resolve([path for path, _ in model.named_modules()])
+        schedule = uniform_interval(steps, ("blocks.*.attn", "blocks.*.mlp"), 2).resolve(
+            [path for path, _ in model.named_modules()]
+        )
         noise = torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(1))
         inputs = noise.to(shop.device, _DTYPES[dtype]), torch.tensor([1, 2], device=shop.device)
         sides = (("eager", "bitwise"), ("eager", "rounding"), (shop.backend, "rounding"))

@@ -27,7 +27,7 @@ from bench.report import Row
 from l2c_compile.kernels._launch import FLOATS, INTERPRETED, PACKED, Argument, Launch, Terms
 from l2c_compile.kernels.cached_residual import plan_cached_residual
 from l2c_compile.kernels.cached_residual_norm import plan_norm
-from l2c_compile.kernels.pack_cache import plan_pack_cache
+from l2c_compile.kernels.packed_cache import plan_pack_cache
 
 __all__ = ["CONFIGS", "TARGETS", "Config", "Usage", "compile_for", "run", "source"]
 

@@ -24,7 +24,7 @@ from bench.measure import compare, ratio, synchronizer
 from bench.report import Condition, Row
 from l2c_compile.kernels.cached_residual import cached_residual
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm
-from l2c_compile.kernels.pack_cache import pack_cache
+from l2c_compile.kernels.packed_cache import pack_cache
 
 __all__ = ["DIT", "SMOKE", "VIDEO", "Case", "run", "time_case"]
 

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from l2c_compile import Router
-from l2c_compile.finders import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from l2c_compile.finders.training import RoundReport
 from l2c_compile.loops import DDIM, Guidance
+from l2c_compile.methods import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digits_dit
 
 __all__ = ["PLAN", "Job", "draw_digits", "learn", "main"]

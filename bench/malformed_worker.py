@@ -27,7 +27,7 @@ import torch
 from bench.file_mutations import Malformed, malformed, valid_files
 from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
 from l2c_compile.errors import L2CError
-from l2c_compile.router import Router
+from l2c_compile.schedules.router import Router
 
 __all__ = ["MAX_MESSAGE_CHARACTERS", "MEMORY_BYTES", "SECONDS", "Outcome"]
 

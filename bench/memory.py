@@ -20,11 +20,17 @@ from torch import nn
 from bench.cases import BenchError
 from bench.report import Condition, Row
 from bench.workloads import published_router
-from l2c_compile.api import build_loop_graph
+from l2c_compile.analyses.memory_plan import (
+    CacheLiveness,
+    cache_liveness,
+    keep_everything_bytes,
+    plan_memory,
+    site_bytes,
+)
+from l2c_compile.compile import build_loop_graph
 from l2c_compile.errors import nearest
-from l2c_compile.graph import LoopGraph
-from l2c_compile.liveness import CacheLiveness, cache_liveness, keep_everything_bytes, plan_memory, site_bytes
-from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance, Loop
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolver, Guidance
 from l2c_compile.models import DiT, UViT
 from l2c_compile.passes.pipeline import BITWISE, LOOP, with_packed_caches
 
@@ -68,7 +74,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     return rows
 
 
-def _setting(name: str) -> tuple[nn.Module, Loop]:
+def _setting(name: str) -> tuple[nn.Module, BuiltInLoop]:
     count = 20 if "20" in name else 50
     with torch.device("meta"):
         if "DDIM" in name:

@@ -20,15 +20,16 @@ from torch.fx.node import Node
 
 from bench.cases import no_arguments
 from bench.report import Condition, Row
-from l2c_compile.api import build_loop_graph, trace_and_capture
-from l2c_compile.graph import LoopGraph, evaluation_of
-from l2c_compile.liveness import MemoryPlan, plan_memory
+from l2c_compile.analyses.memory_plan import MemoryPlan, plan_memory
+from l2c_compile.checking.proof import Proof, prove
+from l2c_compile.compile import build_loop_graph, trace_and_capture
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import evaluation_of
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.models import DiT
 from l2c_compile.passes.pipeline import BITWISE, LOOP
-from l2c_compile.proof import Proof, prove
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.trace import LoopSkeleton
+from l2c_compile.schedules.schedule import CacheSchedule
 
 __all__ = ["MUTATIONS", "NotApplicable", "Outcome", "Subject", "dit", "outcome", "run", "shared_and_pair"]
 

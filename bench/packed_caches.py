@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bench.report import Condition, Row
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
-from l2c_compile.demo import every_second_evaluation
 from l2c_compile.loops import DDIM, Guidance
+from l2c_compile.methods import uniform_interval
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 
 __all__ = ["run"]
@@ -46,7 +46,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
 
     model = load_digits_dit()
     loop = DDIM(steps=options.evaluations, guidance=Guidance(GUIDANCE_SCALE, null={"y": len(_CLASSES)}))
-    schedule = every_second_evaluation(options.evaluations)
+    schedule = uniform_interval(options.evaluations, ("blocks.*.attn", "blocks.*.mlp"), 2)
     nothing_reused = CacheSchedule.all_compute(options.evaluations, ("blocks.0.attn",))
     uncached = draw(l2c_compile(model, nothing_reused, loop))
     rows = [_drawn(uncached, _conditions(options, "uncached", "none"))]

@@ -34,26 +34,25 @@ from rich.progress import Progress
 from bench.cases import BenchError
 from bench.report import Condition, Row
 from l2c_compile import CacheSchedule, Router
-from l2c_compile.evaluation import Judge
-from l2c_compile.files import write_atomically
-from l2c_compile.finders import (
-    Profile,
-    alternate_evaluations,
+from l2c_compile.cli.plots import new_figure
+from l2c_compile.files.documents import write_atomically
+from l2c_compile.finders import Profile, alternate_evaluations, for_budget, take_profile
+from l2c_compile.finders.selecting import leaf_sites
+from l2c_compile.loops import BuiltInLoop, loop_from_dict
+from l2c_compile.methods import (
     block_caching,
     fewer_steps,
-    for_budget,
     mag_cache,
     pairwise,
     random_reuse,
     smooth_cache,
-    take_profile,
     uniform_interval,
 )
-from l2c_compile.finders.select import ErrorOf, invar_diff_scaled, leaf_sites
-from l2c_compile.loops import Loop, loop_from_dict
-from l2c_compile.named_models import DIGITS, NamedModel, named_model
-from l2c_compile.plots import new_figure
-from l2c_compile.quality import Estimate
+from l2c_compile.methods.invar_diff import invar_diff_scaled
+from l2c_compile.methods.pairwise import ErrorOf
+from l2c_compile.models.named import DIGITS, NamedModel, named_model
+from l2c_compile.quality.judge import Judge
+from l2c_compile.quality.measures import Estimate
 
 __all__ = ["Contender", "Judged", "contenders", "not_beaten", "run"]
 
@@ -89,7 +88,7 @@ class Contender:
     setting: str
     method: str
     schedule: CacheSchedule
-    loop: Loop
+    loop: BuiltInLoop
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def contenders(known: NamedModel, profile: Profile, options: argparse.Namespace)
     return list(different.values()), absent
 
 
-def _learned(path: Path, loop: Loop) -> CacheSchedule:
+def _learned(path: Path, loop: BuiltInLoop) -> CacheSchedule:
     schedule = Router.load(path).schedule()
     if schedule.loop is None or loop_from_dict(schedule.loop) != loop:
         raise BenchError(f"{path.name} was learned for another loop than {loop}; learn it for this one")
@@ -188,7 +187,7 @@ def _others(profile: Profile, setting: str, budget: float, num_seeds: int) -> It
 class _Desk:
     """Judges schedules against one loop, each once: what was judged before is read from the folder."""
 
-    def __init__(self, known: NamedModel, loop: Loop, options: argparse.Namespace) -> None:
+    def __init__(self, known: NamedModel, loop: BuiltInLoop, options: argparse.Namespace) -> None:
         self.folder: Path | None = options.keep
         self.settings = (loop.to_dict(), options.samples, options.batch)
         self._judged: dict[str, Judged] = {}
@@ -345,7 +344,7 @@ def _draw_method(axes, method: str, points: Sequence[tuple[float, Estimate]], co
     )
 
 
-def _profile(known: NamedModel, loop: Loop, num_runs: int, on_run: Callable[[], None]) -> Profile:
+def _profile(known: NamedModel, loop: BuiltInLoop, num_runs: int, on_run: Callable[[], None]) -> Profile:
     noise, labels = known.inputs(num_runs, _CALIBRATION_SEED)
     runs = [(noise[i : i + 1], {"y": labels[i : i + 1]}) for i in range(num_runs)]
     sites = (*known.sublayers, *known.stacks)

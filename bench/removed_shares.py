@@ -14,8 +14,8 @@ from rich.progress import Progress
 from bench.cases import BenchError
 from bench.report import Row
 from bench.workloads import routers_folder
-from l2c_compile.importers import import_l2c_dit, import_smoothcache, load_schedule_file
-from l2c_compile.router import Router
+from l2c_compile.schedules.importers import import_l2c_dit, import_smoothcache, load_schedule_file
+from l2c_compile.schedules.router import Router
 
 __all__ = ["run"]
 

@@ -24,17 +24,18 @@ from torch import nn
 from bench.cases import BenchError
 from bench.measure import Timing, ratio
 from bench.report import ROOT, Condition, Row
-from l2c_compile import api
-from l2c_compile.capture import CallSignature, capture
-from l2c_compile.graph import EvaluationGraph
-from l2c_compile.importers import load_schedule_file
+from l2c_compile import compile as compile_module
+from l2c_compile.frontend.capture import capture
+from l2c_compile.graphs.forms import CallSignature
+from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.models import DiT
 from l2c_compile.passes.base import PassRun
 from l2c_compile.passes.pipeline import LOOP
-from l2c_compile.router import Router
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.schedules.importers import load_schedule_file
+from l2c_compile.schedules.router import Router
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 __all__ = ["Build", "build", "repeated", "run"]
 
@@ -121,8 +122,8 @@ def build(model: nn.Module, schedule: CacheSchedule, say: Callable[[str], None] 
     gc.collect()
     # Capture happens while the loop is traced and tells only when it begins.
     cpu_start_s = time.process_time()
-    with mock.patch.object(api, "capture", timed_capture):
-        graph, passes = api.build_loop_graph(model, loop, schedule, noise, {"y": labels}, LOOP, on_stage)
+    with mock.patch.object(compile_module, "capture", timed_capture):
+        graph, passes = compile_module.build_loop_graph(model, loop, schedule, noise, {"y": labels}, LOOP, on_stage)
     built_s, cpu_s = time.perf_counter(), time.process_time() - cpu_start_s
     say("graph module")
     graph.module()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from bench.cases import BenchError
 from l2c_compile import CacheSchedule, Router, Site
-from l2c_compile.importers import import_l2c_dit, import_l2c_uvit
-from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance, Loop
+from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolver, Guidance
 from l2c_compile.models import DiT, UViT
+from l2c_compile.schedules.importers import import_l2c_dit, import_l2c_uvit
 
 __all__ = ["Workload", "dit_workload", "published_router", "routers_folder", "scaled_to_depth", "uvit_workload"]
 
@@ -24,7 +24,7 @@ class Workload:
 
     name: str
     model: nn.Module
-    loop: Loop
+    loop: BuiltInLoop
     schedule: CacheSchedule
     noise: Tensor
     labels: Tensor
@@ -107,7 +107,14 @@ def uvit_workload(
 
 
 def _workload(
-    name: str, model: nn.Module, loop: Loop, schedule: CacheSchedule, batch: int, size: int, device: str, dtype: str
+    name: str,
+    model: nn.Module,
+    loop: BuiltInLoop,
+    schedule: CacheSchedule,
+    batch: int,
+    size: int,
+    device: str,
+    dtype: str,
 ) -> Workload:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(batch, 4, size, size, generator=generator).to(device, getattr(torch, dtype))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from l2c_compile.errors import L2CError, PassFailed
-from l2c_compile.graph import ProgramGraph
-from l2c_compile.verify import Fact, check
+from l2c_compile.graphs.facts import Fact, check
+from l2c_compile.graphs.loop_graph import ProgramGraph
 
 __all__ = ["Numerics", "Pass", "PassReport", "PassRun", "Pipeline"]
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from l2c_compile.graph import Binding, Dependency, ProgramGraph
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import Binding, Dependency, ProgramGraph
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["BindTimes"]
 

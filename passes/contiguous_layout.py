@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, evaluation_of, infer, is_pointwise
-from l2c_compile.liveness import Storages
+from l2c_compile.analyses.storages import Storages
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import evaluation_of, infer, is_pointwise
+from l2c_compile.graphs.strides import addresses_memory, follow, permutation
 from l2c_compile.passes.base import Numerics, Pass, PassReport
-from l2c_compile.strides import addresses_memory, follow, permutation
-from l2c_compile.verify import Fact
 
 __all__ = ["ContiguousLayout"]
 

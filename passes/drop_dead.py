@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from l2c_compile.graph import SITE, EvaluationGraph, ProgramGraph, draws_random_numbers
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.marks import SITE
+from l2c_compile.graphs.nodes import draws_random_numbers
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["DropDead"]
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graph import ProgramGraph, packet_of
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import ProgramGraph
+from l2c_compile.graphs.nodes import packet_of
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["DropNoOps"]
 

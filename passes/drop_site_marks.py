@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from l2c_compile.graph import SITE, ProgramGraph, SiteMark
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import ProgramGraph
+from l2c_compile.graphs.marks import SITE, SiteMark
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["DropSiteMarks"]
 

@@ -15,18 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument, Node
 
-from l2c_compile.graph import (
-    FoldedConstants,
-    LoopGraph,
-    ProgramGraph,
-    draws_random_numbers,
-    infer,
-    num_bytes,
-    strided_copy,
-)
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import FoldedConstants, LoopGraph, ProgramGraph
+from l2c_compile.graphs.marks import strided_copy
+from l2c_compile.graphs.nodes import draws_random_numbers, infer, num_bytes
+from l2c_compile.graphs.strides import follow
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.strides import follow
-from l2c_compile.verify import Fact
 
 __all__ = ["FoldConstants"]
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
-from l2c_compile.graph import (
-    LoopGraph,
-    ProgramGraph,
+from l2c_compile.analyses.storages import cache_work
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import (
     arguments_of,
     draws_random_numbers,
     emit,
@@ -34,14 +35,12 @@ from l2c_compile.graph import (
     form_of,
     outputs_of,
     packet_of,
-    relaid,
 )
+from l2c_compile.graphs.strides import relaid
 from l2c_compile.kernels._launch import FLOATS, MAX_DIM
 from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
-from l2c_compile.liveness import cache_work
 from l2c_compile.passes.base import Numerics, Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["FuseCachedResiduals"]
 

@@ -18,9 +18,10 @@ from typing import ClassVar
 import torch
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, evaluation_of, form_of
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import evaluation_of, form_of
 from l2c_compile.passes.base import Numerics, Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["GateAtSource"]
 

@@ -14,10 +14,12 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import Node, Target
 
-from l2c_compile.graph import CACHE_READ, CacheRead, ProgramGraph, emit, evaluation_of
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import ProgramGraph
+from l2c_compile.graphs.marks import CACHE_READ, CacheRead
+from l2c_compile.graphs.nodes import emit, evaluation_of
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.rules import Reading
-from l2c_compile.verify import Fact
+from l2c_compile.schedules.rules import Reading
 
 __all__ = ["LowerCacheReads"]
 

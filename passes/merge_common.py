@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from torch.fx.node import Node
 
-from l2c_compile.graph import Expression, ProgramGraph, draws_random_numbers, expression
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import ProgramGraph
+from l2c_compile.graphs.nodes import Expression, draws_random_numbers, expression
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["MergeCommon"]
 

@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, form_of
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import emit, evaluation_of, form_of
+from l2c_compile.graphs.strides import addresses_memory, follow, same_strides
 from l2c_compile.passes.base import Numerics, Pass, PassReport
-from l2c_compile.strides import addresses_memory, follow, same_strides
-from l2c_compile.verify import Fact
 
 __all__ = ["MergeDeltas"]
 

@@ -19,9 +19,11 @@ from torch import Tensor, fx
 from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.graph import INPUT_PORT, EvaluationGraph, ProgramGraph, SiteMark, emit, site_marks
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.marks import INPUT_PORT, SiteMark, site_marks
+from l2c_compile.graphs.nodes import emit
 from l2c_compile.passes.base import Numerics, Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["MixSites"]
 

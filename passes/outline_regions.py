@@ -25,9 +25,10 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
-from l2c_compile.graph import (
-    LoopGraph,
-    ProgramGraph,
+from l2c_compile.analyses.storages import Storages, cache_work
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import (
     argument_key,
     draws_random_numbers,
     emit,
@@ -37,9 +38,7 @@ from l2c_compile.graph import (
     packet_of,
 )
 from l2c_compile.kernels.packed_linear import packed_linear_op
-from l2c_compile.liveness import Storages, cache_work
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["OutlineRegions"]
 

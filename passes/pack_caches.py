@@ -5,7 +5,7 @@
     evaluation 5:  h = cached_residual(x, [f])  ->  h = cached_residual(x, [q], token_scales=[s])
 
 The evaluation that makes a value reads it as it was. Later ones read another value: off by at most |f| / 16 in fp8 e4m3
-and s / 2 in int8, plus the rounding of the division (``kernels/pack_cache.py``). Only on request: APPROXIMATE.
+and s / 2 in int8, plus the rounding of the division (``kernels/packed_cache.py``). Only on request: APPROXIMATE.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.fx.node import Argument, Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, emit, evaluation_of, outputs_of, relaid
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import emit, evaluation_of, outputs_of
+from l2c_compile.graphs.strides import relaid
 from l2c_compile.kernels._launch import FLOATS, MAX_DIM
 from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
-from l2c_compile.kernels.pack_cache import pack_cache
+from l2c_compile.kernels.packed_cache import pack_cache
 from l2c_compile.passes.base import Numerics, Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["PackCaches"]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, evaluation_of
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
 from l2c_compile.passes.base import Numerics, Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["PackWeights"]
 

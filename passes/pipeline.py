@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from l2c_compile.graphs.facts import Fact
 from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.batch_conditioning import BatchConditioning
 from l2c_compile.passes.bind_times import BindTimes
@@ -25,7 +26,6 @@ from l2c_compile.passes.plan_memory import PlanMemory
 from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.passes.return_sites import ReturnSites
-from l2c_compile.verify import Fact
 
 __all__ = [
     "BITWISE",

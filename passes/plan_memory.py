@@ -19,10 +19,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx.node import Node
 
-from l2c_compile.graph import LoopGraph, ProgramGraph, draws_random_numbers, emit, evaluation_of, num_bytes
-from l2c_compile.liveness import Storages, cache_work
+from l2c_compile.analyses.storages import Storages, cache_work
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import draws_random_numbers, emit, evaluation_of, num_bytes
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.verify import Fact
 
 __all__ = ["PlanMemory"]
 

@@ -18,13 +18,15 @@ from torch import Tensor, fx
 from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.graph import CACHE_READ, INPUT_PORT, CacheRead, LoopGraph, ProgramGraph, emit, infer, site_marks
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.marks import CACHE_READ, INPUT_PORT, CacheRead, site_marks
+from l2c_compile.graphs.nodes import emit, infer
+from l2c_compile.graphs.strides import follow, same_strides
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.rules import HOLD
-from l2c_compile.schedule import Reuse
-from l2c_compile.sites import Site
-from l2c_compile.strides import follow, same_strides
-from l2c_compile.verify import Fact
+from l2c_compile.schedules.rules import HOLD
+from l2c_compile.schedules.schedule import Reuse
+from l2c_compile.schedules.sites import Site
 
 __all__ = ["ReadReusedSites"]
 

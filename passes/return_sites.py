@@ -14,10 +14,12 @@ from typing import ClassVar
 import torch
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.graph import INPUT_PORT, EvaluationGraph, ProgramGraph, SiteMark, emit, output_list, site_marks
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.marks import INPUT_PORT, SiteMark, site_marks
+from l2c_compile.graphs.nodes import emit, output_list
 from l2c_compile.passes.base import Pass, PassReport
-from l2c_compile.sites import Site
-from l2c_compile.verify import Fact
+from l2c_compile.schedules.sites import Site
 
 __all__ = ["ReturnSites"]
 

@@ -15,14 +15,17 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map
 
-from l2c_compile import CacheSchedule, CompiledSampler, api, l2c_compile, run_reference
-from l2c_compile.capture import CallSignature, capture
-from l2c_compile.graph import EvaluationGraph, LoopGraph, ProgramGraph
+from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
+from l2c_compile import compile as compile_module
+from l2c_compile.frontend.capture import capture
+from l2c_compile.frontend.stand_in import Loop
+from l2c_compile.frontend.trace import trace_loop
+from l2c_compile.frontend.unroll import unroll
+from l2c_compile.graphs.forms import CallSignature
+from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGraph
 from l2c_compile.models import DiT, UViT
 from l2c_compile.passes.pipeline import EVALUATION, SKELETON
-from l2c_compile.sites import Site
-from l2c_compile.trace import Loop, trace_loop
-from l2c_compile.unroll import unroll
+from l2c_compile.schedules.sites import Site
 
 
 class Residual(nn.Module):
@@ -153,7 +156,7 @@ def captured_once() -> Iterator[None]:
         return replace(known[key], graph=graph)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "capture", capture_once)
+        patch.setattr(compile_module, "capture", capture_once)
         yield
 
 

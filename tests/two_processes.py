@@ -12,9 +12,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from l2c_compile import Router
-from l2c_compile.finders import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from l2c_compile.finders.training import RoundReport
 from l2c_compile.loops import DDIM
+from l2c_compile.methods import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from tests.tiny import residual
 from tests.unit.test_learn import draw_latents
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from l2c_compile.errors import ScheduleError
 from l2c_compile.finders.work import Work
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 __all__ = ["Found", "for_budget", "within_budget"]
 

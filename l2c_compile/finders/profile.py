@@ -15,28 +15,29 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture, check_sites_exist, tensors_in
-from l2c_compile.cost import MultiplyAdds
+from l2c_compile.analyses.cost import MultiplyAdds
 from l2c_compile.errors import FileFormatError, L2CError, ProfileError
-from l2c_compile.files import MAX_JSON_BYTES, frozen_json, parse_json, plain_json, write_atomically
+from l2c_compile.files.documents import MAX_JSON_BYTES, frozen_json, parse_json, plain_json, write_atomically
 from l2c_compile.finders.work import Work, work_of
-from l2c_compile.graph import INPUT_PORT, EvaluationGraph, site_marks
-from l2c_compile.loops import Loop as BuiltInLoop
+from l2c_compile.frontend.capture import capture, check_sites_exist
+from l2c_compile.frontend.stand_in import Loop, StandIn
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec, tensors_in
+from l2c_compile.graphs.loop_graph import EvaluationGraph
+from l2c_compile.graphs.marks import INPUT_PORT, site_marks
+from l2c_compile.loops import BuiltInLoop
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.return_sites import ReturnSites
-from l2c_compile.schedule import MAX_CELLS, CacheSchedule
-from l2c_compile.sites import Site
-from l2c_compile.trace import Loop, StandIn
-from l2c_compile.verify import Fact
+from l2c_compile.schedules.schedule import MAX_CELLS, CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 __all__ = ["FORMAT", "VERSION", "Profile", "take_profile"]
 

@@ -16,12 +16,14 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node
 from torch.utils._pytree import tree_flatten
 
-from l2c_compile.capture import CallSignature, tensors_in
 from l2c_compile.errors import LoopTraceError
-from l2c_compile.finders.soft_evaluations import Form, OnEvaluation, SoftDenoiser
-from l2c_compile.graph import EvaluationGraph
+from l2c_compile.finders.open_evaluations import Form, OnEvaluation, SoftDenoiser
+from l2c_compile.frontend.stand_in import Loop
+from l2c_compile.frontend.trace import trace_loop
+from l2c_compile.graphs.forms import CallSignature, tensors_in
+from l2c_compile.graphs.loop_graph import EvaluationGraph
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.pipeline import SKELETON
-from l2c_compile.trace import Loop, LoopSkeleton, trace_loop
 
 __all__ = ["Segment", "segments"]
 

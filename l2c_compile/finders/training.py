@@ -10,31 +10,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from l2c_compile.capture import tensors_in
 from l2c_compile.errors import FileFormatError, ScheduleError
-from l2c_compile.files import parse_json, write_atomically
-from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser, price_in
-from l2c_compile.finders.work import work_of
-from l2c_compile.loops import Loop as BuiltInLoop
-from l2c_compile.router import Router
-from l2c_compile.sites import Site
-from l2c_compile.trace import Loop
+from l2c_compile.files.documents import parse_json, write_atomically
+from l2c_compile.finders.open_evaluations import Form, SoftDenoiser
+from l2c_compile.finders.penalty import Costs
+from l2c_compile.finders.processes import Workers, frozen, generator_of, seeded
+from l2c_compile.frontend.stand_in import Loop
+from l2c_compile.graphs.forms import tensors_in
+from l2c_compile.loops import BuiltInLoop
+from l2c_compile.schedules.router import Router
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+__all__ = ["Draw", "Learner", "RoundReport", "Settings", "branches_of", "draw_share", "train"]
 
-__all__ = ["Draw", "Learner", "RoundReport", "Settings", "Workers", "draw_share", "generator_of", "train"]
+
+def branches_of(loop: Loop) -> int:
+    """Return how many calls of the denoiser make one prediction of a loop of ours; 1 for any other."""
+    guidance = getattr(loop, "guidance", None) if isinstance(loop, BuiltInLoop) else None
+    return guidance.num_calls if guidance else 1
+
 
 Draw = Callable[[int, torch.Generator], tuple[object, Mapping[str, object]]]
 """``draw(count, generator) -> (noise, conditions)``: what a loop is given, for ``count`` samples, on the CPU."""
@@ -117,92 +118,6 @@ class RoundReport:
     """lambda."""
     router: Callable[[], Router]
     """Gives the router as it is."""
-
-
-class Workers:
-    """The processes that learn together; one of them if there is no accelerator."""
-
-    def __init__(self, accelerator: Accelerator | None = None) -> None:
-        self._accelerator = accelerator
-        self.count = accelerator.num_processes if accelerator else 1
-        self.rank = accelerator.process_index if accelerator else 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files."""
-        return self.rank == 0
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Return the mean over the processes."""
-        if self._accelerator is None or self.count == 1:
-            return value
-        result = self._accelerator.reduce(value.to(self._accelerator.device), reduction="mean")
-        assert isinstance(result, Tensor)
-        return result.to(value.device)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return the accelerator's mixed precision."""
-        return self._accelerator.autocast() if self._accelerator else nullcontext()
-
-    def share(self, tree: object, count: int, device: torch.device) -> Any:  # noqa: ANN401 - the tree itself
-        """Return this process's rows of every tensor that has ``count`` of them, on the device."""
-        if count % self.count:
-            raise ScheduleError(f"a batch of {count} samples cannot be split over {self.count} processes evenly")
-        rows = count // self.count
-        own = slice(self.rank * rows, (self.rank + 1) * rows)
-
-        def of(leaf: object) -> object:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return (leaf[own] if leaf.dim() and len(leaf) == count else leaf).to(device)
-
-        return tree_map(of, tree)
-
-
-class Costs:
-    """What is computed where, and what that takes.
-
-    Args:
-        denoiser: the sites.
-        forms: of each evaluation.
-        unit: "multiply-adds", "time", or "sites", of which each counts 1.
-        workers: measure times each for itself, and agree on the mean.
-    """
-
-    def __init__(self, denoiser: SoftDenoiser, forms: Sequence[Form], unit: str, workers: Workers) -> None:
-        self._covers = denoiser.covers
-        S = len(denoiser.sites)
-        if unit == "sites":
-            self.total = float(len(forms) * S)
-            self.own_ES = torch.ones(len(forms), S, dtype=torch.float64)
-            return
-        price = price_in(unit, denoiser.device, forms)
-        different = {id(form): form.captured for form in forms}
-        known = {key: work_of(captured, price) for key, captured in different.items()}
-        total = torch.tensor(sum(known[id(form)][0] for form in forms), dtype=torch.float64)
-        own_ES = torch.tensor([self._own(known[id(form)][1], denoiser.sites) for form in forms], dtype=torch.float64)
-        self.total, self.own_ES = float(workers.mean(total)), workers.mean(own_ES)
-
-    def open(self, scores_S: Tensor) -> Tensor:
-        """Return the scores times those of all sites that cover them: a site runs only where these do."""
-        if not any(self._covers):
-            return scores_S
-        return torch.stack([scores_S[[index, *wholes]].prod() for index, wholes in enumerate(self._covers)])
-
-    def kept(self, computed_ES: Tensor) -> float:
-        """Return the share of the work that is left; ``computed_ES`` is True where the schedule says compute."""
-        open_ES = torch.stack([self.open(row) for row in computed_ES.to(torch.float64)])
-        return 1.0 - float(((1.0 - open_ES) * self.own_ES).sum()) / self.total
-
-    def _own(self, saved: Mapping[Site, float], sites: Sequence[Site]) -> list[float]:
-        """Return what each site saves without the sites that it covers."""
-        costs = [saved[site] for site in sites]
-        own = list(costs)
-        for index, wholes in enumerate(self._covers):
-            if wholes:
-                # Of those that cover a site the smallest holds it directly.
-                own[min(wholes, key=lambda whole: costs[whole])] -= costs[index]
-        return own
 
 
 def squared_difference(one: object, other: object) -> float:
@@ -500,7 +415,7 @@ def train(
     if checkpoint is not None and os.path.exists(checkpoint):
         learner.restore(checkpoint)
     while learner.round < settings.rounds:
-        with _frozen(learner.denoiser.model), _seeded(settings.seed, learner.round, workers.rank):
+        with frozen(learner.denoiser.model), seeded(settings.seed, learner.round, workers.rank):
             one_round(learner.round)
         distance, kept = learner.finish_round()
         is_due = learner.round % settings.checkpoint_every == 0 or learner.round == settings.rounds
@@ -518,29 +433,3 @@ def draw_share(
     noise, conditions = draw(settings.batch_size, generator_of(settings.seed, number))
     own_noise, own_conditions = workers.share((noise, dict(conditions)), settings.batch_size, device)
     return own_noise, own_conditions
-
-
-def generator_of(seed: int, number: int) -> torch.Generator:
-    """Return the generator of all that round ``number`` draws, the same in every process."""
-    return torch.Generator().manual_seed(seed * 2**32 + number)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no weight ask for a gradient meanwhile."""
-    asking = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in asking:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in asking:
-            weight.requires_grad_(True)
-
-
-@contextmanager
-def _seeded(seed: int, number: int, rank: int) -> Iterator[None]:
-    """Seed what the loop itself draws, apart from what the caller draws; processes draw for their own rows."""
-    with torch.random.fork_rng():
-        torch.manual_seed((seed * 2**32 + number) * 1024 + rank)
-        yield

@@ -12,9 +12,11 @@ from typing import TypeVar, cast
 from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.graph import INPUT_PORT, SITE, EvaluationGraph, SiteMark, output_list, site_marks
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.graphs.loop_graph import EvaluationGraph
+from l2c_compile.graphs.marks import INPUT_PORT, SITE, SiteMark, site_marks
+from l2c_compile.graphs.nodes import output_list
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 __all__ = ["Work", "work_of"]
 

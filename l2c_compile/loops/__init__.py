@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from l2c_compile.errors import LoopError, nearest
-from l2c_compile.loops.base import Loop
+from l2c_compile.loops.base import BuiltInLoop
 from l2c_compile.loops.ddim import DDIM
 from l2c_compile.loops.dpm_solver import DPMSolver
 from l2c_compile.loops.flow_euler import FlowEuler
@@ -18,19 +18,19 @@ __all__ = [
     "LINEAR_BETAS",
     "STABLE_DIFFUSION_BETAS",
     "BetaSchedule",
+    "BuiltInLoop",
     "DPMSolver",
     "Denoiser",
     "FlowEuler",
     "Guidance",
-    "Loop",
     "loop_from_dict",
 ]
 
-_LOOPS: Mapping[str, type[Loop]] = {loop.name: loop for loop in (DDIM, DPMSolver, FlowEuler)}
+_LOOPS: Mapping[str, type[BuiltInLoop]] = {loop.name: loop for loop in (DDIM, DPMSolver, FlowEuler)}
 
 
-def loop_from_dict(description: Mapping[str, Any]) -> Loop:
-    """Return the loop that ``Loop.to_dict`` described.
+def loop_from_dict(description: Mapping[str, Any]) -> BuiltInLoop:
+    """Return the loop that ``BuiltInLoop.to_dict`` described.
 
     Args:
         description: JSON-able; ``"name"`` says which loop, the other entries are its fields.

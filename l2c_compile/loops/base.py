@@ -18,13 +18,13 @@ from l2c_compile.errors import LoopError, nearest
 from l2c_compile.loops.guidance import Denoiser, Guidance, evaluate
 from l2c_compile.loops.noise_schedules import BetaSchedule
 
-__all__ = ["Loop", "check_count", "check_number"]
+__all__ = ["BuiltInLoop", "check_count", "check_number"]
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Loop(ABC):
+class BuiltInLoop(ABC):
     """A sampler with all its settings; two loops with equal settings are equal."""
 
     name: ClassVar[str]

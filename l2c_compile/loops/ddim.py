@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import LoopError
-from l2c_compile.loops.base import Loop, check_count, check_number
+from l2c_compile.loops.base import BuiltInLoop, check_count, check_number
 from l2c_compile.loops.guidance import Denoiser, Guidance
 from l2c_compile.loops.noise_schedules import LINEAR_BETAS, BetaSchedule, Spacing, respaced_timesteps
 
@@ -22,7 +22,7 @@ __all__ = ["DDIM"]
 
 
 @dataclass(frozen=True)
-class DDIM(Loop):
+class DDIM(BuiltInLoop):
     """DDIM over a trained beta schedule, for models that predict noise and take timesteps 0..N-1.
 
     Raises:
@@ -51,7 +51,7 @@ class DDIM(Loop):
         object.__setattr__(self, "_coefficients", tuple(self._make_coefficients()))
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
-        """Sample; see ``Loop``."""
+        """Sample; see ``BuiltInLoop``."""
         x = noise
         for timestep, (keep, change, fresh) in zip(self.network_timesteps, self._coefficients, strict=True):
             x = keep * x + change * self._predict(denoiser, x, timestep, conditions)

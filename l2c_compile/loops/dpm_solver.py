@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from l2c_compile.errors import LoopError
-from l2c_compile.loops.base import Loop, check_count
+from l2c_compile.loops.base import BuiltInLoop, check_count
 from l2c_compile.loops.guidance import Denoiser, Guidance
 from l2c_compile.loops.noise_schedules import LINEAR_BETAS, BetaSchedule, DiscreteVP, NoiseLevel
 
@@ -44,7 +44,7 @@ class _Move(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DPMSolver(Loop):
+class DPMSolver(BuiltInLoop):
     """DPM-Solver over a trained beta schedule, for models that predict noise.
 
     Time is ``t`` in [1 / N, 1]; sampling ends at 1 / N, the cleanest training timestep.
@@ -94,7 +94,7 @@ class DPMSolver(Loop):
         object.__setattr__(self, "_steps", tuple(self._make_steps()))
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
-        """Sample; see ``Loop``."""
+        """Sample; see ``BuiltInLoop``."""
         sample = self._singlestep if self.method == "singlestep" else self._multistep
         return sample(denoiser, noise, conditions)
 

@@ -10,14 +10,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from l2c_compile.loops.base import Loop, check_count, check_number
+from l2c_compile.loops.base import BuiltInLoop, check_count, check_number
 from l2c_compile.loops.guidance import Denoiser, Guidance
 
 __all__ = ["FlowEuler"]
 
 
 @dataclass(frozen=True)
-class FlowEuler(Loop):
+class FlowEuler(BuiltInLoop):
     """Euler steps from ``sigma`` 1 to 0, for models that predict a velocity.
 
     Raises:
@@ -42,7 +42,7 @@ class FlowEuler(Loop):
         self._check_parts()
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
-        """Sample; see ``Loop``."""
+        """Sample; see ``BuiltInLoop``."""
         x = noise
         sigmas = self.sigmas
         for timestep, now, then in zip(self.network_timesteps, sigmas, sigmas[1:], strict=False):

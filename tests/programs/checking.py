@@ -20,16 +20,19 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from l2c_compile import CacheSchedule, Site, run_reference
-from l2c_compile.capture import CallSignature, capture
-from l2c_compile.dynamo_backend import l2c
+from l2c_compile.analyses.summary import summarize
 from l2c_compile.errors import L2CError
-from l2c_compile.graph import EvaluationGraph, LoopGraph, infer
+from l2c_compile.frontend.capture import capture
+from l2c_compile.frontend.trace import trace_loop
+from l2c_compile.frontend.unroll import unroll
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.forms import CallSignature
+from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph
+from l2c_compile.graphs.nodes import infer
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, REGIONS, SKELETON
-from l2c_compile.summary import summarize
-from l2c_compile.trace import LoopSkeleton, trace_loop
-from l2c_compile.unroll import unroll
-from l2c_compile.verify import Fact
+from l2c_compile.torch_backend import l2c
 from tests.programs.denoisers import Description, build_denoiser, draw_denoiser
 from tests.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
 from tests.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from

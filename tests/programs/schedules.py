@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from l2c_compile import CacheSchedule, Reuse, Rule, Site
 from l2c_compile.errors import ScheduleError
-from l2c_compile.rules import HOLD, rule_from_dict
+from l2c_compile.schedules.rules import HOLD, rule_from_dict
 from tests.programs.denoisers import Description
 from tests.unit.test_site_forms import Combination, Decay, FollowInput
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from l2c_compile.kernels._launch import FLOATS, PACKED, Terms
 from l2c_compile.kernels.cached_residual import cached_residual
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
-from l2c_compile.kernels.pack_cache import pack_cache
+from l2c_compile.kernels.packed_cache import pack_cache
 from tests.exact import assert_within, exact_norm, exact_sum, sum_bound
 
 # Of a (B, T, D) stream; next to (N, D) only those without a T are drawn.

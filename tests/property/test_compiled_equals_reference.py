@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, Rule, run_reference
-from l2c_compile.api import build_loop_graph
-from l2c_compile.graph import LoopGraph, evaluation_of
+from l2c_compile.compile import build_loop_graph
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.loops import DDIM, DPMSolver
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.merge_common import MergeCommon
-from l2c_compile.rules import HOLD
+from l2c_compile.schedules.rules import HOLD
 from tests.tiny import captured_once, draw, run, same_bits, seeded, steps
 from tests.unit.test_site_forms import Combination, Decay
 

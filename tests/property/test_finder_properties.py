@@ -9,12 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2c_compile.finders import (
-    Profile,
-    Work,
-    alternate_evaluations,
+from l2c_compile.finders import Profile, Work, alternate_evaluations, for_budget
+from l2c_compile.methods import (
     block_caching,
-    for_budget,
     invar_diff,
     mag_cache,
     pairwise,
@@ -22,8 +19,8 @@ from l2c_compile.finders import (
     smooth_cache,
     uniform_interval,
 )
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 WHOLE = Site.parse("blocks.0..blocks.1")
 CHANGE = Site.parse("delta(blocks.0..blocks.1)")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2c_compile import CacheSchedule
-from l2c_compile.api import build_loop_graph, trace_and_capture
+from l2c_compile.checking.proof import prove
+from l2c_compile.compile import build_loop_graph, trace_and_capture
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.pipeline import BITWISE, LOOP
-from l2c_compile.proof import prove
 from tests.property.test_compiled_equals_reference import Network, cases
 from tests.tiny import captured_once, draw
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from l2c_compile.graph import CacheRead
+from l2c_compile.graphs.marks import CacheRead
 from l2c_compile.passes import lower_cache_reads, merge_common
 from l2c_compile.passes.pipeline import BITWISE, LOOP
 from tests.programs.checking import Checker, Program, draw_programs, evaluations_of

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from l2c_compile.errors import FileFormatError, ScheduleError
-from l2c_compile.router import Router
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.schedules.router import Router
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 NAMES = st.sampled_from(["blocks", "attn", "mlp", "0", "1", "12", "in_blocks", "a-b"])
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from l2c_compile.capture import CallSignature, StaticValue, TensorSpec, capture
-from l2c_compile.graph import INPUT_PORT, EvaluationGraph, site_marks
-from l2c_compile.sites import Site
-from l2c_compile.verify import Fact, check
+from l2c_compile.frontend.capture import capture
+from l2c_compile.graphs.facts import Fact, check
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.loop_graph import EvaluationGraph
+from l2c_compile.graphs.marks import INPUT_PORT, site_marks
+from l2c_compile.schedules.sites import Site
 from tests.tiny import Residual, at, draw, residual, run, same_bits
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from l2c_compile.columns import pieces_of
+from l2c_compile.analyses.columns import pieces_of
 
 Ranges = list[tuple[int, int]]
 

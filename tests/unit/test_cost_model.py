@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from l2c_compile import CacheSchedule, CompiledSampler, L2CError, l2c_compile
-from l2c_compile.cli import app
-from l2c_compile.cost import NodeTimes, bytes_moved
-from l2c_compile.prediction import Prediction
+from l2c_compile.analyses.cost import NodeTimes, bytes_moved
+from l2c_compile.analyses.prediction import Prediction
+from l2c_compile.cli.main import app
 
 WIDE, DIM = 256, 4
 

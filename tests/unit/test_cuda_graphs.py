@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, load
-from l2c_compile import backend as backend_module
-from l2c_compile.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
+from l2c_compile.backends import lower as backend_module
+from l2c_compile.backends.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
 from l2c_compile.errors import BackendError
-from l2c_compile.graph import LoopGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from tests.tiny import draw, residual, same_bits, steps
 
 SCHEDULE = CacheSchedule.from_table({"a": [1, 0, 1], "b": [1, 0, 0]})

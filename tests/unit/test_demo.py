@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-import l2c_compile.demo
-from l2c_compile.cli import app
-from l2c_compile.demo import Side, every_second_evaluation, learned_router, run_demo, save_digit_grid
+import l2c_compile.cli.demo
+from l2c_compile.cli.demo import Side, learned_router, run_demo, save_digit_grid
+from l2c_compile.cli.main import app
 from l2c_compile.loops import DDIM, Guidance, loop_from_dict
+from l2c_compile.methods import uniform_interval
 from l2c_compile.models.digits import GUIDANCE_SCALE
-from l2c_compile.named_models import tolerance
+from l2c_compile.models.named import tolerance
 
 PNG = b"\x89PNG"
 
@@ -27,7 +28,7 @@ def text_console() -> tuple[Console, io.StringIO]:
 
 
 def test_odd_evaluations_reuse_everything() -> None:
-    schedule = every_second_evaluation(4)
+    schedule = uniform_interval(4, ("blocks.*.attn", "blocks.*.mlp"), 2)
     assert schedule.row("blocks.*.attn") == schedule.row("blocks.*.mlp") == [1, 0, 1, 0]
 
 
@@ -65,7 +66,7 @@ def test_a_backend_that_rounds_elsewhere_is_within_the_tolerance(tmp_path: Path)
 
 
 def test_a_difference_beyond_the_tolerance_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(l2c_compile.demo, "tolerance", lambda num_evaluations: -1.0)
+    monkeypatch.setattr(l2c_compile.cli.demo, "tolerance", lambda num_evaluations: -1.0)
     console, text = text_console()
     assert not run_demo(console, out=tmp_path, steps=2, per_class=1)
     assert "uncached static graph: relative error 0.0e+00 is above -1.0e+00" in text.getvalue()
@@ -78,7 +79,7 @@ def test_the_command_exits_with_1_if_the_graphs_differ(tmp_path: Path, monkeypat
         asked.update(options)
         return False
 
-    monkeypatch.setattr(l2c_compile.demo, "run_demo", fake)
+    monkeypatch.setattr(l2c_compile.cli.demo, "run_demo", fake)
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "50", "--per-class", "3"])
     assert result.exit_code == 1
     assert asked == {"out": tmp_path, "steps": 50, "per_class": 3, "backend": "eager"}
@@ -95,5 +96,5 @@ def test_the_median_of_a_side_ignores_one_slow_run() -> None:
 def test_the_grid_takes_a_single_run(tmp_path: Path) -> None:
     images = [torch.zeros(10, 1, 8, 8)]
     path = tmp_path / "folder" / "digits.png"
-    save_digit_grid(path, images, images, every_second_evaluation(20))
+    save_digit_grid(path, images, images, uniform_interval(20, ("blocks.*.attn", "blocks.*.mlp"), 2))
     assert path.read_bytes().startswith(PNG)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, Router, Site, run_reference
-from l2c_compile.dynamo_backend import l2c
-from l2c_compile.graph import LoopGraph
-from l2c_compile.loops import DDIM, DPMSolver, FlowEuler, Guidance
-from l2c_compile.loops import Loop as BuiltInLoop
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.loops import DDIM, BuiltInLoop, DPMSolver, FlowEuler, Guidance
 from l2c_compile.models import DiT
+from l2c_compile.torch_backend import l2c
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ((900, 0.95, -0.3), (500, 0.9, -0.2), (100, 0.8, -0.1))
@@ -143,7 +142,7 @@ def test_a_function_with_a_schedule_equals_the_reference_bit_for_bit(
 
 
 def test_reuse_removes_the_work(dit: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    import l2c_compile.dynamo_backend as module
+    import l2c_compile.torch_backend as module
 
     graphs = []
 
@@ -501,7 +500,7 @@ def test_the_entry_point_makes_the_name_known_to_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("site", ["inner", "delta(inner)"])
 def test_noise_that_is_met_first_in_the_denoiser_is_no_weight(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import l2c_compile.dynamo_backend as module
+    import l2c_compile.torch_backend as module
 
     graphs: list[LoopGraph] = []
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.loops import DDIM, DPMSolver, FlowEuler, Guidance, Loop
+from l2c_compile.loops import DDIM, BuiltInLoop, DPMSolver, FlowEuler, Guidance
 from tests.tiny import captured_once, check_equals_reference, draw, tiny_dit, tiny_uvit
 
 BATCHED = Guidance(2.5, {"y": 5})
@@ -21,7 +21,7 @@ GUIDANCES = {
     "batched-3-channels": Guidance(2.5, {"y": 5}, channels=3),
     "unbatched-from-cond": Guidance(0.5, {"y": 5}, batched=False, channels=3, base="cond"),
 }
-LOOPS: dict[str, Loop] = {
+LOOPS: dict[str, BuiltInLoop] = {
     **{f"ddim-eta-{eta:g}": DDIM(4, eta=eta) for eta in (0.0, 1.0)},
     **{
         f"{algorithm}-singlestep-{order}-{spacing}": DPMSolver(4, order=order, algorithm=algorithm, spacing=spacing)
@@ -57,7 +57,7 @@ def uvit() -> Iterator[nn.Module]:
         yield tiny_uvit()
 
 
-def with_guidance(loop: Loop, guidance: Guidance | None) -> Loop:
+def with_guidance(loop: BuiltInLoop, guidance: Guidance | None) -> BuiltInLoop:
     return type(loop).from_dict({**loop.to_dict(), "guidance": guidance})
 
 
@@ -65,7 +65,7 @@ def inputs() -> tuple[Tensor, Tensor]:
     return draw(2, 4, 4, 4), torch.tensor([1, 3])
 
 
-def random_schedule(loop: Loop, sites: tuple[str, ...], seed: int) -> CacheSchedule:
+def random_schedule(loop: BuiltInLoop, sites: tuple[str, ...], seed: int) -> CacheSchedule:
     branches = 2 if loop.num_evaluations == 2 * len(loop.network_timesteps) else 1
     rng = random.Random(seed)
     table = {s: [int(e < branches or rng.random() < 0.5) for e in range(loop.num_evaluations)] for s in sites}
@@ -73,7 +73,9 @@ def random_schedule(loop: Loop, sites: tuple[str, ...], seed: int) -> CacheSched
 
 
 @pytest.mark.parametrize(("loop", "guidance"), ALL.values(), ids=ALL)
-def test_a_dit_that_computes_everything_equals_the_plain_loop(dit: nn.Module, loop: Loop, guidance: Guidance) -> None:
+def test_a_dit_that_computes_everything_equals_the_plain_loop(
+    dit: nn.Module, loop: BuiltInLoop, guidance: Guidance
+) -> None:
     guided = with_guidance(loop, guidance)
     noise, labels = inputs()
     check_equals_reference(dit, CacheSchedule.all_compute(guided.num_evaluations, DIT_SITES), guided, noise, y=labels)
@@ -81,7 +83,7 @@ def test_a_dit_that_computes_everything_equals_the_plain_loop(dit: nn.Module, lo
 
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("guided", ["none", "batched", "unbatched"])
-def test_a_uvit_that_computes_everything_equals_the_plain_loop(uvit: nn.Module, loop: Loop, guided: str) -> None:
+def test_a_uvit_that_computes_everything_equals_the_plain_loop(uvit: nn.Module, loop: BuiltInLoop, guided: str) -> None:
     loop = with_guidance(loop, GUIDANCES[guided])
     noise, labels = inputs()
     check_equals_reference(uvit, CacheSchedule.all_compute(loop.num_evaluations, UVIT_SITES), loop, noise, y=labels)

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l2c_compile import CacheSchedule, CompiledSampler, api, capture, l2c_compile, run_reference
-from l2c_compile.compile_cache import cache_folder_named
+from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
+from l2c_compile import compile as compile_module
 from l2c_compile.errors import BackendError, L2CError
-from l2c_compile.files import replaced_at_once, write_atomically
+from l2c_compile.files.documents import replaced_at_once, write_atomically
+from l2c_compile.files.torch_cache import cache_folder_named
+from l2c_compile.frontend import capture
 from l2c_compile.passes.base import Pipeline
-from l2c_compile.router import Router
+from l2c_compile.samplers import compiled_sampler as compiled_module
+from l2c_compile.schedules.router import Router
 from tests.tiny import draw, residual, steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,11 +134,11 @@ class TestCapture:
     @pytest.mark.parametrize(
         ("owner", "stage"),
         [
-            (api, "trace_loop"),
+            (compile_module, "trace_loop"),
             (capture, "_to_evaluation_graph"),
-            (api, "unroll"),
+            (compile_module, "unroll"),
             (Pipeline, "run"),
-            (api, "lower_to_backend"),
+            (compiled_module, "lower_to_backend"),
         ],
     )
     def test_a_stage_that_fails_leaves_everything_as_it_was(

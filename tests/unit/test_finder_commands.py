@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from l2c_compile import CacheSchedule, L2CError
-from l2c_compile.cli import app
+from l2c_compile.cli.main import app
 from l2c_compile.errors import FileFormatError
 from l2c_compile.finders import Profile
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 import pytest
 
 from l2c_compile.errors import LoopError, ScheduleError
-from l2c_compile.finders import (
-    Work,
-    alternate_evaluations,
-    deep_cache,
-    fewer_steps,
-    random_reuse,
-    uniform_interval,
-    within_budget,
-)
+from l2c_compile.finders import Work, alternate_evaluations, within_budget
 from l2c_compile.loops import DDIM, DPMSolver, FlowEuler, Guidance
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.methods import deep_cache, fewer_steps, random_reuse, uniform_interval
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 
 def computed(schedule: CacheSchedule, site: str = "a") -> list[int]:

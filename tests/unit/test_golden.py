@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.golden import replay
 from l2c_compile import run_reference
-from l2c_compile.importers import import_l2c_dit, import_l2c_uvit
 from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, DPMSolver, Guidance
 from l2c_compile.models import DiT, UViT
+from l2c_compile.schedules.importers import import_l2c_dit, import_l2c_uvit
 from tests.tiny import draw, seeded
 
 LABELS = torch.tensor([1, 4])

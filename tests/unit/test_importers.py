@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import FileFormatError, ScheduleError
-from l2c_compile.importers import (
+from l2c_compile.schedules.importers import (
     import_harmonica,
     import_invardiff,
     import_l2c_dit,
@@ -25,9 +25,9 @@ from l2c_compile.importers import (
     import_smoothcache,
     load_schedule_file,
 )
-from l2c_compile.router import Router
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.schedules.router import Router
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 Shared = Callable[[str], Path]
 DIT_PATHS = [f"blocks.{i}{part}" for i in range(28) for part in ("", ".attn", ".mlp")]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from l2c_compile.cli import app
-from l2c_compile.importers import import_l2c_dit
-from l2c_compile.plots import HIDDEN, PlotError, save_heat_map, source_ages, terminal_heat_map
-from l2c_compile.schedule import CacheSchedule
+from l2c_compile.cli.main import app
+from l2c_compile.cli.plots import HIDDEN, PlotError, save_heat_map, source_ages, terminal_heat_map
+from l2c_compile.schedules.importers import import_l2c_dit
+from l2c_compile.schedules.schedule import CacheSchedule
 
 PNG = b"\x89PNG"
 NESTED = {"blocks.0..blocks.1": [1, 1, 0, 0], "blocks.0.attn": [1, 0, 1, 1]}

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, Router, l2c_compile, load_schedule_file, run_reference
 from l2c_compile.errors import FileFormatError, ScheduleError, UnknownSiteError
-from l2c_compile.finders import L2CSettings, LatentData, alternating_pairs, learn_l2c, published_pairs
-from l2c_compile.finders.soft_evaluations import Form
+from l2c_compile.finders import LatentData
+from l2c_compile.finders.open_evaluations import Form
 from l2c_compile.finders.training import Learner, RoundReport
-from l2c_compile.loops import DDIM, DPMSolver, FlowEuler, Guidance, loop_from_dict
-from l2c_compile.loops import Loop as BuiltInLoop
+from l2c_compile.loops import DDIM, BuiltInLoop, DPMSolver, FlowEuler, Guidance, loop_from_dict
+from l2c_compile.methods import L2CSettings, alternating_pairs, learn_l2c, published_pairs
 from l2c_compile.models import DiT
 from tests.tiny import draw, residual, seeded, steps, tiny_dit
 

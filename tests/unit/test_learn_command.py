@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import l2c_compile.cli.learn
 import l2c_compile.finders.training
-import l2c_compile.learning
 from l2c_compile import Router, load_schedule_file
-from l2c_compile.cli import app
+from l2c_compile.cli.main import app
 from l2c_compile.errors import ScheduleError
-from l2c_compile.files import write_atomically
+from l2c_compile.files.documents import write_atomically
 
 FEW = ["--steps", "2", "--rounds", "2", "--batch", "1", "--checkpoint-every", "1", "--site", "blocks.0.*"]
 

@@ -15,9 +15,9 @@ import torch
 
 from l2c_compile import Router
 from l2c_compile.errors import ScheduleError
-from l2c_compile.finders import L2CSettings, learn_l2c
-from l2c_compile.finders.training import Workers
+from l2c_compile.finders.processes import Workers
 from l2c_compile.loops import DDIM
+from l2c_compile.methods import L2CSettings, learn_l2c
 from tests.tiny import residual, tiny_dit
 from tests.unit.test_learn import DIT_SITES, draw_images, draw_latents
 

@@ -19,16 +19,16 @@ from l2c_compile.loops import (
     LINEAR_BETAS,
     STABLE_DIFFUSION_BETAS,
     BetaSchedule,
+    BuiltInLoop,
     DPMSolver,
     FlowEuler,
     Guidance,
-    Loop,
     loop_from_dict,
 )
 from l2c_compile.loops.noise_schedules import DiscreteVP, Spacing, respaced_timesteps
 from l2c_compile.models import DiT, UViT
 
-LOOPS: list[Loop] = [
+LOOPS: list[BuiltInLoop] = [
     DDIM(4),
     DDIM(5, eta=0.5, spacing="trailing", betas=STABLE_DIFFUSION_BETAS),
     DDIM(4, guidance=Guidance(3.0, {"y": 10}, channels=2)),
@@ -346,7 +346,7 @@ def test_guidance_that_does_not_fit_the_conditions_is_refused() -> None:
 
 
 @each_loop
-def test_timesteps_are_what_the_denoiser_sees(loop: Loop) -> None:
+def test_timesteps_are_what_the_denoiser_sees(loop: BuiltInLoop) -> None:
     noise, y = toy_inputs()
     seen: list[float] = []
 
@@ -364,25 +364,25 @@ def test_timesteps_are_what_the_denoiser_sees(loop: Loop) -> None:
 
 
 @each_loop
-def test_a_description_survives_json(loop: Loop) -> None:
+def test_a_description_survives_json(loop: BuiltInLoop) -> None:
     assert loop_from_dict(json.loads(json.dumps(loop.to_dict()))) == loop
 
 
 @each_loop
-def test_loops_keep_the_dtype(loop: Loop) -> None:
+def test_loops_keep_the_dtype(loop: BuiltInLoop) -> None:
     noise, y = toy_inputs()
     for dtype in (torch.bfloat16, torch.float64):
         assert loop(toy, noise.to(dtype), y=y).dtype == dtype
 
 
 @each_loop
-def test_loops_never_look_at_a_value(loop: Loop) -> None:
+def test_loops_never_look_at_a_value(loop: BuiltInLoop) -> None:
     noise, y = toy_inputs()
     assert loop(toy, noise.to("meta"), y=y.to("meta")).shape == noise.shape
 
 
 @each_loop
-def test_traced_loops_write_nothing_in_place_and_equal_the_eager_loop(loop: Loop) -> None:
+def test_traced_loops_write_nothing_in_place_and_equal_the_eager_loop(loop: BuiltInLoop) -> None:
     noise, y = toy_inputs()
     before = noise.clone()
     traced = make_fx(lambda x, labels: loop(toy, x, y=labels))(noise, y)

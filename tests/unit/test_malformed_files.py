@@ -19,7 +19,7 @@ from bench.file_mutations import KINDS
 from bench.malformed_files import ALLOWED, outcomes
 from l2c_compile import CacheSchedule, load, load_schedule_file
 from l2c_compile.errors import FileFormatError, ScheduleError
-from l2c_compile.router import Router
+from l2c_compile.schedules.router import Router
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the limits and counts are Linux's")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from l2c_compile.errors import KernelError
 from l2c_compile.kernels._launch import FLOATS, PACKED
-from l2c_compile.kernels.pack_cache import decompose_pack_cache, pack_cache, unpack_cache
+from l2c_compile.kernels.packed_cache import decompose_pack_cache, pack_cache, unpack_cache
 from tests.exact import U
 
 OP = torch.ops.l2c.pack_cache.default

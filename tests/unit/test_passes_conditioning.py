@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.graph import LoopGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.strides import addresses_memory
 from l2c_compile.passes.batch_conditioning import BatchConditioning
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.pipeline import BITWISE
 from l2c_compile.passes.prune_projections import PruneProjections
-from l2c_compile.strides import addresses_memory
 from tests.tiny import assert_strides_as_noted, at, draw, run, same_bits, seeded, tiny_dit, unrolled
 
 aten = torch.ops.aten

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.graph import LoopGraph
+from l2c_compile.graphs.facts import Fact, check
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.base import PassReport
 from l2c_compile.passes.contiguous_layout import ContiguousLayout
 from l2c_compile.passes.pipeline import BITWISE
-from l2c_compile.verify import Fact, check
 from tests.tiny import assert_strides_as_noted, draw, run, seeded, unrolled
 
 

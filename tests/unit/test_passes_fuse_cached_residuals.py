@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, load, run_reference
-from l2c_compile.graph import LoopGraph, emit, evaluation_of, num_bytes
+from l2c_compile.analyses.memory_plan import plan_memory
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes
 from l2c_compile.kernels._launch import Terms
-from l2c_compile.liveness import plan_memory
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.passes.base import PassReport, Pipeline
 from l2c_compile.passes.drop_dead import DropDead
@@ -22,7 +23,7 @@ from l2c_compile.passes.fuse_cached_residuals import FuseCachedResiduals
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.pipeline import BITWISE, LOOP, REGIONS
 from l2c_compile.passes.plan_memory import PlanMemory
-from l2c_compile.rules import Reading, Rule, T
+from l2c_compile.schedules.rules import Reading, Rule, T
 from tests.exact import assert_within, exact_norm, exact_sum, gamma, sum_bound
 from tests.tiny import draw, run, seeded, steps, tiny_dit, tiny_uvit, unrolled
 
@@ -234,8 +235,8 @@ def test_a_linear_combination_that_would_keep_two_tensors_for_one_is_left_to_pla
 def with_rules(
     count: int, rows: dict[str, list[int]], cells: Mapping[tuple[int, str], tuple[tuple[int, ...], Rule]]
 ) -> CacheSchedule:
-    from l2c_compile.schedule import Reuse
-    from l2c_compile.sites import Site
+    from l2c_compile.schedules.schedule import Reuse
+    from l2c_compile.schedules.sites import Site
 
     held = CacheSchedule.from_table({**rows, "layers.0": [1] * count})
     reuses = dict(held.reuses)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.graph import LoopGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.base import PassReport
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.merge_deltas import MergeDeltas

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, run_reference
 from l2c_compile.errors import ScheduleError
-from l2c_compile.finders.soft_evaluations import Form, SoftDenoiser
-from l2c_compile.graph import SITE, EvaluationGraph, ProgramGraph, output_list
+from l2c_compile.finders.open_evaluations import Form, SoftDenoiser
+from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.marks import SITE
+from l2c_compile.graphs.nodes import output_list
 from l2c_compile.passes.mix_sites import MixSites
 from l2c_compile.passes.pipeline import MIXED, OBSERVED
 from l2c_compile.passes.return_sites import ReturnSites

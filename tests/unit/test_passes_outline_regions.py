@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.graph import LoopGraph
+from l2c_compile.graphs.facts import Fact, check
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.pipeline import BITWISE, LOOP
-from l2c_compile.verify import Fact, check
 from tests.tiny import draw, run, seeded, tiny_dit, unrolled
 
 INPUTS = (draw(2, 4, 4, 4), torch.tensor([1, 3]))

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from l2c_compile import CacheSchedule, l2c_compile, load
-from l2c_compile.dynamo_backend import l2c
-from l2c_compile.graph import LoopGraph, evaluation_of
-from l2c_compile.kernels.pack_cache import unpack_cache
-from l2c_compile.liveness import plan_memory
+from l2c_compile.analyses.memory_plan import plan_memory
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import evaluation_of
+from l2c_compile.kernels.packed_cache import unpack_cache
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.passes.base import Numerics, PassReport, Pipeline
 from l2c_compile.passes.fuse_cached_residuals import FuseCachedResiduals
 from l2c_compile.passes.pack_caches import PackCaches
 from l2c_compile.passes.pipeline import BITWISE, CACHE_FORMATS, LOOP, REGIONS, with_packed_caches
+from l2c_compile.torch_backend import l2c
 from tests.exact import U
 from tests.tiny import draw, run, same_bits, seeded, steps, tiny_dit, unrolled
 

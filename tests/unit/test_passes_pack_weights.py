@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, l2c_compile
-from l2c_compile.backend import kernels_for
-from l2c_compile.graph import LoopGraph
+from l2c_compile.backends.choice import kernels_for
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
 from l2c_compile.passes.base import PassReport
 from l2c_compile.passes.pack_weights import PackWeights

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from l2c_compile import CacheSchedule, CompiledSampler, Rule, l2c_compile, run_reference
-from l2c_compile.liveness import MemoryPlan, plan_memory
-from l2c_compile.rules import HOLD, Reading, T
+from l2c_compile.analyses.memory_plan import MemoryPlan, plan_memory
+from l2c_compile.schedules.rules import HOLD, Reading, T
 from tests.tiny import check_equals_reference, draw, seeded, steps
 
 aten = torch.ops.aten

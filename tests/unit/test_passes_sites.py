@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.graph import CACHE_READ, SITE, Binding, LoopGraph, cache_reads, site_marks
+from l2c_compile.graphs.facts import Fact, check
+from l2c_compile.graphs.loop_graph import Binding, LoopGraph
+from l2c_compile.graphs.marks import CACHE_READ, SITE, cache_reads, site_marks
 from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.bind_times import BindTimes
 from l2c_compile.passes.drop_dead import DropDead
@@ -17,7 +19,6 @@ from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants, make_constants
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
-from l2c_compile.verify import Fact, check
 from tests.tiny import (
     assert_strides_as_noted,
     at,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import PassFailed, ScheduleError
-from l2c_compile.graph import ProgramGraph
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.passes.base import Numerics, Pass, PassReport, Pipeline
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
@@ -16,7 +17,6 @@ from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, SKELETON
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
-from l2c_compile.verify import Fact
 from tests.tiny import draw, program, targets
 
 

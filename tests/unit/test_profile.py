@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.api import build_loop_graph
+from l2c_compile.analyses.summary import summarize
+from l2c_compile.compile import build_loop_graph
 from l2c_compile.errors import FileFormatError, ProfileError, ScheduleError, UnknownSiteError
 from l2c_compile.finders import Profile, Work, take_profile
 from l2c_compile.finders.profile import FORMAT, VERSION
 from l2c_compile.loops import DDIM, Guidance
-from l2c_compile.sites import Site
-from l2c_compile.summary import summarize
+from l2c_compile.schedules.sites import Site
 from tests.tiny import at, draw, residual, seeded, steps, tiny_dit, tiny_uvit
 
 # float32 sums of a few hundred numbers in another order, then one more rounding each: far below this.

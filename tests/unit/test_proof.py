@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, fx
 
 from l2c_compile import CacheSchedule
-from l2c_compile.api import build_loop_graph, trace_and_capture
+from l2c_compile.checking.proof import Proof, prove
+from l2c_compile.checking.values import Value, ValueTable
+from l2c_compile.compile import build_loop_graph, trace_and_capture
 from l2c_compile.errors import VerificationError
-from l2c_compile.forms import Form
-from l2c_compile.graph import LoopGraph
+from l2c_compile.frontend.stand_in import Loop
+from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.pipeline import BITWISE, LOOP
-from l2c_compile.proof import Proof, prove
-from l2c_compile.trace import Loop, LoopSkeleton
-from l2c_compile.values import Value, ValueTable
-from l2c_compile.verify import Fact
 from tests.tiny import calls_in, captured_once, draw, residual, steps, tiny_dit
 from tests.unit.test_site_forms import Combination, FollowInput
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2c_compile.errors import QualityError
-from l2c_compile.quality import (
+from l2c_compile.quality.measures import (
     Estimate,
     bootstrap_mean,
     frechet_distance,

@@ -14,11 +14,11 @@ from bench import quality
 from bench.cases import BenchError
 from bench.quality import Contender, Judged, contenders, not_beaten
 from l2c_compile import CacheSchedule, Router, Site
-from l2c_compile.evaluation import Verdict
 from l2c_compile.finders import Profile
 from l2c_compile.loops import DDIM
-from l2c_compile.named_models import DIGITS, NamedModel, named_model
-from l2c_compile.quality import Estimate, Quality
+from l2c_compile.models.named import DIGITS, NamedModel, named_model
+from l2c_compile.quality.judge import Verdict
+from l2c_compile.quality.measures import Estimate, Quality
 
 STEPS = 4
 SITES = tuple(Site.parse(f"blocks.{i}.{name}") for i in range(8) for name in ("attn", "mlp"))

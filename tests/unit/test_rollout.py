@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from l2c_compile import Router, l2c_compile, run_reference
 from l2c_compile.errors import ScheduleError
-from l2c_compile.finders import RolloutSettings, learn_rollout
 from l2c_compile.finders.training import Learner, RoundReport
 from l2c_compile.loops import DDIM, Guidance
+from l2c_compile.methods import RolloutSettings, learn_rollout
 from tests.tiny import at, draw, residual, steps, tiny_dit
 from tests.unit.test_learn import DIT_SITES, SITES, Hooks, Step, draw_images, draw_latents, training_steps
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import FileFormatError, ScheduleError
-from l2c_compile.router import FORMAT, Router
-from l2c_compile.schedule import CacheSchedule
-from l2c_compile.sites import Site
+from l2c_compile.schedules.router import FORMAT, Router
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
 
 SITES = (Site("a"), Site("b"))
 

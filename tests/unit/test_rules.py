@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import FileFormatError
-from l2c_compile.rules import HOLD, Hold, Reading, Rule, T, rule_from_dict
-from l2c_compile.schedule import CacheSchedule
+from l2c_compile.schedules.rules import HOLD, Hold, Reading, Rule, T, rule_from_dict
+from l2c_compile.schedules.schedule import CacheSchedule
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import l2c_compile.saved as saved_module
+import l2c_compile.samplers.loaded_sampler as saved_module
 from l2c_compile import CacheSchedule, CompiledSampler, LoadedSampler, l2c_compile, load
-from l2c_compile.backend import EAGER
-from l2c_compile.capture import TensorSpec
+from l2c_compile.backends.choice import EAGER
 from l2c_compile.errors import (
     BackendError,
     FileFormatError,
@@ -33,9 +32,10 @@ from l2c_compile.errors import (
     SaveError,
     StaleConstantsError,
 )
-from l2c_compile.exported import compile_ahead_of_time
-from l2c_compile.graph import LoopGraph
+from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.pipeline import REGIONS
+from l2c_compile.sampler_file.exported_program import compile_ahead_of_time
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "archive/data/extra/l2c_compile/"

@@ -15,8 +15,8 @@ from types import FrameType
 import pytest
 
 from l2c_compile.errors import FileFormatError, ScheduleError, UnknownSiteError
-from l2c_compile.schedule import FORMAT, MAX_EVALUATIONS, CacheSchedule, Reuse
-from l2c_compile.sites import Site
+from l2c_compile.schedules.schedule import FORMAT, MAX_EVALUATIONS, CacheSchedule, Reuse
+from l2c_compile.schedules.sites import Site
 
 A = Site("a")
 STACK = "blocks.0..blocks.1"
@@ -265,7 +265,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("l2c_compile.files.os.replace", fail)
+    monkeypatch.setattr("l2c_compile.files.documents.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         CacheSchedule.all_compute(4).save(path)
     assert list(tmp_path.iterdir()) == [path]

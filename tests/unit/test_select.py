@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from l2c_compile.errors import ProfileError, ScheduleError, UnknownSiteError
-from l2c_compile.finders import block_caching, for_budget, invar_diff, mag_cache, pairwise, smooth_cache
+from l2c_compile.finders import for_budget
 from l2c_compile.finders.profile import Profile
-from l2c_compile.finders.select import mag_cache_row
 from l2c_compile.finders.work import Work
-from l2c_compile.sites import Site
+from l2c_compile.methods import block_caching, invar_diff, mag_cache, pairwise, smooth_cache
+from l2c_compile.methods.mag_cache import mag_cache_row
+from l2c_compile.schedules.sites import Site
 
 
 def profile_of(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, Reuse, Rule, Site, l2c_compile, run_reference
 from l2c_compile.errors import CaptureError, ScheduleError
-from l2c_compile.rules import Reading, T
+from l2c_compile.schedules.rules import Reading, T
 from tests.tiny import Residual, at, captured_once, check_equals_reference, draw, residual, same_bits, seeded, steps
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.sites import Site, as_site
+from l2c_compile.schedules.sites import Site, as_site
 
 TEXTS = {
     "blocks.3.attn": Site("blocks.3.attn"),

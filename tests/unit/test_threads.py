@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference, weights_lock
+from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile.errors import CaptureError
+from l2c_compile.frontend import weights_lock
 from tests.tiny import calls_in, draw, residual, steps
 
 NUM_EVALUATIONS = 3

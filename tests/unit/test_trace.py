@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2c_compile.capture import CallSignature, capture
-from l2c_compile.graph import EvaluationGraph, draws_random_numbers
-from l2c_compile.trace import LoopSkeleton, trace_loop
+from l2c_compile.frontend.capture import capture
+from l2c_compile.frontend.trace import trace_loop
+from l2c_compile.graphs.forms import CallSignature
+from l2c_compile.graphs.loop_graph import EvaluationGraph
+from l2c_compile.graphs.nodes import draws_random_numbers
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from tests.tiny import at, draw, residual, targets
 
 MODEL = residual()

@@ -11,8 +11,8 @@ from rich.progress import Progress
 from bench.cases import BenchError
 from bench.trace_time import build, repeated, run
 from l2c_compile.models import DiT
-from l2c_compile.router import Router
-from l2c_compile.sites import Site
+from l2c_compile.schedules.router import Router
+from l2c_compile.schedules.sites import Site
 
 
 def small_router() -> Router:

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.fx.node import Target
 
 from l2c_compile import CacheSchedule, Site
-from l2c_compile.api import build_loop_graph
-from l2c_compile.graph import LoopGraph, evaluation_of, site_marks
-from l2c_compile.verify import Fact, check
+from l2c_compile.compile import build_loop_graph
+from l2c_compile.graphs.facts import Fact, check
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.marks import site_marks
+from l2c_compile.graphs.nodes import evaluation_of
 from tests.tiny import (
     assert_strides_as_noted,
     at,

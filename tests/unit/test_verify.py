@@ -11,10 +11,11 @@ from torch.fx.node import Target
 
 from l2c_compile import CacheSchedule
 from l2c_compile.errors import VerificationError
-from l2c_compile.graph import CACHE_READ, SITE, LoopGraph, site_marks
+from l2c_compile.graphs.facts import Fact, check
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.marks import CACHE_READ, SITE, site_marks
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
-from l2c_compile.verify import Fact, check
 from tests.tiny import draw, residual, steps, unrolled
 
 aten = torch.ops.aten

@@ -1,0 +1,1 @@
+"""What can be read off a graph; nothing here edits one."""

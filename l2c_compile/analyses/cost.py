@@ -1,0 +1,159 @@
+"""What the nodes of a graph cost: multiply-adds and bytes, counted without running it, and times, measured by form."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Node
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from l2c_compile.graphs.nodes import infer, num_bytes
+
+__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved"]
+
+
+class MultiplyAdds:
+    """Counts the multiply-adds of matrix products, convolutions and attention; elementwise work counts as none.
+
+    Uses torch's own formulas on fake tensors and asks once for each form of operation.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[object, int] = {}
+
+    def of(self, node: Node) -> int:
+        """Return the multiply-adds of one node."""
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return 0
+        if node.target.namespace != "aten" or not _may_multiply(node.target):
+            return 0
+        key = (node.target, _form((node.args, node.kwargs)))
+        if key not in self._known:
+            self._known[key] = _count(node)
+        return self._known[key]
+
+    def total(self, nodes: Iterable[Node]) -> int:
+        """Return the multiply-adds of several nodes."""
+        return sum(map(self.of, nodes))
+
+
+def bytes_moved(node: Node) -> int:
+    """Return the bytes that a node reads and writes when it runs by itself; a view moves none."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
+        return 0
+    return num_bytes(node) + sum(map(num_bytes, node.all_input_nodes))
+
+
+class NodeTimes:
+    """Measures how long each form of operation takes in eager mode: once on tensors of that form, with random values.
+
+    Args:
+        device: where to measure; not the meta device.
+        rounds: how often each form is measured; the least disturbed round counts.
+    """
+
+    def __init__(self, device: torch.device, rounds: int = 3) -> None:
+        self.device = device
+        self.rounds = rounds
+        self._known_s: dict[object, float] = {}
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def measure(self, nodes: Iterable[Node]) -> None:
+        """Measure every form among the nodes that is not known yet.
+
+        The rounds are taken one after another over all forms, so that a slow moment hits no form in all of them.
+        """
+        new: dict[object, Node] = {}
+        for node in nodes:
+            if node.op == "call_function" and (key := _timing_key(node)) not in self._known_s:
+                new.setdefault(key, node)
+        with torch.no_grad():
+            for _ in range(self.rounds):
+                for key, node in new.items():
+                    self._known_s[key] = min(self._time(node), self._known_s.get(key, float("inf")))
+
+    def of(self, node: Node) -> float:
+        """Return the time of one node in seconds; what is no operation takes none.
+
+        Raises:
+            KeyError: its form was not measured.
+        """
+        return self._known_s[_timing_key(node)] if node.op == "call_function" else 0.0
+
+    def total(self, nodes: Iterable[Node]) -> float:
+        """Return the time of several nodes, one after another, in seconds."""
+        return sum(map(self.of, nodes))
+
+    def _time(self, node: Node) -> float:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: self._real(argument.meta["val"]))
+        call: Callable[..., object] = node.target  # type: ignore[assignment]
+
+        def run(times: int) -> float:
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(times):
+                call(*args, **kwargs)
+            self._wait()
+            return (time.perf_counter() - start) / times
+
+        run(1)
+        once = min(run(1), run(1))
+        return run(int(_ROUND_S / once)) if once < _ROUND_S / 2 else once
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _real(self, value: Any) -> Any:  # noqa: ANN401 - a tensor, or what a node returns that is none
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._real, value))
+        if not isinstance(value, Tensor):
+            return value
+        # Zeros are indices into anything.
+        real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device).zero_()
+        return real.normal_(generator=self._generator) if real.is_floating_point() else real
+
+
+_ROUND_S = 1e-3
+
+
+def _timing_key(node: Node) -> object:
+    # Numbers among the arguments change from evaluation to evaluation: where a slice starts, what x is scaled by.
+    return node.target, tuple(_form(a, strides=True) for a in node.all_input_nodes), _form(node, strides=True)
+
+
+def _form(argument: object, *, strides: bool = False) -> object:
+    if isinstance(argument, Node):
+        return _form_of_value(argument.meta.get("val"), strides)
+    if isinstance(argument, (tuple, list)):
+        return tuple(_form(element, strides=strides) for element in argument)
+    if isinstance(argument, dict):
+        return tuple((name, _form(value, strides=strides)) for name, value in argument.items())
+    return repr(argument)
+
+
+def _form_of_value(value: object, strides: bool) -> object:
+    if isinstance(value, (tuple, list)):
+        return tuple(_form_of_value(element, strides) for element in value)
+    if not isinstance(value, Tensor):
+        return type(value)
+    return tuple(value.shape), value.dtype, value.stride() if strides else ()
+
+
+def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:
+    """Tell whether torch has a formula for an operator, or takes it apart into others that may have one."""
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(),  # type: ignore[no-untyped-call]
+        "CompositeImplicitAutograd",
+    )
+    return target.overloadpacket in flop_registry or composite
+
+
+def _count(node: Node) -> int:
+    with FlopCounterMode(display=False) as counter:
+        infer(node.target, node.args, node.kwargs)
+    return int(counter.get_total_flops()) // 2

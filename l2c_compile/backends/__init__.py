@@ -1,0 +1,1 @@
+"""From a loop graph to a callable."""

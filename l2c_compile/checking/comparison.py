@@ -1,0 +1,225 @@
+"""Compare a compiled loop with the reference, and find where they part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+from torch.utils._pytree import tree_flatten, tree_map
+
+from l2c_compile.checking.proof import Proof
+from l2c_compile.checking.reference import Recorder, run_reference
+from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.schedules.sites import Site
+
+__all__ = ["Difference", "VerifyReport", "compare_with_reference", "finite", "largest_errors"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A site whose value is not the reference's."""
+
+    evaluation: int
+    site: str
+    port: int
+    max_error: float
+    """max |compiled - reference|"""
+    relative_error: float
+    """max |compiled - reference| / max |reference|"""
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the difference in JSON types; an error that is not finite is None."""
+        errors = {"max_error": finite(self.max_error), "relative_error": finite(self.relative_error)}
+        return {**asdict(self), **errors}
+
+    def __str__(self) -> str:
+        return f"site '{self.site}' of evaluation {self.evaluation} differs by {self.max_error:.3g}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Whether a static graph is right, and how far its results are from the reference's. Print it."""
+
+    max_error: float
+    """max |compiled - reference|"""
+    relative_error: float
+    """max |compiled - reference| / max |reference|"""
+    num_compared_sites: int
+    """Computed site values that were compared one by one; 0 if the results agree bit for bit."""
+    differences: tuple[Difference, ...]
+    """Of the site values of the static graph run in eager mode, those that are not equal bit for bit, in order."""
+    proof: Proof
+    """That the graph computes what loop, denoiser and schedule say, whatever the input."""
+    wants_bitwise: bool
+    """Whether no pass changes a bit and the graph runs eagerly, so that nothing but equal bits will do."""
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """Where compiled and reference part."""
+        return self.differences[0] if self.differences else None
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether every bit of the result is the reference's."""
+        return self.max_error == 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the structure is proven and the numbers are right.
+
+        That is, equal bit for bit where ``wants_bitwise``; otherwise finite: how far rounding may take them depends on
+        model and dtype, so ``relative_error`` is for the caller to judge.
+        """
+        return self.proof.holds and (self.bitwise if self.wants_bitwise else math.isfinite(self.max_error))
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the report in JSON types; an error that is not finite is None."""
+        return {
+            "holds": self.holds,
+            "bitwise": self.bitwise,
+            "max_error": finite(self.max_error),
+            "relative_error": finite(self.relative_error),
+            "num_compared_sites": self.num_compared_sites,
+            "differences": [difference.to_dict() for difference in self.differences],
+            "wants_bitwise": self.wants_bitwise,
+            "proof": self.proof.to_dict(),
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.proof
+        yield self._numbers()
+        if self.differences:
+            yield self._table()
+
+    def __str__(self) -> str:
+        return self._numbers() if self.proof.holds else f"{self._numbers()}; {self.proof}"
+
+    def _numbers(self) -> str:
+        if self.bitwise:
+            return "equal to the reference bit for bit"
+        where = self.first_difference or "no site of the static graph differs, so what follows them or the backend does"
+        return f"max error {self.max_error:.3g}, relative {self.relative_error:.3g}; {where}"
+
+    def _table(self) -> Table:
+        table = Table(title="sites that differ from the reference", title_justify="left")
+        for heading in ("evaluation", "sites", "first", "worst", "error", "relative"):
+            table.add_column(heading, overflow="fold")
+        for evaluation in dict.fromkeys(difference.evaluation for difference in self.differences):
+            here = [difference for difference in self.differences if difference.evaluation == evaluation]
+            worst = max(here, key=lambda difference: difference.max_error)
+            errors = f"{worst.max_error:.2g}", f"{worst.relative_error:.2g}"
+            table.add_row(str(evaluation), str(len(here)), here[0].site, worst.site, *errors)
+        return table
+
+
+def compare_with_reference(
+    denoiser: nn.Module,
+    loop: Callable[..., object],
+    schedule: CacheSchedule,
+    module: fx.GraphModule,
+    run: Callable[..., object],
+    noise: object,
+    conditions: Mapping[str, object],
+    proof: Proof,
+    *,
+    wants_bitwise: bool,
+) -> VerifyReport:
+    """Run ``run`` and the reference from the same random state; on a difference, compare site by site.
+
+    Args:
+        denoiser: as compiled.
+        loop: as compiled.
+        schedule: resolved.
+        module: the static graph, its nodes marked with the sites they hold (``DropSiteMarks``).
+        run: what is judged: the static graph through its backend.
+        noise: as given to the sampler.
+        conditions: as given to the sampler.
+        proof: of the static graph; it goes into the report.
+        wants_bitwise: whether passes and backend change no bit.
+    """
+    inputs = [leaf for leaf in tree_flatten((noise, dict(conditions)))[0] if isinstance(leaf, Tensor)]
+
+    def reference(record: Recorder | None = None) -> object:
+        # A loop may write into what it is given.
+        own_noise, own_conditions = tree_map(_clone, (noise, dict(conditions)))
+        return run_reference(denoiser, loop, schedule, own_noise, own_conditions, record=record)
+
+    with torch.no_grad():
+        with _same_random_numbers(inputs):
+            compiled = run(*inputs)
+        with _same_random_numbers(inputs):
+            expected = reference()
+        results = [x for x in tree_flatten(expected)[0] if isinstance(x, Tensor)]
+        max_error, relative_error = largest_errors([x for x in compiled if isinstance(x, Tensor)], results)  # type: ignore[attr-defined]
+        if max_error == 0.0:
+            return VerifyReport(0.0, 0.0, 0, (), proof, wants_bitwise)
+        values: dict[tuple[int, str, int], Tensor] = {}
+
+        def record(evaluation: int, site: Site, port: int, value: Tensor) -> None:
+            values[evaluation, str(site), port] = value.clone()
+
+        with _same_random_numbers(inputs):
+            reference(record)
+        watcher = _Watcher(module, values)
+        with _same_random_numbers(inputs):
+            watcher.run(*inputs)
+    return VerifyReport(
+        max_error, relative_error, watcher.num_compared, tuple(watcher.differences), proof, wants_bitwise
+    )
+
+
+class _Watcher(fx.Interpreter):
+    """Runs the static graph and compares the sites on its way."""
+
+    def __init__(self, module: fx.GraphModule, expected: Mapping[tuple[int, str, int], Tensor]) -> None:
+        super().__init__(module)
+        self.expected = expected
+        self.num_compared = 0
+        self.differences: list[Difference] = []
+
+    def run_node(self, n: Node) -> object:
+        value = super().run_node(n)
+        for key in n.meta.get("sites", ()):
+            wanted = self.expected.get(key)
+            if wanted is not None and isinstance(value, Tensor):
+                self.num_compared += 1
+                error, relative = largest_errors([value], [wanted])
+                if error != 0.0:
+                    evaluation, site, port = key
+                    self.differences.append(Difference(evaluation, site, port, error, relative))
+        return value
+
+
+def _clone(leaf: object) -> object:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _same_random_numbers(inputs: list[Tensor]) -> AbstractContextManager[None]:
+    devices = sorted({x.device.index or 0 for x in inputs if x.device.type == "cuda"})
+    context: AbstractContextManager[None] = torch.random.fork_rng(devices=devices)
+    return context
+
+
+def finite(number: float) -> float | None:
+    """Return a number that JSON can hold, None for one that is infinite or no number."""
+    return number if math.isfinite(number) else None
+
+
+def largest_errors(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
+    """Return the largest absolute error, and that over the largest magnitude; infinite if either is not finite."""
+    worst = scale = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        if torch.equal(a, b) or a.numel() == 0:
+            scale = max(scale, float(b.abs().max()) if b.numel() else 0.0)
+            continue
+        error = float((a.double() - b.double()).abs().max())
+        worst = max(worst, error if error == error else float("inf"))
+        scale = max(scale, float(b.double().abs().max()))
+    return worst, (worst / scale if scale else (float("inf") if worst else 0.0))

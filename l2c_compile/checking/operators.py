@@ -1,0 +1,158 @@
+"""What an operation returns, derived from the forms of its operands: the notes of a graph are not asked.
+
+Asks torch, on fake tensors, once for each operation and form.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import Argument, Node
+
+from l2c_compile.errors import VerificationError
+from l2c_compile.graphs.forms import Form
+
+__all__ = ["Inference", "Inferred", "bind", "flattened", "hashable", "name_of", "on_values", "replace_tensors"]
+
+
+def on_values(node: Node, values: Mapping[Node, Any]) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments of a node, with values in place of its operands."""
+    # Not fx's map_arg: it makes immutable lists, and wants nodes back.
+    args = tuple(_mapped(argument, values) for argument in node.args)
+    return args, {name: _mapped(argument, values) for name, argument in node.kwargs.items()}
+
+
+def _mapped(argument: Argument, values: Mapping[Node, Any]) -> object:
+    if isinstance(argument, Node):
+        return values[argument]
+    if isinstance(argument, (tuple, list)):
+        return tuple(_mapped(element, values) for element in argument)
+    return argument
+
+
+def flattened(arguments: Iterable[object]) -> Iterator[Node]:
+    """Yield the nodes in nested tuples."""
+    for argument in arguments:
+        if isinstance(argument, Node):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from flattened(argument)
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What an operation returns."""
+
+    forms: Form | tuple[Form | None, ...] | None
+    """Of one tensor, of several, or None for anything else."""
+    shares: int | None
+    """Which of its tensor operands the result shares memory with, by position; None: it has memory of its own."""
+
+
+class Inference:
+    """Derives forms; each question is asked once."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, Inferred] = {}
+        self._mode = FakeTensorMode()
+
+    def of(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
+        """Return what ``target`` gives for arguments in the order of its schema, with a ``Form`` for each tensor.
+
+        Raises:
+            VerificationError: torch refuses these arguments.
+        """
+        key = target, hashable(bound)
+        if key not in self._known:
+            self._known[key] = self._ask(target, bound)
+        return self._known[key]
+
+    def _ask(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
+        tensors: list[Tensor] = []
+
+        def fake(form: Form) -> Tensor:
+            tensors.append(form.empty())
+            return tensors[-1]
+
+        schema = target._schema.arguments
+        with self._mode, torch.no_grad():
+            given = [replace_tensors(argument, Form, fake) for argument in bound]
+            args = [value for value, argument in zip(given, schema, strict=True) if not argument.kwarg_only]
+            kwargs = {a.name: value for value, a in zip(given, schema, strict=True) if a.kwarg_only}
+            try:
+                with _without_log():
+                    result = target(*args, **kwargs)
+            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+                shown = ", ".join(str(argument) for argument in bound if isinstance(argument, Form))
+                raise VerificationError(f"{name_of(target)} does not take ({shown}): {error}") from error
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        made = next((r.untyped_storage()._cdata for r in results if isinstance(r, Tensor)), None)
+        forms = tuple(Form.of(r) if isinstance(r, Tensor) else None for r in results)
+        shares = storages.index(made) if made in storages else None
+        return Inferred(forms if isinstance(result, (tuple, list)) else forms[0], shares)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep torch from logging a traceback of what is raised here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+def bind(target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[object, ...]:
+    """Return the arguments of a call in the order of the schema, defaults included, lists as tuples.
+
+    Raises:
+        VerificationError: an argument is missing or unknown.
+    """
+    schema = target._schema.arguments
+    given = dict(zip((argument.name for argument in schema), args, strict=False))
+    given.update(kwargs)
+    missing = [a.name for a in schema if a.name not in given and not a.has_default_value()]
+    if missing or len(args) > len(schema) or len(given) > len(schema):
+        raise VerificationError(f"{name_of(target)} is called with {len(args)} arguments and lacks {missing}")
+    return tuple(_frozen(given.get(argument.name, argument.default_value)) for argument in schema)
+
+
+def replace_tensors(argument: object, kind: type, replace: Callable[..., object]) -> object:
+    """Return an argument with everything of type ``kind`` replaced, also in tuples and lists."""
+    if isinstance(argument, kind):
+        return replace(argument)
+    if isinstance(argument, (tuple, list)):
+        return tuple(replace_tensors(element, kind, replace) for element in argument)
+    return argument
+
+
+def hashable(argument: object) -> object:
+    """Return a key that is equal for two arguments iff they are interchangeable: 1, 1.0 and True are three."""
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(hashable, argument))
+    if isinstance(argument, float):
+        return float, argument.hex()
+    return type(argument), argument
+
+
+def name_of(target: object) -> str:
+    """Return the short name of an operation: ``add.Tensor``."""
+    return (
+        str(target).removeprefix("aten.")
+        if isinstance(target, OpOverload)
+        else getattr(target, "__name__", str(target))
+    )
+
+
+def _frozen(argument: object) -> object:
+    return tuple(map(_frozen, argument)) if isinstance(argument, (tuple, list)) else argument

@@ -1,0 +1,180 @@
+"""The oracle: run the loop eagerly and apply the schedule by wrapping the forward of each site's module.
+
+Short, obvious and slow, and shares nothing with the compiler but the vocabulary (sites, schedule, rules). Every
+compiled sampler is judged against it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from l2c_compile.errors import ScheduleError
+from l2c_compile.schedules.rules import Reading
+from l2c_compile.schedules.schedule import CacheSchedule, Reuse
+from l2c_compile.schedules.sites import Site
+
+__all__ = ["Recorder", "run_reference"]
+
+Recorder = Callable[[int, Site, int, Tensor], None]
+"""Told (evaluation, site, port, value) for every computed value of a site."""
+
+
+@torch.no_grad()
+def run_reference(
+    denoiser: nn.Module,
+    loop: Callable[..., object],
+    schedule: CacheSchedule,
+    noise: object,
+    conditions: Mapping[str, object],
+    *,
+    record: Recorder | None = None,
+) -> object:
+    """Return what ``loop(denoiser, noise, **conditions)`` gives when ``schedule`` decides what is computed.
+
+    A reused module does not run. Where a run of modules is reused, its modules run and the result is replaced.
+
+    Args:
+        denoiser: restored when this returns or raises.
+        loop: the sampler.
+        schedule: patterns in it are resolved to the modules of ``denoiser``.
+        noise: first argument of the loop.
+        conditions: keyword arguments of the loop.
+        record: told every computed value, for finding where two runs part.
+
+    Raises:
+        UnknownSiteError: a pattern fits no module.
+        ScheduleError: the loop does not perform as many evaluations as the schedule has.
+    """
+    schedule = schedule.resolve([path for path, _ in denoiser.named_modules()])
+    state = _State(denoiser, schedule, record)
+    with state.installed():
+        result = loop(denoiser, noise, **conditions)
+    if state.evaluation + 1 != schedule.num_evaluations:
+        raise ScheduleError(
+            f"the schedule is for {schedule.num_evaluations} evaluations, the loop performed {state.evaluation + 1}"
+        )
+    return result
+
+
+class _State:
+    def __init__(self, denoiser: nn.Module, schedule: CacheSchedule, record: Recorder | None) -> None:
+        self.denoiser = denoiser
+        self.schedule = schedule
+        self.record = record
+        self.evaluation = -1
+        self.calls: Counter[str] = Counter()
+        self.outputs: dict[tuple[int, Site], object] = {}
+        self.inputs: dict[tuple[int, Site], Tensor] = {}
+        needing = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
+        self.reads_input = needing | {site for site in schedule.sites if site.kind == "delta"}
+        self.read_later = {
+            (source, site)
+            for (e, site), reuse in schedule.reuses.items()
+            if schedule.active(e, site) is not None
+            for source in reuse.sources
+        }
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            wrappers = {"": self._wrap_denoiser}
+            for path in dict.fromkeys(p for s in self.schedule.sites for p in (s.path, s.last or s.path)):
+                wrappers[path] = partial(self._wrap, path)
+            for path, wrap in wrappers.items():
+                module = self.denoiser.get_submodule(path)
+                had_own, original = "forward" in module.__dict__, module.forward
+                module.forward = wrap(original)
+                undo.callback(setattr if had_own else _delete, module, "forward", original)
+            yield
+
+    def _wrap_denoiser(self, original: Callable[..., object]) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            self.evaluation += 1
+            self.calls.clear()
+            if self.evaluation >= self.schedule.num_evaluations:
+                raise ScheduleError(
+                    f"the schedule is for {self.schedule.num_evaluations} evaluations, the loop performs more"
+                )
+            return original(*args, **kwargs)
+
+        return forward
+
+    def _wrap(self, path: str, original: Callable[..., object]) -> Callable[..., object]:
+        begins = [site for site in self.schedule.sites if site.path == path]
+        ends = [site for site in self.schedule.sites if (site.last or site.path) == path]
+        # What a run holds at its end is what its last module returns, reused or not.
+        ends.sort(key=lambda site: site.num_modules)
+
+        def forward(*args: object, **kwargs: object) -> object:
+            e, call = self.evaluation, self.calls[path]
+            self.calls[path] += 1
+            for site in begins:
+                if site in self.reads_input and site.call == call and args and isinstance(args[0], Tensor):
+                    self.inputs[e, site] = _copy_of(args[0])
+            here = [site for site in ends if site.call == call]
+            skipped = any(site.last is None and self.schedule.active(e, site) for site in here)
+            output = None if skipped else original(*args, **kwargs)
+            for site in here:
+                reuse = self.schedule.active(e, site)
+                if reuse is not None:
+                    output = self._reuse(site, reuse)
+                elif self.schedule.computes(e, site):
+                    self._note(site, output)
+                if (e, site) in self.read_later:
+                    self.outputs[e, site] = tree_map(_copy, self._cached_part(site, output))
+            return output
+
+        return forward
+
+    def _cached_part(self, site: Site, output: object) -> object:
+        if site.kind == "out":
+            return output
+        assert isinstance(output, Tensor)
+        return output - self.inputs[self.evaluation, site]
+
+    def _reuse(self, site: Site, reuse: Reuse) -> object:
+        flat, spec = zip(*(tree_flatten(self.outputs[source, site]) for source in reuse.sources), strict=True)
+        inputs = tuple(self.inputs[source, site] for source in reuse.sources) if reuse.rule.needs_input else ()
+        current = self.inputs[self.evaluation, site] if reuse.rule.needs_input else None
+        values = [
+            _copy(reuse.rule.combine(Reading(history, inputs, current)))
+            if isinstance(history[0], Tensor)
+            else history[0]
+            for history in zip(*flat, strict=True)
+        ]
+        value = tree_unflatten(values, spec[0])
+        return value if site.kind == "out" else self.inputs[self.evaluation, site] + value
+
+    def _note(self, site: Site, output: object) -> None:
+        if self.record is not None:
+            for port, tensor in enumerate(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)):
+                self.record(self.evaluation, site, port, tensor)
+
+
+def _copy(value: object) -> object:
+    return _copy_of(value) if isinstance(value, Tensor) else value
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    # Whoever gets the original may write into it. clone() would close the gaps of a view, and torch may round
+    # differently where elements lie side by side. What an expanded dimension repeats is copied once.
+    once = tensor
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            once = once.narrow(dim, 0, 1)
+    return (
+        torch.empty_strided(once.shape, once.stride(), dtype=tensor.dtype, device=tensor.device)
+        .copy_(once)
+        .expand(tensor.shape)
+    )
+
+
+def _delete(module: nn.Module, name: str, original: object) -> None:
+    delattr(module, name)

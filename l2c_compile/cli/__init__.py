@@ -1,0 +1,1 @@
+"""The command ``l2c``, one file a command."""

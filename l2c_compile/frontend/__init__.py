@@ -1,0 +1,1 @@
+"""From a denoiser and a loop to a loop graph."""

@@ -1,0 +1,324 @@
+"""Capture one evaluation of the denoiser as a functional ATen graph that knows its sites.
+
+``torch.export`` (non-strict) runs the denoiser's own Python on fake tensors. Forward hooks, present only meanwhile,
+pass every site's value through the identity op ``l2c::site``, so a site is found exactly, whatever the module's class,
+and also when the module returns a tuple, returns its input, or is called twice.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
+from l2c_compile.files.torch_cache import cache_folder_named
+from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
+from l2c_compile.frontend.weights_lock import weights_swapped
+from l2c_compile.graphs.forms import CallSignature, tensors_in
+from l2c_compile.graphs.loop_graph import EvaluationGraph
+from l2c_compile.graphs.marks import INPUT_PORT, SITE, site_marks
+from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list
+from l2c_compile.schedules.sites import Site
+
+__all__ = ["capture", "check_sites_exist"]
+
+
+def check_sites_exist(denoiser: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise ``UnknownSiteError`` for a site whose module the denoiser does not have."""
+    paths = {path for path, _ in denoiser.named_modules()}
+    for site in sites:
+        for path in site.modules():
+            if path not in paths:
+                hint = nearest(path, paths) or f"see {type(denoiser).__name__}.named_modules() for the paths it has"
+                raise UnknownSiteError(f"site '{site}': the denoiser has no module '{path}'; {hint}")
+
+
+def capture(
+    denoiser: nn.Module,
+    signature: CallSignature,
+    sites: Sequence[Site],
+    read_inputs_of: Collection[Site] = (),
+) -> EvaluationGraph:
+    """Export one call of ``denoiser`` and mark ``sites`` in it.
+
+    Args:
+        denoiser: any module that ``torch.export`` takes; it is left as it was.
+        signature: the form of the call. Shapes, dtypes, devices and non-tensor arguments become static.
+        sites: what to mark; every one must exist (``check_sites_exist``).
+        read_inputs_of: the sites whose input is marked too because a rule reads it; a "delta" site's always is.
+
+    Returns:
+        The evaluation graph. Its inputs are the tensors of the call in order; weights are ``get_attr`` nodes.
+
+    Raises:
+        UnknownSiteError: a site's module is not called, or not that often, in one evaluation.
+        CaptureError: the denoiser cannot be exported, draws random numbers, or changes its weights, its buffers, its
+            inputs or the value of a site in place.
+        BackendError: torch cannot make its cache folder.
+    """
+    flat = _FlatCall(denoiser, signature)
+    with FakeTensorMode():
+        example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
+    try:
+        marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
+        with (
+            cache_folder_named(),
+            weights_swapped(),
+            torch.no_grad(),
+            _as_it_was(denoiser),
+            marking,
+            AliasesAsInEagerTorch(),
+        ):
+            program = torch.export.export(flat, example_inputs, strict=False)
+        with warnings.catch_warnings():
+            # torch warns of its own copying of specs.
+            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+            program = program.run_decompositions({})
+    except L2CError:
+        raise
+    except Exception as error:  # torch.export raises whatever the model's own Python raises
+        raise CaptureError(
+            f"torch.export cannot capture one evaluation of {type(denoiser).__name__}"
+            f" ({type(error).__name__}: {_first_line(error)}); remove what depends on tensor values or leaves torch"
+            " from its forward, or put that part into the loop"
+        ) from error
+    if flat.returned.spec is None:
+        raise AssertionError("torch.export did not run the denoiser")
+    _reject_effects(denoiser, program)
+    evaluation = _to_evaluation_graph(flat, program, tuple(sites))
+    _check_all_marked(denoiser, evaluation)
+    return evaluation
+
+
+@contextmanager
+def _as_it_was(denoiser: nn.Module) -> Iterator[None]:
+    """Give every module its weights and hooks back, wherever the capture ends: torch's cleanup can be interrupted."""
+    saved = [(m, {name: dict(vars(m).get(name, {})) for name in _OWN}, m.training) for m in denoiser.modules()]
+    try:
+        yield
+    finally:
+        for module, own, training in saved:
+            module.training = training
+            for name, entries in own.items():
+                held = vars(module).get(name, {})
+                if held.keys() != entries.keys() or any(held[key] is not entries[key] for key in entries):
+                    held.clear()
+                    held.update(entries)
+
+
+_OWN = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+
+_TENSOR = object()
+
+
+@dataclass
+class _Returned:
+    """What the denoiser returned, for after the export: attributes of a module do not survive it."""
+
+    spec: TreeSpec | None = None
+    leaves: Sequence[object] = ()
+    marks: list[Tensor] = field(default_factory=list)
+    """Export removes what nobody uses, but a rule may read an input that its module ignores: marks are returned."""
+
+
+class _FlatCall(nn.Module):
+    """The denoiser with flat tensors in and out, so that export sees only what can vary."""
+
+    def __init__(self, denoiser: nn.Module, signature: CallSignature) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._signature = signature
+        self.returned = _Returned()
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        args, kwargs = self._signature.unflatten(tensors)
+        leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
+        # Not the tensors themselves: export takes those for state of the module.
+        self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        marks = list(self.returned.marks)
+        self.returned.marks.clear()
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + marks
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A tensor and the mark that the denoiser goes on with: a copy, so a write into one does not reach the other."""
+
+    site: Site
+    tensor: Tensor
+    version: int
+    mark: Tensor
+    is_input: bool
+    """Whether the module returned its input, or a view of it: others may hold it."""
+
+    def torn_apart(self) -> bool:
+        """Tell whether a write in place has reached one of the two, and the other may still be read."""
+        return self.tensor._version != self.version or (self.is_input and self.mark._version != 0)
+
+
+@contextmanager
+def _marking(
+    denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], marks_made: list[Tensor]
+) -> Iterator[None]:
+    """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
+    calls: Counter[str] = Counter()
+    marked: list[_Marked] = []
+    versions: dict[str, list[int]] = {}
+
+    def mark_tensors(value: object, site: Site, inputs: list[Tensor]) -> object:
+        storages = {_storage(tensor) for tensor in inputs}
+        leaves, spec = tree_flatten(value)
+        marks: list[object] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                port = sum(isinstance(mark, Tensor) for mark in marks)
+                mark = SITE(leaf, str(site), port, -1)
+                marked.append(_Marked(site, leaf, leaf._version, mark, _storage(leaf) in storages))
+                marks_made.append(mark)
+                marks.append(mark)
+            else:
+                marks.append(leaf)
+        return tree_unflatten(marks, spec)
+
+    def mark_input(path: str, wanted: list[Site]) -> Callable[..., object]:
+        def hook(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+            for site in wanted:
+                if site.call == calls[path]:
+                    if not args or not isinstance(args[0], Tensor):
+                        raise UnknownSiteError(
+                            f"site '{site}': module '{path}' takes no tensor as its first positional argument, so what"
+                            " needs its input (a change out - in, or the rule) is not defined; use its output and"
+                            " another rule"
+                        )
+                    mark = SITE(args[0], str(site), INPUT_PORT, -1)
+                    marks_made.append(mark)
+                    args = (mark, *args[1:])
+            versions[path] = [tensor._version for tensor in tensors_in(args)]
+            return args
+
+        return hook
+
+    def mark_output(path: str, wanted: list[Site]) -> Callable[..., object]:
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
+            inputs = tensors_in(args)
+            here = [site for site in wanted if site.call == calls[path]]
+            if here and versions[path] != [tensor._version for tensor in inputs]:
+                raise CaptureError(
+                    f"site '{here[0]}': module '{path}' writes into its input in place, so more than its output would"
+                    " change where it is reused; let it clone that input first"
+                )
+            for site in here:
+                output = mark_tensors(output, site, inputs)
+            calls[path] += 1
+            return output
+
+        return hook
+
+    def check_marks(module: nn.Module, args: object, output: object) -> None:
+        for each in marked:
+            if each.torn_apart():
+                raise CaptureError(
+                    f"site '{each.site}': {type(denoiser).__name__} writes in place into a tensor that shares memory"
+                    " with the site's value; clone one of them first"
+                )
+
+    with ExitStack() as hooks:
+        hooks.callback(denoiser.register_forward_hook(check_marks).remove)
+        for path in dict.fromkeys(p for site in sites for p in (site.path, site.last or site.path)):
+            module = denoiser.get_submodule(path)
+            begins = [s for s in sites if s.path == path and (s.kind == "delta" or s in read_inputs_of)]
+            ends = [site for site in sites if (site.last or site.path) == path]
+            # A run is marked behind its last module, so that it holds what is read where that module is reused.
+            ends.sort(key=lambda site: site.num_modules)
+            hooks.callback(module.register_forward_pre_hook(mark_input(path, begins)).remove)
+            hooks.callback(module.register_forward_hook(mark_output(path, ends)).remove)
+        yield
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:
+    name = type(denoiser).__name__
+    for output in program.graph_signature.output_specs:
+        if output.kind is OutputKind.BUFFER_MUTATION:
+            buffer = str(output.target).removeprefix("denoiser.")
+            raise CaptureError(
+                f"{name} changes its buffer '{buffer}' in every evaluation; call .eval() before compiling"
+            )
+        if output.kind is OutputKind.PARAMETER_MUTATION:
+            weight = str(output.target).removeprefix("denoiser.")
+            raise CaptureError(f"{name} changes its weight '{weight}' in place; let it clone that weight first")
+        if output.kind is OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(f"{name} changes its input '{output.target}' in place; let it clone that input first")
+    for node in program.graph.nodes:
+        if draws_random_numbers(node):
+            path = module_path(node)
+            raise CaptureError(
+                f"{name} draws random numbers ({node.target}) in module '{path}'; call .eval() if it is dropout, or"
+                " draw them in the loop and pass them in"
+            )
+
+
+def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple[Site, ...]) -> EvaluationGraph:
+    """Copy the exported graph with weights as ``get_attr`` instead of inputs."""
+    root = nn.Module()
+    root.denoiser = flat.denoiser
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    constants: dict[str, str] = {}
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = inputs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                copies[node] = graph.placeholder(node.name)
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                copies[node] = graph.get_attr(str(spec.target))
+            elif spec.kind is InputKind.CONSTANT_TENSOR:
+                target = str(spec.target)
+                if target not in constants:
+                    constants[target] = f"_constant_{len(constants)}"
+                    root.register_buffer(constants[target], program.constants[target], persistent=False)
+                copies[node] = graph.get_attr(constants[target])
+            else:
+                raise CaptureError(
+                    f"the exported denoiser takes an input of kind {spec.kind.name}, which is not supported"
+                )
+        elif node.op == "output":
+            returned = sum(leaf is _TENSOR for leaf in flat.returned.leaves)
+            copies[node] = graph.output(
+                [copies[n] for n in output_list(program.graph)[:returned] if isinstance(n, fx.Node)]
+            )
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = dict(node.meta)
+    tensors = iter(n.meta["val"] for n in output_list(graph) if isinstance(n, fx.Node))
+    leaves = tuple(next(tensors) if leaf is _TENSOR else leaf for leaf in flat.returned.leaves)
+    return EvaluationGraph(graph=graph, root=root, sites=sites, out_spec=flat.returned.spec, out_leaves=leaves)
+
+
+def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph) -> None:
+    marked = {mark.site for mark in site_marks(evaluation.graph)}
+    for site in evaluation.sites:
+        if str(site) not in marked:
+            raise UnknownSiteError(
+                f"site '{site}': one evaluation of {type(denoiser).__name__} never calls it (call number {site.call} of"
+                f" module '{site.last or site.path}'), or bypasses its __call__; name a module that it calls"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]

@@ -1,0 +1,469 @@
+"""Unroll a sampling loop by running its Python once, with the denoiser as a leaf.
+
+Two steps. ``LoopTracer`` runs the loop on tensors (``LoopTensor``) that know shape, dtype and device but no
+values: what depends only on the sampler's schedule (timesteps, coefficients, indices) is ordinary Python on ordinary
+tensors and leaves no trace; what touches the latent becomes a node. ``_lower`` then turns the recorded torch calls into
+functional ATen, so that a loop may write in place.
+
+The result is a ``LoopSkeleton``: the loop's own arithmetic as ONE graph in which the denoiser does not occur. The
+outputs of evaluation e are inputs of that graph and its arguments are outputs of it; ``unroll`` closes the circuit.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from l2c_compile.errors import LoopTraceError
+from l2c_compile.frontend.stand_in import Loop, StandIn
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.loop_graph import EvaluationGraph
+from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
+
+__all__ = ["trace_loop"]
+
+_NO_VALUES = (
+    "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
+    " compute it from the timesteps"
+)
+
+
+def trace_loop(
+    loop: Loop,
+    denoiser: nn.Module,
+    noise: object,
+    conditions: Mapping[str, object],
+    capture_call: Callable[[CallSignature], EvaluationGraph],
+) -> LoopSkeleton:
+    """Run ``loop`` once on tensors without values and return what it does around the denoiser.
+
+    Args:
+        loop: the sampler.
+        denoiser: what the loop is given to call; it is not run.
+        noise: a tensor or a nested container of tensors.
+        conditions: keyword arguments of the loop; tensors in them become inputs, anything else is static.
+        capture_call: returns the evaluation graph for one form of call; asked once for each call.
+
+    Raises:
+        LoopTraceError: the loop branches on latent values, reads them into Python, or does what cannot be recorded.
+    """
+    if _is_autocast_on():
+        raise LoopTraceError(
+            "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's"
+            " forward, or cast the model"
+        )
+    tracer = LoopTracer(denoiser, capture_call)
+    recorded = tracer.unroll(loop, noise, conditions)
+    return _lower(recorded, tracer)
+
+
+class LoopTensor(Tensor):
+    """A tensor of the loop: knows its shape, strides, dtype and device, not its values.
+
+    A subclass, so that torch itself takes it for a tensor everywhere; whatever is done to it arrives in one place.
+    """
+
+    tracer: LoopTracer
+    node: Node
+    fake: Tensor
+    """What torch would return here, without values."""
+
+    @staticmethod
+    def wrap(tracer: LoopTracer, node: Node, fake: Tensor) -> LoopTensor:
+        """Return the tensor that ``node`` stands for."""
+        self: LoopTensor = Tensor._make_wrapper_subclass(
+            LoopTensor, fake.shape, fake.stride(), dtype=fake.dtype, layout=fake.layout, device=fake.device
+        )
+        self.tracer, self.node, self.fake = tracer, node, fake
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        return _tracer_of((args, kwargs)).call(func, tuple(args), dict(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        raise _tracer_of((args, kwargs)).untraceable(f"passes the latent to something that wants its values ({func})")
+
+    def __copy__(self) -> LoopTensor:
+        return self
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _tracer_of(tree: object) -> LoopTracer:
+    return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, LoopTensor)).tracer
+
+
+# Methods and functions by name: what wants values, and how to say it.
+_WANTS_VALUES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "__dlpack__", "__reduce_ex__", "cdata"),
+        "reads the values of the latent into Python ({})",
+    ),
+    **dict.fromkeys(
+        ("__float__", "__int__", "__index__", "__complex__", "__array__"),
+        "turns a value made from the latent into a Python number ({})",
+    ),
+    **dict.fromkeys(("__bool__", "__contains__", "is_nonzero"), "branches on a value made from the latent ({})"),
+    **dict.fromkeys(("backward", "grad", "register_hook"), "differentiates ({})"),
+}
+
+_RANDOM_FUNCTIONS = frozenset(
+    {torch.randn, torch.rand, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.poisson}
+    | {torch.multinomial, torch.randn_like, torch.rand_like, torch.randint_like}
+)
+_IN_PLACE_DRAWS = frozenset(
+    {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_"}
+)
+_IN_PLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift"}
+    | {"irshift", "setitem"}
+)
+
+
+class LoopTracer(fx.proxy.TracerBase):
+    """Records what a loop does to its latent; the denoiser is a leaf."""
+
+    def __init__(self, denoiser: nn.Module, capture_call: Callable[[CallSignature], EvaluationGraph]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.capture_call = capture_call
+        self.graph = fx.Graph()
+        self.calls: list[EvaluationCall] = []
+        self.num_inputs = 0
+        self.constants: dict[str, Tensor] = {}
+        self.num_noise = 0
+        self.out_spec: TreeSpec | None = None
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.capturing = False
+        self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
+        self._snapshots: dict[object, tuple[str, Tensor]] = {}
+
+    def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
+        """Run ``loop`` and return the recorded graph of torch calls."""
+        noise = tree_map(self._make_input, noise)
+        self.num_noise = self.num_inputs
+        conditions = tree_map(self._make_input, dict(conditions))
+        random_state = torch.get_rng_state()
+        with torch.no_grad(), _RecordRandomDraws(self):
+            result = loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
+        if not self.calls:
+            raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
+        if not torch.equal(random_state, torch.get_rng_state()):
+            raise LoopTraceError(
+                "the loop seeds the random number generator, or draws from it what cannot be recorded; draw with"
+                " torch.randn or randn_like, and seed before calling the sampler"
+            )
+        leaves, self.out_spec = tree_flatten(result)
+        self.graph.output([self._result(leaf) for leaf in leaves])
+        return self.graph
+
+    def untraceable(self, what: str, instead: str = _NO_VALUES) -> LoopTraceError:
+        """Return the error for something the loop does at this moment that a static program cannot."""
+        done = len(self.calls)
+        return LoopTraceError(f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {instead}")
+
+    def call(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Record one call of torch and return what it returns: loop tensors, or values that are known already."""
+        name = _name_of(func)
+        self._reject_autocast()
+        if name in _WANTS_VALUES:
+            raise self.untraceable(_WANTS_VALUES[name].format(name))
+        if name in ("__repr__", "__format__"):
+            return "LoopTensor(without values)"
+        if name == "__iter__":
+            return iter(self.call(Tensor.unbind, args, kwargs))  # type: ignore[call-overload]
+        if name == "__deepcopy__":
+            return self.call(Tensor.clone, args[:1], {})
+        in_place = _writes_in_place(func, kwargs)
+        if in_place and not isinstance(next(iter(tree_leaves(_written(args, kwargs)))), LoopTensor):
+            raise self.untraceable(
+                "writes a value made from the latent into a tensor that it created itself",
+                "create it with zeros_like of the latent, or use stack or cat",
+            )
+        result = self._on_fakes(func, args, kwargs)
+        leaves, spec = tree_flatten(result)
+        if not in_place and not any(isinstance(leaf, Tensor) for leaf in leaves):
+            # Shapes, dtypes and their kind: known without the values.
+            return result
+        node = self.graph.call_function(func, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
+        given = {id(leaf.fake): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LoopTensor)}
+        wrapped: list[object] = []
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and id(leaf) not in given:
+                own = node if spec.is_leaf() else self.graph.call_function(_leaf_of, (node, position))
+                given[id(leaf)] = LoopTensor.wrap(self, own, leaf)
+            wrapped.append(given.get(id(leaf), leaf))
+        return tree_unflatten(wrapped, spec)
+
+    def create_arg(self, a: object) -> Argument:
+        if isinstance(a, LoopTensor):
+            return a.node
+        if isinstance(a, torch.Generator):
+            raise self.untraceable(
+                "passes a torch.Generator", "draw from the default generator, or pass the noise as a condition"
+            )
+        if isinstance(a, Tensor):
+            return self._constant(a)
+        if isinstance(a, np.generic):
+            return super().create_arg(a.item())
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            raise self.untraceable(
+                f"passes a {type(a).__name__} to a tensor operation", "pass tensors and Python numbers"
+            ) from error
+
+    def evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Record one call of the denoiser and return tensors for what it gives back."""
+        self._reject_autocast()
+        leaves, spec = tree_flatten((args, kwargs))
+        signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
+        self.capturing = True
+        try:
+            graph = self.capture_call(signature)
+        finally:
+            self.capturing = False
+        index = len(self.calls)
+        self.calls.append(EvaluationCall(signature, graph))
+        tensors = [self.create_arg(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        node = self.graph.create_node("call_module", "denoiser", (index, *tensors), {})
+        outputs: list[LoopTensor] = []
+        for leaf in graph.out_leaves:
+            if isinstance(leaf, Tensor):
+                getitem = self.graph.call_function(operator.getitem, (node, len(outputs)))
+                outputs.append(self._known_form(getitem, leaf))
+        remaining = iter(outputs)
+        results = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in graph.out_leaves]
+        if graph.out_spec is None:
+            raise AssertionError("an evaluation graph without an output structure")
+        return tree_unflatten(results, graph.out_spec)
+
+    def _leaf_signature(self, leaf: object) -> object:
+        if isinstance(leaf, Tensor):
+            # The lowered loop passes a copy, so that no later write reaches it.
+            return TensorSpec.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf).of_copy()
+        try:
+            hash(leaf)
+        except TypeError:
+            raise self.untraceable(
+                f"gives the denoiser an argument of type {type(leaf).__name__}", "give it a tensor or a hashable value"
+            ) from None
+        return StaticValue.of(leaf)
+
+    def _result(self, leaf: object) -> Argument:
+        try:
+            return self.create_arg(leaf)
+        except LoopTraceError as error:
+            raise LoopTraceError(
+                f"the loop returns a {type(leaf).__name__}; return tensors, or tuples, lists or dicts of them"
+            ) from error
+
+    def _reject_autocast(self) -> None:
+        if _is_autocast_on():
+            raise self.untraceable(
+                "uses autocast", "a static graph would ignore it: enter it inside the denoiser's forward, or cast"
+            )
+
+    def _make_input(self, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        node = self.graph.placeholder(f"input_{self.num_inputs}")
+        self.num_inputs += 1
+        return self._known_form(node, leaf)
+
+    def _known_form(self, node: Node, like: Tensor) -> LoopTensor:
+        node.meta["form"] = TensorSpec.of(like)
+        with self.fake_mode:
+            return LoopTensor.wrap(self, node, node.meta["form"].empty())
+
+    def _constant(self, tensor: Tensor) -> Node:
+        """Return a node for a concrete tensor of the loop, as it is at this moment."""
+        weight = self.weight_paths.get(id(tensor))
+        # A loop may go on writing into its own tensors, so the graph holds a copy: one for each state it has seen.
+        # Keeping the original keeps its id from being used again.
+        version = len(self._snapshots) if tensor.is_inference() else tensor._version
+        state = weight or (id(tensor), version)
+        if state not in self._snapshots:
+            name = weight or f"_loop_constant_{len(self.constants)}"
+            self.constants[name] = tensor if weight else tensor.detach().clone()
+            self._snapshots[state] = name, tensor
+        name, _ = self._snapshots[state]
+        return self.graph.create_node("get_attr", name)
+
+    def _on_fakes(self, func: Callable[..., object], args: object, kwargs: object) -> object:
+        fake_args, fake_kwargs = tree_map(
+            lambda leaf: leaf.fake if isinstance(leaf, LoopTensor) else leaf, (args, kwargs)
+        )
+        with self.fake_mode, torch.no_grad():
+            try:
+                return func(*fake_args, **fake_kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise self.untraceable(f"asks for a result that depends on values of the latent ({error})") from error
+
+
+class _RecordRandomDraws(TorchFunctionMode):
+    """Makes ``torch.randn(shape)`` and its kind nodes, although no argument of theirs is a proxy."""
+
+    def __init__(self, tracer: LoopTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if self.tracer.capturing:
+            return func(*args, **kwargs)
+        if func in _RANDOM_FUNCTIONS:
+            return self.tracer.call(func, args, kwargs)
+        if _name_of(func) in _IN_PLACE_DRAWS and not any(
+            isinstance(leaf, LoopTensor) for leaf in tree_leaves((args, kwargs))
+        ):
+            raise self.tracer.untraceable(
+                "draws random numbers into a tensor that it created itself", "draw with torch.randn or randn_like"
+            )
+        return func(*args, **kwargs)
+
+
+def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for named in (denoiser.named_parameters(), denoiser.named_buffers()):
+        for path, tensor in named:
+            yield f"denoiser.{path}", tensor
+
+
+def _name_of(func: Callable[..., object]) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _leaf_of(result: object, position: int) -> object:
+    return tree_leaves(result)[position]
+
+
+def _writes_in_place(func: Callable[..., object], kwargs: Mapping[str, object]) -> bool:
+    name = _name_of(func)
+    in_place = name.strip("_") in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return in_place or name == "__set__" or kwargs.get("out") is not None
+
+
+def _written(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    return kwargs["out"] if kwargs.get("out") is not None else args[0]
+
+
+def _is_autocast_on() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+# Neither torch nor what stands between it and the loop is the line that a user wrote.
+_PASSED_OVER = frozenset({"torch", __name__, StandIn.__module__})
+
+
+def _caller() -> str:
+    """Return file:line of the innermost frame outside torch and this package's tracer: the user's loop."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not (name.startswith(("torch.", "contextlib")) or name in _PASSED_OVER):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown place"
+
+
+def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
+    """Turn the recorded torch calls into one functional ATen graph, with the denoiser's outputs as inputs."""
+    nodes = list(recorded.nodes)
+    constant_names = list(tracer.constants)
+    outputs = [
+        n for n in nodes if n.op == "call_function" and n.target is operator.getitem and _is_leaf_call(n.args[0])
+    ]
+
+    def loop_arithmetic(inputs: list[Tensor], constants: list[Tensor], predictions: list[Tensor]) -> list[object]:
+        # Clones keep a later write into an input, a constant or a prediction from reaching what was taken before it;
+        # in a functional graph they cost nothing and the simplifier drops them.
+        values: dict[Node, Any] = {}
+        input_values, prediction_values = iter(inputs), dict(zip(outputs, predictions, strict=True))
+        by_name = dict(zip(constant_names, constants, strict=True))
+        arguments: list[object] = []
+        result: list[object] = []
+        for node in nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = next(input_values).clone()
+            elif node.op == "get_attr":
+                values[node] = by_name[str(node.target)]
+            elif _is_leaf_call(node):
+                values[node] = None
+                arguments += [argument.clone() for argument in args[1:]]
+            elif node in prediction_values:
+                values[node] = prediction_values[node].clone()
+            elif node.op == "output":
+                result = list(args[0])
+            else:
+                values[node] = node.target(*args, **kwargs)
+        return arguments + result
+
+    with tracer.fake_mode:
+        fakes = (
+            [node.meta["form"].empty() for node in nodes if node.op == "placeholder"],
+            [tracer.fake_mode.from_tensor(tensor) for tensor in tracer.constants.values()],
+            [node.meta["form"].empty() for node in outputs],
+        )
+    with torch.no_grad(), tracer.fake_mode:
+        functional = torch.func.functionalize(loop_arithmetic, remove="mutations")
+        module = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    if tracer.out_spec is None:
+        raise AssertionError("the loop was not run")
+    root = nn.Module()
+    for node in module.graph.find_nodes(op="get_attr"):
+        # Python numbers that were assigned to a part of a tensor.
+        value = getattr(module, str(node.target))
+        root.register_buffer(str(node.target), value.constant if isinstance(value, FakeTensor) else value)
+    return LoopSkeleton(
+        graph=module.graph,
+        root=root,
+        calls=tracer.calls,
+        num_inputs=tracer.num_inputs,
+        num_noise=tracer.num_noise,
+        constants=tracer.constants,
+        out_spec=tracer.out_spec,
+        num_outputs=tracer.out_spec.num_leaves,
+    )
+
+
+def _is_leaf_call(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_module"

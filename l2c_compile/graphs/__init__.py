@@ -1,0 +1,1 @@
+"""What a graph is: its kinds, marks, nodes, forms and facts."""

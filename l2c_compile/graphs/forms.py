@@ -1,0 +1,97 @@
+"""The forms of tensors and of calls: all that a capture knows of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+__all__ = ["CallSignature", "Form", "StaticValue", "TensorSpec", "tensors_in"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor is, besides its elements."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """Describe ``tensor``."""
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+    def empty(self) -> Tensor:
+        """Return an uninitialised tensor of this form (a fake one under a fake tensor mode)."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}, strides {list(self.stride)}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a static graph is specialised on: shape, strides, dtype and device of one tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """Describe ``tensor``."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def empty(self) -> Tensor:
+        """Return an uninitialised tensor of this description (a fake one under a fake tensor mode)."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+    def of_copy(self) -> TensorSpec:
+        """Return the description of a copy of such a tensor: its strides have neither gaps nor overlaps."""
+        copy = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta").clone()
+        return replace(self, stride=copy.stride())
+
+
+@dataclass(frozen=True)
+class StaticValue:
+    """A Python value that a static graph is specialised on."""
+
+    value: object = field(compare=False)
+    key: object
+    """Its type and what it equals: 1, 1.0 and True are three values, and so are 0.0 and -0.0."""
+
+    @classmethod
+    def of(cls, value: object) -> StaticValue:
+        """Describe ``value``, which is hashable."""
+        return cls(value, (type(value), value.hex() if type(value) is float else value))
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The form of one call ``denoiser(*args, **kwargs)``; calls of equal form share one evaluation graph."""
+
+    spec: TreeSpec
+    leaves: tuple[object, ...]
+    """A ``TensorSpec`` for each tensor, a ``StaticValue`` for anything else, in the order of ``spec``."""
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the specs of the tensors, in order: the inputs of the evaluation graph."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorSpec))
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Return the ``(args, kwargs)`` of the call with ``tensors`` in the places of its tensors."""
+        remaining = iter(tensors)
+        leaves = [leaf.value if isinstance(leaf, StaticValue) else next(remaining) for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """Return the tensors of a nested container, in order."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]

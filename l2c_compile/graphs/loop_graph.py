@@ -1,0 +1,183 @@
+"""The graphs the compiler works on, the two marker ops in them, and the notes their nodes carry.
+
+Two kinds of graph, both functional ATen on ``torch.fx``:
+
+``EvaluationGraph``  one call of the denoiser, as captured; placeholders are the tensors of the call.
+``LoopGraph``        the whole loop, every evaluation in execution order; placeholders are the loop's tensors.
+
+Weights are ``get_attr`` nodes named ``denoiser.<path>``: referenced, never copied. Two ops mark what a schedule can
+change. Both are ordinary ops that run, so that a graph can be executed after any pass:
+
+``l2c::site(value, site, port, evaluation)``  the value of a site (port 0, 1, ...: the module's tensor outputs; port
+                                              -1: its input). An identity that outlives every rewrite of its argument.
+``l2c::cache_read(history, ...)``             a value made by a rule from what the site held at earlier evaluations.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+from torch.utils._pytree import TreeSpec
+
+from l2c_compile.graphs.nodes import draws_random_numbers
+from l2c_compile.schedules.schedule import CacheSchedule, Reuse
+from l2c_compile.schedules.sites import Site
+
+__all__ = ["Binding", "Dependency", "EvaluationGraph", "FoldedConstants", "LoopGraph", "ProgramGraph"]
+
+
+class Dependency(enum.Enum):
+    """What a value of the evaluation graph is made from, besides weights."""
+
+    TIME = "time"
+    """Constants of the loop that differ between evaluations."""
+    CONDITION = "condition"
+    """The loop's conditions."""
+    LATENT = "latent"
+    """The noise, a random draw, or what an evaluation returned."""
+
+
+class Binding(enum.Enum):
+    """When a value of the evaluation graph is known (its binding time)."""
+
+    CONSTANT = "constant"
+    """From weights and timesteps alone: known at compile time."""
+    CONDITION = "condition"
+    """From the conditions (labels, prompts): known once a call."""
+    STEP = "step"
+    """From timestep and condition, not the latent: known before the loop starts, for every evaluation."""
+    LATENT = "latent"
+    """From the latent: known only when its evaluation runs."""
+
+
+@dataclass
+class FoldedConstants:
+    """How the folded constants of a loop graph were made, so that they can be made again."""
+
+    recipe: fx.Graph
+    """A graph without inputs over the same weights; its output is the tuple of the folded values."""
+    names: tuple[str, ...]
+    """The attribute of ``LoopGraph.root`` that holds each value."""
+    weights: tuple[str, ...]
+    """The weights (``denoiser.<path>``) that the values were made from."""
+
+
+@dataclass
+class ProgramGraph:
+    """A functional ATen graph and the module that its ``get_attr`` nodes refer to."""
+
+    graph: fx.Graph
+    root: nn.Module
+
+    def module(self) -> fx.GraphModule:
+        """Return the graph as an ``nn.Module``; weights are shared with the denoiser, also after they are replaced."""
+        module = fx.GraphModule(self.root, self.graph, class_name=type(self).__name__)
+        for name, child in self.root.named_children():
+            # GraphModule copies the leaves it needs; the live child follows a weight that is assigned anew.
+            setattr(module, name, child)
+        return module
+
+
+@dataclass
+class EvaluationGraph(ProgramGraph):
+    """One evaluation of the denoiser: flat tensor inputs, flat tensor outputs."""
+
+    sites: tuple[Site, ...] = ()
+    """The sites marked in the graph."""
+    out_spec: TreeSpec | None = None
+    """The structure that the denoiser returns."""
+    out_leaves: tuple[object, ...] = ()
+    """Its leaves: a fake tensor for each output of the graph, anything else as it is."""
+
+    def copy(self) -> EvaluationGraph:
+        """Return an evaluation graph to be rewritten apart from this one; tensors and submodules are shared."""
+        return replace(self, graph=_copy_of(self.graph))
+
+
+@dataclass
+class LoopGraph(ProgramGraph):
+    """A whole sampling loop, unrolled."""
+
+    schedule: CacheSchedule
+    num_noise: int
+    """How many of the inputs, the first ones, are the noise; the others are conditions."""
+    forms: list[EvaluationGraph]
+    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one. Empty where the
+    loop was captured as a whole."""
+    out_spec: TreeSpec
+    """The structure that the loop returns; the graph's output is the flat list of its leaves."""
+    folded: list[FoldedConstants] = field(default_factory=list)
+
+    def copy(self) -> LoopGraph:
+        """Return a loop graph to be rewritten apart from this one; tensors and submodules are shared."""
+        root = nn.Module()
+        for name, child in self.root.named_children():
+            root.add_module(name, child)
+        for name, tensor in self.root.named_buffers(recurse=False):
+            root.register_buffer(name, tensor, persistent=False)
+        return replace(self, graph=_copy_of(self.graph), root=root, folded=list(self.folded))
+
+    def module_to_trace(self) -> fx.GraphModule:
+        """Return the graph as a module for who traces it again, as torch.compile does.
+
+        Torch may choose another attention kernel then, which returns other strides, so no view may insist on those of
+        the capture.
+        """
+        copy = self.copy()
+        for node in copy.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
+        return copy.module()
+
+    def new_region(self, body: fx.GraphModule) -> str:
+        """Store the body of a region as a submodule of the root and return its name."""
+        name = f"region_{sum(name.startswith('region_') for name in self.root._modules)}"
+        self.root.add_module(name, body)
+        return name
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often the loop calls the denoiser."""
+        return self.schedule.num_evaluations
+
+    def reads(self) -> Iterator[tuple[int, Site, Reuse]]:
+        """Yield (evaluation, site, entry) for every reuse that takes effect, in execution order."""
+        for evaluation, site in sorted(self.schedule.reuses, key=operator.itemgetter(0)):
+            reuse = self.schedule.active(evaluation, site)
+            if reuse is not None:
+                yield evaluation, site, reuse
+
+    def known_before_the_loop(self) -> set[Node]:
+        """Return the nodes that depend on no noise and no random draw: on weights, timesteps and conditions alone."""
+        known: set[Node] = set()
+        num_placeholders = 0
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                num_placeholders += 1
+                if num_placeholders > self.num_noise:
+                    known.add(node)
+            elif node.op == "get_attr" or (
+                node.op == "call_function" and not draws_random_numbers(node) and known.issuperset(node.all_input_nodes)
+            ):
+                known.add(node)
+        return known
+
+    def new_constant(self, value: Tensor, prefix: str = "_constant") -> str:
+        """Store ``value`` as a buffer of the root under a fresh name and return the name."""
+        number = len(self.root._buffers)
+        name = f"{prefix}_{number}"
+        self.root.register_buffer(name, value, persistent=False)
+        return name
+
+
+def _copy_of(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph.nodes:
+        copies[node] = copy.node_copy(node, copies.__getitem__)
+    return copy

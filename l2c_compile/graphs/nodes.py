@@ -1,0 +1,180 @@
+"""What is read off a node of a graph, and how a node is made."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import Argument, Node
+
+__all__ = [
+    "Expression",
+    "argument_key",
+    "arguments_of",
+    "draws_random_numbers",
+    "emit",
+    "evaluation_of",
+    "expression",
+    "form_of",
+    "infer",
+    "is_pointwise",
+    "module_path",
+    "num_bytes",
+    "output_list",
+    "outputs_of",
+    "packet_of",
+    "root_tensor",
+]
+
+_INFERENCE = FakeTensorMode()
+
+
+def emit(
+    graph: fx.Graph,
+    target: OpOverload,
+    args: tuple[Argument, ...],
+    evaluation: int | None,
+    kwargs: Mapping[str, Argument] | None = None,
+) -> Node:
+    """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
+    node = graph.call_function(target, args, dict(kwargs or {}))
+    node.meta.update(val=infer(target, args, kwargs or {}), evaluation=evaluation)
+    return node
+
+
+def outputs_of(node: Node) -> tuple[Node, ...]:
+    """Insert, right behind a node that returns several tensors, a node for each of them."""
+    outputs: list[Node] = []
+    for index, value in enumerate(node.meta["val"]):
+        with node.graph.inserting_after(outputs[-1] if outputs else node):
+            outputs.append(node.graph.call_function(operator.getitem, (node, index)))
+        outputs[-1].meta.update(val=value, evaluation=evaluation_of(node))
+    return tuple(outputs)
+
+
+def infer(
+    target: object,
+    args: Sequence[Argument],
+    kwargs: Mapping[str, Argument],
+    value: Callable[[Node], Any] = lambda node: node.meta["val"],
+) -> Any:  # noqa: ANN401
+    """Return what ``target`` gives for these nodes, without values: fake tensors of the right form.
+
+    ``value`` says what a node stands for.
+    """
+    fakes: Any = fx.node.map_arg((tuple(args), dict(kwargs)), lambda argument: _fake(value(argument)))
+    assert callable(target)
+    with _INFERENCE, torch.no_grad():
+        return target(*fakes[0], **fakes[1])
+
+
+def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
+    # The parts of a loop graph were captured under different fake modes; torch mixes none of them.
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_fake, value))
+    if not isinstance(value, Tensor):
+        return value
+    with _INFERENCE:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def evaluation_of(node: Node) -> int | None:
+    """Return the evaluation that a node of a loop graph belongs to, None for the loop's own arithmetic."""
+    return node.meta.get("evaluation")
+
+
+def output_list(graph: fx.Graph) -> list[Argument]:
+    """Return what a graph of ours returns: always a flat list."""
+    (results,) = graph.output_node().args
+    assert isinstance(results, (list, tuple))
+    return list(results)
+
+
+def packet_of(node: Node) -> object:
+    """Return the operator of a node whatever its overload (``aten.clone``), None where it calls no torch operator."""
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def is_pointwise(node: Node) -> bool:
+    """Tell whether each element of the result depends on one element of each argument only."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def draws_random_numbers(node: Node) -> bool:
+    """Tell whether the node draws from a random number generator, so that it may be neither removed nor merged."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    # Attention and dropout can draw, but do not at rate 0 or outside training.
+    given = arguments_of(node)
+    return bool(given.get("dropout_p") != 0 and given.get("train") is not False)
+
+
+def arguments_of(node: Node) -> dict[str, Argument]:
+    """Return the node's arguments by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given.update(zip((argument.name for argument in schema), node.args, strict=False))
+    given.update(node.kwargs)
+    return given
+
+
+def form_of(node: Node) -> object:
+    """Return shape, dtype and device of the tensor that a node makes; None where it makes none."""
+    value = node.meta.get("val")
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
+
+
+def num_bytes(node: Node) -> int:
+    """Return the size in bytes of the tensors that a node produces, 0 where the graph does not say."""
+    value = node.meta.get("val")
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+Expression = tuple[object, ...]
+"""What a node computes, as a hashable value: equal for two nodes of one graph iff they compute the same."""
+
+
+def expression(node: Node, rename: Callable[[Node], object] = lambda argument: argument) -> Expression:
+    """Return the key under which two pure nodes are the same computation.
+
+    Args:
+        node: a ``call_function`` or ``get_attr`` node.
+        rename: maps each argument node to what stands for it.
+    """
+    kwargs = tuple(sorted((name, argument_key(value, rename)) for name, value in node.kwargs.items()))
+    return (node.op, node.target, argument_key(node.args, rename), kwargs)
+
+
+def argument_key(argument: Argument, rename: Callable[[Node], object]) -> object:
+    """Return a hashable value that is equal for two arguments iff they are interchangeable."""
+    if isinstance(argument, Node):
+        return rename(argument)
+    if isinstance(argument, (tuple, list)):
+        return tuple(argument_key(element, rename) for element in argument)
+    if isinstance(argument, float):
+        # 1 == 1.0 == True and 0.0 == -0.0 for Python, not for type promotion and division.
+        return float, argument.hex()
+    return type(argument), argument
+
+
+def module_path(node: Node) -> str:
+    """Return the path, in the denoiser, of the module whose forward made the node; "" where there is none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(path) for path, _ in reversed(stack.values())), "")
+    return path.removeprefix("L['self'].").removeprefix("denoiser").removeprefix(".")
+
+
+def root_tensor(root: nn.Module, node: fx.Node) -> Tensor:
+    """Return the tensor that a ``get_attr`` node names."""
+    owner, _, name = str(node.target).rpartition(".")
+    tensor = getattr(root.get_submodule(owner), name)
+    assert isinstance(tensor, Tensor)
+    return tensor

@@ -1,0 +1,1 @@
+"""How good samples are, and the judge that compares them."""

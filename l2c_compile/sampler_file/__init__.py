@@ -1,0 +1,1 @@
+"""A loop graph as a file, and back."""

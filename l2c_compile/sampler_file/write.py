@@ -1,0 +1,177 @@
+"""Write a compiled sampler as one ``.pt2`` archive."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_unflatten
+
+from l2c_compile.analyses.summary import Summary
+from l2c_compile.errors import SaveError
+from l2c_compile.files.archive import Archive
+from l2c_compile.files.documents import parse_json, replaced_at_once
+from l2c_compile.graphs.forms import CallSignature, TensorSpec
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import root_tensor
+from l2c_compile.sampler_file.exported_program import compile_ahead_of_time, to_exported_program
+from l2c_compile.sampler_file.graph_lines import OperationBudget, StoredTensor, encode_graph
+from l2c_compile.sampler_file.manifest import (
+    FORMAT,
+    GRAPH,
+    MANIFEST,
+    MAX_GRAPH_BYTES,
+    SCHEDULE,
+    VERSION,
+    encode_input,
+    encode_tree,
+    own_version,
+    raw_value,
+)
+
+__all__ = ["save_sampler"]
+
+
+def save_sampler(
+    path: str | os.PathLike[str],
+    graph: LoopGraph,
+    inputs: CallSignature,
+    *,
+    loop: Mapping[str, object] | None,
+    passes: Sequence[str],
+    summary: Summary,
+    aot_inductor: bool = False,
+) -> None:
+    """Write a loop graph after the passes, weights included, as one file. Atomic.
+
+    Args:
+        path: ends in ``.pt2``, which torch asks for.
+        graph: flat, without sites and cache reads.
+        inputs: the form of ``(noise, conditions)`` that it was compiled for.
+        loop: a JSON description of the loop, if there is one.
+        passes: the names of the passes that made the graph.
+        summary: what the graph computes.
+        aot_inductor: also write ``<stem>.aoti.pt2``, a package of native code; see ``compile_ahead_of_time``.
+
+    Raises:
+        SaveError: the graph, its inputs or its result hold what a file cannot.
+        BackendError: AOTInductor cannot take the graph.
+        OSError: the folder cannot be written to.
+    """
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise SaveError(f"a saved sampler is a .pt2 archive; name it '{target.with_suffix('.pt2')}'")
+    noise, conditions = tree_unflatten([raw_value(leaf) for leaf in inputs.leaves], inputs.spec)
+    num_results = graph.out_spec.num_leaves
+    manifest: dict[str, object] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "l2c_compile": own_version(),
+        "torch": str(torch.__version__),
+        "denoiser": type(graph.root.get_submodule("denoiser")).__name__,
+        "loop": loop,
+        "passes": list(passes),
+        "noise": encode_tree(noise, "noise", encode_input),
+        "conditions": {
+            name: encode_tree(value, f"condition '{name}'", encode_input) for name, value in conditions.items()
+        },
+        "result": encode_tree(
+            tree_unflatten(list(range(num_results)), graph.out_spec),
+            "the loop's result",
+            lambda leaf, _: {"leaf": leaf},
+        ),
+        "summary": dataclasses.asdict(summary),
+    }
+    # Found out before minutes are spent on the archive.
+    for _ in encode_graph(graph, lambda node: _NOWHERE):
+        pass
+    exported = to_exported_program(graph, OperationBudget(len(graph.graph.nodes), SaveError).spend)
+    with replaced_at_once(target) as temporary:
+        with _Patient(temporary) as file:
+            torch.export.save(exported, file)
+        with Archive(temporary) as archive:
+            stored = _stored_tensors(archive)
+            lines = "".join(encode_graph(graph, lambda node: stored(graph, node))).encode()
+        schedule = graph.schedule.to_json().encode()
+        manifest["sha256"] = {
+            "graph": hashlib.sha256(lines).hexdigest(),
+            "schedule": hashlib.sha256(schedule).hexdigest(),
+        }
+        text = json.dumps(manifest, allow_nan=False, indent=1).encode()
+        # What load would refuse is refused here.
+        parse_json(text)
+        if len(lines) > MAX_GRAPH_BYTES:
+            raise SaveError(
+                f"the graph takes {len(lines)} bytes, a file holds {MAX_GRAPH_BYTES}; compile fewer evaluations"
+            )
+        with zipfile.ZipFile(temporary, "a") as appended:
+            for name, content in ((MANIFEST, text), (GRAPH, lines), (SCHEDULE, schedule)):
+                # A fixed date, so that equal samplers are equal files.
+                appended.writestr(zipfile.ZipInfo(f"{archive.root}/{name}"), content)
+    if aot_inductor:
+        with replaced_at_once(target.with_suffix(".aoti.pt2")) as temporary:
+            compile_ahead_of_time(graph, temporary)
+
+
+class _Patient(io.FileIO):
+    """A file for torch's writer: what goes wrong in a write is raised when the file is closed.
+
+    In C++ the destructor of the writer writes as well, and an error there, as of a full disk, ends the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._error: BaseException | None = None
+
+    def write(self, content: Any, /) -> int:  # noqa: ANN401 - whatever has bytes
+        """Write unless an earlier write failed; return how many bytes were taken."""
+        remaining = memoryview(content).cast("B")
+        size_bytes = len(remaining)
+        try:
+            while self._error is None and remaining:
+                remaining = remaining[super().write(remaining) :]
+        except BaseException as error:  # an interrupt, too, would reach the destructor
+            self._error = error
+        return size_bytes
+
+    def close(self) -> None:
+        """Close, and raise the first error of all writes."""
+        super().close()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def _stored_tensors(archive: Archive) -> Callable[[LoopGraph, fx.Node], StoredTensor]:
+    """Return a function that says where ``torch.export.save`` has put the tensor of a ``get_attr`` node."""
+    records: dict[str, str] = {}
+    offsets: dict[str, int] = {}
+    for folder in ("weights", "constants"):
+        config = json.loads(archive.read(f"data/{folder}/model_{folder}_config.json", max_bytes=2**30))["config"]
+        for name, entry in config.items():
+            if entry["use_pickle"]:
+                raise SaveError(
+                    f"'{name}' is a tensor of a class of its own, which torch pickles; make it a plain tensor"
+                )
+            records[name] = f"data/{folder}/{entry['path_name']}"
+            offsets[name] = entry["tensor_meta"]["storage_offset"]["as_int"]
+    hashes = {record: archive.sha256(record) for record in set(records.values())}
+
+    def stored(graph: LoopGraph, node: fx.Node) -> StoredTensor:
+        name = str(node.target)
+        form = TensorSpec.of(root_tensor(graph.root, node))
+        return StoredTensor(records[name], hashes[records[name]], form, offsets[name])
+
+    return stored
+
+
+_NOWHERE = StoredTensor("", "", TensorSpec((), (), torch.float32, torch.device("cpu")), 0)

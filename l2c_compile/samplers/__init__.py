@@ -1,0 +1,1 @@
+"""What users hold: a compiled sampler, and one from a file."""

@@ -1,0 +1,1 @@
+"""Which evaluation reuses what, and how; no graph is known here."""

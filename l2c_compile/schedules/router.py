@@ -1,0 +1,248 @@
+"""Routers: the learned scores that a threshold turns into a schedule.
+
+Learning-to-Cache (arXiv 2406.01733, section 3.3) learns one number in (0, 1) for each evaluation and site; a site is
+computed where its number exceeds a threshold. Rows are in execution order, whatever the order of the original file.
+
+Shapes: E evaluations, S sites. scores_ES is float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from l2c_compile.errors import FileFormatError, L2CError, ScheduleError
+from l2c_compile.files.documents import (
+    MAX_JSON_BYTES,
+    frozen_json,
+    open_regular,
+    parse_json,
+    plain_json,
+    write_atomically,
+)
+from l2c_compile.schedules.schedule import MAX_CELLS, CacheSchedule
+from l2c_compile.schedules.sites import Site, as_site
+
+__all__ = ["FORMAT", "VERSION", "Router", "schedule_of"]
+
+FORMAT = "l2c_compile.router"
+VERSION = 1
+
+_METADATA_KEY = "l2c_compile"
+# Float32 scores, the metadata, and that metadata once more as an escaped string.
+_MAX_FILE_BYTES = 4 * MAX_CELLS + 2 * MAX_JSON_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """Learned scores and the threshold that decides. Immutable: never write to ``scores``.
+
+    Raises:
+        ScheduleError: If shapes, scores, sites, evaluations or the threshold do not fit together.
+    """
+
+    scores: Tensor
+    """(E, S) float32 in [0, 1]: row e is evaluation e in execution order. A private CPU copy, no gradient."""
+    sites: tuple[Site, ...]
+    """What the columns score."""
+    cacheable: tuple[int, ...]
+    """The evaluations in which a site may be reused; in all others every site is computed, whatever its score."""
+    threshold: float
+    """A site is computed where its score is above this."""
+    branches: int = 1
+    """Evaluations e with equal ``e % branches`` share caches: 2 for guidance in two separate calls."""
+    loop: Mapping[str, object] | None = None
+    """A JSON description of the loop the router was learned for. Read-only."""
+    info: Mapping[str, object] = field(default_factory=dict)
+    """Where the router comes from. Read-only."""
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "sites", tuple(map(as_site, self.sites)))
+        set_field(self, "cacheable", tuple(sorted(self.cacheable)))
+        set_field(self, "loop", None if self.loop is None else frozen_json(self.loop, "loop"))
+        set_field(self, "info", frozen_json(self.info, "info"))
+        _check(self)
+        set_field(self, "scores", self.scores.detach().to("cpu", copy=True).contiguous())
+
+    @property
+    def num_evaluations(self) -> int:
+        """The number of evaluations, E."""
+        return self.scores.shape[0]
+
+    def schedule(self, threshold: float | None = None) -> CacheSchedule:
+        """Return the schedule that computes a site where its score is above the threshold or reuse is not allowed.
+
+        Args:
+            threshold: In place of the router's own.
+
+        Raises:
+            ScheduleError: If a site would be reused before it was ever computed.
+        """
+        limit = self.threshold if threshold is None else _checked_threshold(threshold)
+        # Compared in float32, as the authors do.
+        computed_ES = self.scores > limit
+        always = torch.ones(self.num_evaluations, dtype=torch.bool)
+        always[list(self.cacheable)] = False
+        computed_ES |= always[:, None]
+        rows = computed_ES.T.tolist()
+        return CacheSchedule.from_table(
+            dict(zip(self.sites, rows, strict=True)),
+            branches=self.branches,
+            cacheable=self.cacheable,
+            loop=self.loop,
+            info={**self.info, "threshold": limit},
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Router):
+            return NotImplemented
+        return self._document() == other._document() and torch.equal(self.scores, other.scores)
+
+    def __hash__(self) -> int:
+        return hash((self.sites, self.cacheable, self.threshold, self.branches))
+
+    def __repr__(self) -> str:
+        return (
+            f"Router({self.num_evaluations} evaluations x {len(self.sites)} sites, {len(self.cacheable)} cacheable, "
+            f"threshold {self.threshold:g})"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: the scores as a tensor, the rest as versioned JSON metadata. Atomic."""
+        metadata = {_METADATA_KEY: json.dumps(self._document(), allow_nan=False)}
+        write_atomically(path, safetensors.torch.save({"scores": self.scores}, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Router:
+        """Read a file written by ``save``.
+
+        Raises:
+            FileFormatError: If it is not such a file, is of a newer version, or its parts do not fit together.
+            OSError: If it cannot be read.
+        """
+        with open_regular(path) as opened:
+            size_bytes = os.fstat(opened.fileno()).st_size
+        if size_bytes > _MAX_FILE_BYTES:
+            raise FileFormatError(f"a router file wants at most {_MAX_FILE_BYTES} bytes, got {size_bytes}")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                scores = file.get_tensor("scores") if names == ["scores"] else None
+        except safetensors.SafetensorError as error:
+            raise FileFormatError(f"not a safetensors file: {error}") from error
+        if _METADATA_KEY not in metadata or scores is None:
+            raise FileFormatError(
+                f"a router file wants one tensor 'scores' and metadata {_METADATA_KEY!r}, got tensors {names[:5]} and "
+                f"metadata {sorted(metadata)[:5]}"
+            )
+        try:
+            return cls._from_document(parse_json(metadata[_METADATA_KEY]), scores)
+        except FileFormatError:
+            raise
+        except (L2CError, TypeError) as error:
+            raise FileFormatError(f"the file describes a router that cannot be honoured: {error}") from error
+
+    def _document(self) -> dict[str, object]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "orientation": "execution",
+            "sites": list(map(str, self.sites)),
+            "cacheable": list(self.cacheable),
+            "threshold": self.threshold,
+            "branches": self.branches,
+            "loop": plain_json(self.loop),
+            "info": plain_json(self.info),
+        }
+
+    @classmethod
+    def _from_document(cls, document: Mapping[str, object], scores: Tensor) -> Router:
+        if document.get("format") != FORMAT:
+            raise FileFormatError(f"a router wants format {FORMAT!r}, got {document.get('format')!r:.80}")
+        version = document.get("version")
+        if type(version) is not int or version < 1:
+            raise FileFormatError(f"a router wants a version number, got {version!r:.80}")
+        if version > VERSION:
+            raise FileFormatError(
+                f"the router is of version {version}, this l2c_compile reads up to {VERSION}; update l2c_compile"
+            )
+        wanted = {"format", "version", "orientation", "sites", "cacheable", "threshold", "branches", "loop", "info"}
+        if document.keys() != wanted:
+            raise FileFormatError(f"a router wants the keys {sorted(wanted)}, got {sorted(document)[:12]}")
+        if document["orientation"] != "execution":
+            raise FileFormatError(f"orientation wants 'execution', got {document['orientation']!r:.80}")
+        sites, cacheable, threshold = document["sites"], document["cacheable"], document["threshold"]
+        branches, loop, info = document["branches"], document["loop"], document["info"]
+        if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
+            raise FileFormatError("sites wants a list of site names")
+        if not isinstance(cacheable, list) or not all(type(e) is int for e in cacheable):
+            raise FileFormatError("cacheable wants a list of evaluations")
+        if not isinstance(threshold, (int, float)) or type(branches) is not int:
+            raise FileFormatError("threshold and branches want numbers")
+        if not isinstance(loop, (dict, type(None))) or not isinstance(info, dict):
+            raise FileFormatError("loop and info want objects")
+        return cls(scores, tuple(map(Site.parse, sites)), tuple(cacheable), threshold, branches, loop, info)
+
+
+def schedule_of(router: object, threshold: float | None = None) -> CacheSchedule:
+    """Return the schedule that a ``Router`` or ``CacheSchedule`` stands for.
+
+    Raises:
+        ScheduleError: it is neither, or a schedule with a threshold.
+    """
+    if isinstance(router, Router):
+        return router.schedule(threshold)
+    if not isinstance(router, CacheSchedule):
+        raise ScheduleError(
+            f"l2c_compile wants a Router or a CacheSchedule, got {type(router).__name__};"
+            " load_schedule_file reads one from a file"
+        )
+    if threshold is not None:
+        raise ScheduleError("a schedule has no scores for a threshold to cut; give the router it came from")
+    return router
+
+
+def _check(router: Router) -> None:
+    scores, sites = router.scores, router.sites
+    if not isinstance(scores, Tensor) or scores.dtype != torch.float32 or scores.layout != torch.strided:
+        got = f"{scores.dtype} tensor" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ScheduleError(f"scores wants a float32 tensor, got a {got}")
+    if scores.dim() != 2 or scores.shape[1] != len(sites) or not 1 <= scores.numel() <= MAX_CELLS:
+        raise ScheduleError(
+            f"scores wants shape (evaluations, {len(sites)} sites), 1 to {MAX_CELLS} entries, got {tuple(scores.shape)}"
+        )
+    bad_ES = ~((scores >= 0) & (scores <= 1))
+    if bad_ES.any():
+        e, column = bad_ES.nonzero()[0].tolist()
+        raise ScheduleError(
+            f"site {sites[column]} at evaluation {e} wants a score in [0, 1], got {scores[e, column].item()}; "
+            "logits go through a sigmoid first"
+        )
+    if len(set(sites)) != len(sites):
+        raise ScheduleError("a site occurs twice among the sites of the router")
+    num_evaluations = scores.shape[0]
+    for e in router.cacheable:
+        if type(e) is not int or not 0 <= e < num_evaluations:
+            raise ScheduleError(f"cacheable names evaluation {e!r}; the router has 0..{num_evaluations - 1}")
+    if len(set(router.cacheable)) != len(router.cacheable):
+        raise ScheduleError("cacheable names an evaluation twice")
+    if type(router.branches) is not int or not 1 <= router.branches <= num_evaluations:
+        raise ScheduleError(f"branches wants a number from 1 to {num_evaluations}, got {router.branches!r}")
+    _checked_threshold(router.threshold)
+
+
+def _checked_threshold(threshold: float) -> float:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+        raise ScheduleError(f"threshold wants a number in [0, 1], got {threshold!r}")
+    if not 0 <= threshold <= 1:
+        raise ScheduleError(f"threshold wants a number in [0, 1], got {threshold}; scores lie in [0, 1]")
+    return threshold

@@ -1,0 +1,91 @@
+"""``torch.compile(sample, backend="l2c", options={"router": router})``: a schedule for a user's own sampling function.
+
+Dynamo unrolls the function, ``dynamo_graph`` finds the evaluations and sites in its graph, the passes run on it, and an
+inner backend runs the result. Nothing falls back: a function that the schedule does not fit is an error, which Dynamo
+reports as ``BackendCompilerFailed`` around ours.
+
+Dynamo's graph shows what modules compute, not what they return. A module that returns one of its inputs beside what it
+computes (``return h, context``) has that part reused by ``l2c_compile``, but not here: whoever uses it gets today's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from l2c_compile.backends.choice import INDUCTOR, Backend, check_backend, kernels_for, passes_for
+from l2c_compile.backends.lower import lower_to_backend
+from l2c_compile.errors import L2CError, ScheduleError, nearest
+from l2c_compile.frontend.dynamo import loop_graph_of
+from l2c_compile.progress import silent
+from l2c_compile.schedules.importers import load_schedule_file
+from l2c_compile.schedules.router import schedule_of
+from l2c_compile.schedules.schedule import CacheSchedule
+
+__all__ = ["l2c"]
+
+_OPTIONS = ("router", "threshold", "backend", "denoiser", "numerics", "without", "caches")
+
+
+def l2c(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Sequence[object]]:
+    """Compile a sampling function with its cache schedule; a backend for ``torch.compile``.
+
+    Args:
+        gm: Dynamo's graph of the function.
+        example_inputs: its inputs. Every shape is compiled apart.
+        options: what ``torch.compile`` was given as such.
+            ``router`` (required): a ``Router``, a ``CacheSchedule``, or the path of a file that holds one.
+            ``threshold``: scores above it are computed; only for a router.
+            ``backend``: what runs the graph, "inductor" unless given.
+            ``denoiser``: the module whose calls are the evaluations, or its name in the function; needed only where
+            several modules have the sites of the schedule.
+            ``numerics``: "bitwise" or "rounding", as in ``l2c_compile``.
+            ``without``: names of passes to leave out.
+            ``caches``: "int8" or "fp8", as in ``l2c_compile``.
+
+    Raises:
+        L2CError: an option is missing or makes no sense, or the schedule does not fit the function.
+    """
+    given = dict(options or {})
+    for name in given:
+        if name not in _OPTIONS:
+            hint = nearest(name, _OPTIONS) or f"there are {', '.join(_OPTIONS)}"
+            raise L2CError(f"backend 'l2c' has no option '{name}'; {hint}")
+    schedule = _schedule(given.get("router"), given.get("threshold"))
+    backend: Backend = given.get("backend", INDUCTOR)
+    check_backend(backend)
+    passes = passes_for(backend, given.get("numerics"), given.get("without", ()), given.get("caches"))
+    kernels = kernels_for(backend, given.get("numerics"), given.get("without", ()))
+    denoiser: nn.Module | str | None = given.get("denoiser")
+
+    loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
+    # What is folded and compiled here has nothing to do with Dynamo's own tracing.
+    with torch._guards.tracing(None), torch.inference_mode(False):
+        passes.run(loop.graph)
+        run = lower_to_backend(loop.graph, backend, silent, kernels)
+    positions = loop.positions
+
+    @torch.no_grad()
+    def sample(*inputs: object) -> Sequence[object]:
+        return run(*(inputs[position] for position in positions))
+
+    return sample
+
+
+def _schedule(router: object, threshold: float | None) -> CacheSchedule:
+    if router is None:
+        raise ScheduleError(
+            "backend 'l2c' needs a router: torch.compile(sample, backend='l2c', options={'router': router})"
+        )
+    if isinstance(router, (str, os.PathLike)):
+        router = load_schedule_file(router)
+    return schedule_of(router, threshold)
