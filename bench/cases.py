@@ -46,22 +46,22 @@ __all__ = ["ALWAYS_CHECKED", "CASES", "BenchError", "Run", "load", "no_arguments
 Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 
 CASES: dict[str, str] = {
-    "compile-time": "bench.compile_time:run",
-    "fuzz": "bench.fuzz:run",
-    "golden": "bench.golden:run",
-    "gpu-all": "bench.gpu_all:run",
-    "kernel-compile": "bench.kernel_compile:run",
-    "kernels": "bench.kernels:run",
-    "latency": "bench.latency:run",
-    "malformed-files": "bench.malformed_files:run",
-    "memory": "bench.memory:run",
-    "mutations": "bench.mutations:run",
-    "packed-caches": "bench.packed_caches:run",
-    "predict": "bench.predict:run",
-    "quality": "bench.quality:run",
-    "removed-shares": "bench.removed_shares:run",
-    "trace-time": "bench.trace_time:run",
-    "version-matrix": "bench.version_matrix:run",
+    "compile-time": "bench.speed.compile_time:run",
+    "fuzz": "bench.trust.fuzz:run",
+    "golden": "bench.trust.golden:run",
+    "gpu-all": "bench.speed.gpu_all:run",
+    "kernel-compile": "bench.speed.kernel_compile:run",
+    "kernels": "bench.speed.kernels:run",
+    "latency": "bench.speed.latency:run",
+    "malformed-files": "bench.trust.malformed_files:run",
+    "memory": "bench.speed.memory:run",
+    "mutations": "bench.trust.mutations:run",
+    "packed-caches": "bench.speed.packed_caches:run",
+    "predict": "bench.speed.predict:run",
+    "quality": "bench.digits.compare:run",
+    "removed-shares": "bench.trust.removed_shares:run",
+    "trace-time": "bench.speed.trace_time:run",
+    "version-matrix": "bench.trust.version_matrix:run",
 }
 
 

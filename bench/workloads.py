@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import BenchError
+from bench.report import ROOT
 from l2c_compile import CacheSchedule, Router, Site
 from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolver, Guidance
 from l2c_compile.models import DiT, UViT
@@ -37,8 +38,7 @@ class Workload:
 
 def routers_folder() -> Path:
     """Return where the published routers are: in ``../shared`` beside the checkout, or in ``$L2C_SHARED``."""
-    root = Path(__file__).resolve().parent.parent
-    return Path(os.environ.get("L2C_SHARED", root.parent / "shared")) / "routers"
+    return Path(os.environ.get("L2C_SHARED", ROOT.parent / "shared")) / "routers"
 
 
 def published_router(name: str) -> Router:

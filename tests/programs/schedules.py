@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from l2c_compile import CacheSchedule, Reuse, Rule, Site
 from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.rules import HOLD, rule_from_dict
+from tests.behaviour.test_site_forms import Combination, Decay, FollowInput
 from tests.programs.denoisers import Description
-from tests.unit.test_site_forms import Combination, Decay, FollowInput
 
 __all__ = ["CalledModules", "draw_schedule", "draw_sites", "schedule_from"]
 

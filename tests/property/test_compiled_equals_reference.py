@@ -24,8 +24,8 @@ from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.schedules.rules import HOLD
+from tests.behaviour.test_site_forms import Combination, Decay
 from tests.tiny import captured_once, draw, run, same_bits, seeded, steps
-from tests.unit.test_site_forms import Combination, Decay
 
 
 class Sublayer(nn.Module):

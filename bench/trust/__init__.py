@@ -1,0 +1,1 @@
+"""Benches about correctness: exit with 1 when something is wrong."""
