@@ -175,7 +175,7 @@ class TestCapture:
 
     def test_an_interrupt_anywhere_leaves_everything_as_it_was(self) -> None:
         # In a process of its own: torch's table of decompositions does not survive every interrupt.
-        code = "from tests.unit.test_faults import interrupt_captures; interrupt_captures()"
+        code = "from tests.behaviour.test_faults import interrupt_captures; interrupt_captures()"
         done = run_alone(code)
         assert done.returncode == 0, done.stderr
 
@@ -242,7 +242,7 @@ class TestCacheFolder:
     def test_one_that_cannot_be_made_is_named_by_the_capture(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
         # In a process of its own: torch makes the folder in the first capture only.
-        code = "import sys; from tests.unit.test_faults import capture_below_a_file as f; f(sys.argv[1])"
+        code = "import sys; from tests.behaviour.test_faults import capture_below_a_file as f; f(sys.argv[1])"
         done = run_alone(code, str(tmp_path))
         assert done.returncode == 0, done.stderr
 
@@ -335,7 +335,7 @@ class TestFiles:
         # A limit on the size of files is a disk that is full after so many bytes, for torch's own writer, too.
         code = """
 import resource, signal, sys, torch
-from tests.unit.test_faults import compiled
+from tests.behaviour.test_faults import compiled
 from tests.tiny import draw
 sampler = compiled()
 sampler.capture(draw(2, 4))
