@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from l2c_compile.graphs.forms import form_of
+from l2c_compile.graphs.loop_graph import EvaluationPrice
+from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.graphs.nodes import infer, num_bytes
+from l2c_compile.graphs.skeleton import LoopSkeleton
 
-__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved"]
+__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved", "prices_of"]
 
 
 class MultiplyAdds:
@@ -47,6 +51,19 @@ def bytes_moved(node: Node) -> int:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
         return 0
     return num_bytes(node) + sum(map(num_bytes, node.all_input_nodes))
+
+
+def prices_of(skeleton: LoopSkeleton) -> tuple[EvaluationPrice, ...]:
+    """Return what each evaluation of a loop takes that computes everything."""
+    count = MultiplyAdds()
+    prices: dict[int, EvaluationPrice] = {}
+    for evaluation in skeleton.evaluations():
+        sizes: Counter[str] = Counter()
+        for mark in site_marks(evaluation.graph):
+            if mark.port != INPUT_PORT:
+                sizes[mark.site] += num_bytes(mark.node)
+        prices[id(evaluation)] = EvaluationPrice(count.total(evaluation.graph.nodes), dict(sizes))
+    return tuple(prices[id(call.graph)] for call in skeleton.calls)
 
 
 class NodeTimes:

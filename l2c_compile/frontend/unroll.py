@@ -86,7 +86,6 @@ class _Unroller:
             root=self.root,
             schedule=self.schedule,
             num_noise=skeleton.num_noise,
-            forms=[call.graph for call in skeleton.calls],
             out_spec=skeleton.out_spec,
         )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.fx.node import Argument, Node
 from torch.utils._pytree import TreeSpec
 
 from l2c_compile.graphs.forms import CallSignature
-from l2c_compile.graphs.loop_graph import Dependency, EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import Dependency, EvaluationGraph, ProgramGraph, copy_of
 from l2c_compile.graphs.nodes import draws_random_numbers, output_list
 
 __all__ = ["EvaluationCall", "LoopSkeleton"]
@@ -66,6 +66,16 @@ class LoopSkeleton(ProgramGraph):
         """Return the flat result of the loop."""
         results = output_list(self.graph)
         return results[len(results) - self.num_outputs :]
+
+    def evaluations(self) -> list[EvaluationGraph]:
+        """Return the distinct evaluation graphs, in the order of their first calls."""
+        return list({id(call.graph): call.graph for call in self.calls}.values())
+
+    def copy(self) -> LoopSkeleton:
+        """Return a skeleton to be rewritten apart from this one, evaluations included; tensors are shared."""
+        copies = {id(evaluation): evaluation.copy() for evaluation in self.evaluations()}
+        calls = [replace(call, graph=copies[id(call.graph)]) for call in self.calls]
+        return replace(self, graph=copy_of(self.graph), calls=calls)
 
     def note_dependencies(self) -> None:
         """Write ``meta["depends"]`` on the inputs of every evaluation graph: what the loop feeds them with.

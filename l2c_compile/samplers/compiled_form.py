@@ -12,6 +12,7 @@ from l2c_compile.backends.regions import num_regions
 from l2c_compile.errors import StaleConstantsError
 from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import PassRun
 
 __all__ = ["CompiledForm", "check_fresh", "weight_versions"]
@@ -21,6 +22,8 @@ __all__ = ["CompiledForm", "check_fresh", "weight_versions"]
 class CompiledForm:
     """The compiled loop for one form of input."""
 
+    trace: LoopSkeleton
+    """The loop as it was traced, its evaluations as they were captured: what the graph was made from."""
     graph: LoopGraph
     passes: list[PassRun]
     run: Callable[..., Sequence[object]]

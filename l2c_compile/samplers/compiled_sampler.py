@@ -13,17 +13,18 @@ from torch.utils._pytree import tree_unflatten
 from l2c_compile.analyses.cost import NodeTimes
 from l2c_compile.analyses.prediction import Prediction, predict
 from l2c_compile.analyses.summary import Summary, summarize
-from l2c_compile.backends.choice import EAGER, Backend
 from l2c_compile.backends.lower import lower_to_backend
+from l2c_compile.backends.options import Options
 from l2c_compile.checking.comparison import VerifyReport, compare_with_reference
 from l2c_compile.checking.proof import Proof, prove
-from l2c_compile.compile import build_loop_graph, trace_and_capture
+from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.frontend.weights_lock import one_capture, weights_in_use
 from l2c_compile.graphs.forms import CallSignature, signature_of, tensors_in
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import write_into
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.loops import BuiltInLoop
 from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
@@ -56,22 +57,16 @@ class CompiledSampler(nn.Module):
         model: nn.Module,
         schedule: CacheSchedule,
         loop: Loop,
-        backend: Backend,
-        passes: Pipeline,
-        kernels: Pipeline,
+        options: Options | None = None,
         progress: Progress | None = None,
-        mode: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
         self.loop = loop
-        self.backend = backend
-        self.passes = passes
-        self.mode = mode
-        self.kernels = kernels
+        self.options = options or Options()
         self.training = model.training
-        self._progress = progress
+        self._progress = progress or silent
         self._begin_empty()
 
     def _begin_empty(self) -> None:
@@ -146,29 +141,36 @@ class CompiledSampler(nn.Module):
         on the meta device there are none.
         """
         self._check_devices(noise, conditions)
+        trace = self._trace(noise, conditions)
+        cached, _ = self._graph(trace)
+        devices = {weight.device for weight in self.model.parameters()}
+        if any(device.type == "meta" for device in devices):
+            return predict(cached)
+        nothing_reused = CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
+        uncached, _ = self._graph(trace, nothing_reused)
         with torch.inference_mode(False):
-            cached, _ = self._graph(self.schedule, self.passes, noise, conditions)
-            devices = {weight.device for weight in self.model.parameters()}
-            if any(device.type == "meta" for device in devices):
-                return predict(cached)
-            nothing_reused = CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
-            uncached, _ = self._graph(nothing_reused, self.passes, noise, conditions)
-            device = min(devices, key=str, default=torch.device("cpu"))
-            return predict(cached, uncached, NodeTimes(device))
+            return predict(cached, uncached, NodeTimes(min(devices, key=str, default=torch.device("cpu"))))
+
+    def _trace(self, noise: object, conditions: Mapping[str, object]) -> LoopSkeleton:
+        with one_capture(), torch.inference_mode(False):
+            return trace_and_capture(self.model, self.loop, self.schedule, noise, conditions, self._progress)
 
     def _graph(
-        self, schedule: CacheSchedule, passes: Pipeline, noise: object, conditions: Mapping[str, object]
+        self, trace: LoopSkeleton, schedule: CacheSchedule | None = None, passes: Pipeline | None = None
     ) -> tuple[LoopGraph, list[PassRun]]:
+        """Return the static graph of a trace; by default under the sampler's schedule, with its passes."""
+        # Constants made under inference_mode could not be refreshed outside it.
         with one_capture(), torch.inference_mode(False):
-            return build_loop_graph(self.model, self.loop, schedule, noise, conditions, passes, self._progress)
+            return graph_of(trace, self.model, schedule or self.schedule, passes or self.options.passes, self._progress)
 
     def prove(self, noise: object, **conditions: object) -> Proof:
         """Prove the structure of the static graph for this form of input; nothing is sampled, and no backend compiles.
 
-        The loop is traced and its evaluations are captured anew, and the static graph is shown to be what they and the
-        schedule say (``proof.py``), bit for bit or up to rounding as ``numerics`` allows. The proof has no rules for
-        kernels of ours and for packed caches: what is proven then is the graph without the passes that put them in, and
-        the report names those. Packed weights are never part of it: they go into a copy, which the backend runs.
+        The static graph is shown to be what the loop as it was traced, its evaluations as they were captured, and the
+        schedule say (``checking/proof.py``), bit for bit or up to rounding as ``numerics`` allows. The proof has no
+        rules for kernels of ours and for packed caches: what is proven then is the graph without the passes that put
+        them in, and the report names those. Packed weights are never part of it: they go into a copy, which the
+        backend runs.
 
         Weights may be on the meta device: constants then have no values, and are not compared.
 
@@ -184,22 +186,21 @@ class CompiledSampler(nn.Module):
             if program is not None:
                 check_fresh(program)
         if program is None:
-            graph, runs = self._graph(self.schedule, self.passes, noise, conditions)
+            trace = self._trace(noise, conditions)
+            graph, runs = self._graph(trace)
         else:
-            graph, runs = program.graph, program.passes
-        passes, not_covered = self.passes, self._not_covered(runs)
+            trace, graph, runs = program.trace, program.graph, program.passes
+        passes, not_covered = self.options.passes, self._not_covered(runs)
         if not_covered:
             passes = passes.without(not_covered)
-            graph, _ = self._graph(self.schedule, passes, noise, conditions)
-        with one_capture(), torch.inference_mode(False):
-            skeleton = trace_and_capture(self.model, self.loop, self.schedule, noise, conditions, self._progress)
+            graph, _ = self._graph(trace, passes=passes)
         with weights_in_use():
-            proof = prove(graph, skeleton, self.model, exact=passes.is_bitwise, facts=passes.facts)
+            proof = prove(graph, trace, self.model, exact=passes.is_bitwise, facts=passes.facts)
         return replace(proof, not_covered=not_covered)
 
     def _not_covered(self, runs: Sequence[PassRun]) -> tuple[str, ...]:
         """Return the passes that put something into a graph which the proof cannot follow."""
-        opaque = {each.name for each in self.passes.passes if not each.is_followed_by_proof}
+        opaque = {each.name for each in self.options.passes.passes if not each.is_followed_by_proof}
         return tuple(run.name for run in runs if run.name in opaque and run.report.rewrites)
 
     def verify(self, noise: object, **conditions: object) -> VerifyReport:
@@ -226,7 +227,7 @@ class CompiledSampler(nn.Module):
                 noise,
                 conditions,
                 proof,
-                wants_bitwise=self.passes.is_bitwise and self.backend == EAGER,
+                wants_bitwise=self.options.is_bitwise,
             )
 
     def refresh(self) -> None:
@@ -294,13 +295,10 @@ class CompiledSampler(nn.Module):
 
     def _build(self, inputs: CallSignature, noise: object, conditions: Mapping[str, object]) -> CompiledForm:
         self._check_devices(noise, conditions)
-        # Constants made under inference_mode could not be refreshed outside it.
-        with torch.inference_mode(False):
-            graph, passes = build_loop_graph(
-                self.model, self.loop, self.schedule, noise, conditions, self.passes, self._progress
-            )
-        run = lower_to_backend(graph, self.backend, self._progress or silent, self.kernels, self.mode)
-        return CompiledForm(graph, passes, run, inputs, self._weights(), weight_versions(graph))
+        trace = self._trace(noise, conditions)
+        graph, passes = self._graph(trace)
+        run = lower_to_backend(graph, self.options, self._progress)
+        return CompiledForm(trace, graph, passes, run, inputs, self._weights(), weight_versions(graph))
 
     def _form(self, inputs: CallSignature) -> object:
         """Return what a program is specialised on."""

@@ -11,6 +11,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -251,7 +252,7 @@ class TestCacheFolder:
         self, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sampler, noise = compiled(), draw(2, 4)
-        sampler.backend = "inductor"
+        sampler.options = replace(sampler.options, backend="inductor")
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
         def fail(*args: object, **kwargs: object) -> None:
@@ -265,7 +266,7 @@ class TestCacheFolder:
                 sampler.capture(noise)
         assert_no_internals(raised.value)
         assert not sampler._programs
-        sampler.backend = "eager"
+        sampler.options = replace(sampler.options, backend="eager")
         assert_usable(sampler, noise)
 
     def test_other_errors_of_files_stay_what_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.loops import DDIM
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.fuse_cached_residuals import FuseCachedResiduals
-from tests.tiny import draw, residual, steps, tiny_dit
+from tests.tiny import draw, residual, set_passes, steps, tiny_dit
 
 TABLE = {"blocks.*.attn": [1, 0], "blocks.*.mlp": [1, 0]}
 
@@ -69,9 +69,9 @@ def test_kernels_and_packed_caches_are_named_and_what_is_before_them_is_proven(
         tiny_dit(), CacheSchedule.from_table(TABLE), DDIM(2), numerics="rounding", caches=cache_format
     )
     fused = FuseCachedResiduals(devices=frozenset({"cpu"}))
-    sampler.passes = Pipeline(
-        tuple(fused if each.name == fused.name else each for each in sampler.passes.passes), sampler.passes.assumes
-    )
+    passes = sampler.options.passes
+    fusing = tuple(fused if each.name == fused.name else each for each in passes.passes)
+    set_passes(sampler, Pipeline(fusing, passes.assumes))
     noise, y = draw(1, 4, 4, 4), torch.tensor([1])
     report = sampler.verify(noise, y=y)
     names = (fused.name,) if cache_format is None else (fused.name, "pack-caches")
