@@ -40,7 +40,6 @@ def build_loop_graph(
     skeleton = trace_and_capture(denoiser, loop, schedule, noise, conditions, progress)
     say("simplify")
     SKELETON.run(skeleton)
-    skeleton.note_dependencies()
     for evaluation in {id(call.graph): call.graph for call in skeleton.calls}.values():
         EVALUATION.run(evaluation)
     say(f"unroll {len(skeleton.calls)} evaluations")
