@@ -93,7 +93,6 @@ def graph_of(
     skeleton = trace.copy()
     progress("simplify")
     SKELETON.run(skeleton)
-    skeleton.note_dependencies()
     for evaluation in skeleton.evaluations():
         EVALUATION.run(evaluation)
     progress(f"unroll {len(skeleton.calls)} evaluations")

@@ -191,7 +191,6 @@ def unrolled(
 
     skeleton = trace_loop(loop, model, noise, conditions or {}, capture_call)
     SKELETON.run(skeleton)
-    skeleton.note_dependencies()
     for evaluation in forms.values():
         EVALUATION.run(evaluation)
     return unroll(skeleton, model, schedule)

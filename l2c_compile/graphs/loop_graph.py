@@ -15,7 +15,6 @@ change. Both are ordinary ops that run, so that a graph can be executed after an
 
 from __future__ import annotations
 
-import enum
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,40 +28,7 @@ from l2c_compile.graphs.nodes import draws_random_numbers
 from l2c_compile.schedules.schedule import CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
 
-__all__ = [
-    "Binding",
-    "Dependency",
-    "EvaluationGraph",
-    "EvaluationPrice",
-    "FoldedConstants",
-    "LoopGraph",
-    "ProgramGraph",
-    "copy_of",
-]
-
-
-class Dependency(enum.Enum):
-    """What a value of the evaluation graph is made from, besides weights."""
-
-    TIME = "time"
-    """Constants of the loop that differ between evaluations."""
-    CONDITION = "condition"
-    """The loop's conditions."""
-    LATENT = "latent"
-    """The noise, a random draw, or what an evaluation returned."""
-
-
-class Binding(enum.Enum):
-    """When a value of the evaluation graph is known (its binding time)."""
-
-    CONSTANT = "constant"
-    """From weights and timesteps alone: known at compile time."""
-    CONDITION = "condition"
-    """From the conditions (labels, prompts): known once a call."""
-    STEP = "step"
-    """From timestep and condition, not the latent: known before the loop starts, for every evaluation."""
-    LATENT = "latent"
-    """From the latent: known only when its evaluation runs."""
+__all__ = ["EvaluationGraph", "EvaluationPrice", "FoldedConstants", "LoopGraph", "ProgramGraph", "copy_of"]
 
 
 @dataclass
