@@ -119,11 +119,6 @@ class MemoryPlan:
     slot_bytes: tuple[int, ...]
     """The size in bytes of each buffer. A buffer holds values of one size only, so that none is ever moved."""
 
-    @property
-    def buffer_bytes(self) -> int:
-        """What the buffers take together: equal to the peak where all values are of one size."""
-        return sum(self.slot_bytes)
-
 
 def plan_memory(graph: LoopGraph) -> MemoryPlan:
     """Find what a loop graph keeps from one evaluation for a later one, when it is freed, and a buffer for each value.
