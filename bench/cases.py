@@ -77,7 +77,7 @@ def load(name: str) -> Run:
     """Import the module of a case and return its function.
 
     Raises:
-        BenchError: The name is unknown, the module is missing, or something it imports is.
+        BenchError: if the name is unknown, the module is missing, or something it imports is.
     """
     if name not in CASES:
         raise BenchError(f"no bench named {name!r}: {nearest(name, CASES) or 'known: ' + ', '.join(sorted(CASES))}")
@@ -110,7 +110,7 @@ def no_arguments(args: Sequence[str]) -> None:
     """Refuse arguments on behalf of a case that takes none.
 
     Raises:
-        BenchError: There are some.
+        BenchError: if there are some.
     """
     if args:
         raise BenchError(f"this bench takes no arguments, got {' '.join(args)}")

@@ -84,18 +84,18 @@ def compare(
     down therefore slows all sides alike, and none profits from always running after the same other one.
 
     Args:
-        sides: What to time, by name. What they return is thrown away.
-        rounds: Timed rounds.
-        warmup: Untimed rounds before them.
-        sync: Waits for the device; called before each start and before each stop. ``synchronizer(device)`` makes one.
-        clock_s: A clock in seconds.
-        on_round: Called after every timed round, to advance a progress bar.
+        sides: what to time, by name. What they return is thrown away.
+        rounds: timed rounds.
+        warmup: untimed rounds before them.
+        sync: waits for the device; called before each start and before each stop. ``synchronizer(device)`` makes one.
+        clock_s: a clock in seconds.
+        on_round: called after every timed round, to advance a progress bar.
 
     Returns:
         The timing of each side, in the order of ``sides``.
 
     Raises:
-        MeasureError: There is no side or no round.
+        MeasureError: if there is no side or no round.
     """
     if not sides or rounds < 1 or warmup < 0:
         got = f"{len(sides)} sides, rounds={rounds}, warmup={warmup}"
@@ -135,7 +135,7 @@ def ratio(numerator: Timing, denominator: Timing) -> Ratio:
     The spread is paired: it comes from the ratios within each round, so what slows a whole round cancels.
 
     Raises:
-        MeasureError: The two do not come from one ``compare``.
+        MeasureError: if the two do not come from one ``compare``.
     """
     if len(numerator.samples_ms) != len(denominator.samples_ms):
         counts = f"{len(numerator.samples_ms)} and {len(denominator.samples_ms)}"

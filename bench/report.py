@@ -153,7 +153,7 @@ def write_json(path: Path, rows: Sequence[Record]) -> None:
     """Write the rows as a JSON list, all or nothing. A number that is not finite is written as null.
 
     Raises:
-        ReportError: The file is a kept result; those are never edited.
+        ReportError: if the file is a kept result; those are never edited.
     """
     if path.exists() and RESULTS in path.resolve().parents:
         raise ReportError(f"{path.name} in bench/results is kept as it was measured; choose a new dated name")

@@ -97,7 +97,7 @@ def read_targets(path: Path = TARGETS_FILE) -> list[Target]:
     """Read a targets file: a ``[[target]]`` table for each number.
 
     Raises:
-        FileFormatError: The file is no TOML, or a target lacks a key, has one too many, or an unknown comparison.
+        FileFormatError: if the file is no TOML, or a target lacks a key, has one too many, or an unknown comparison.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

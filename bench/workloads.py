@@ -45,7 +45,7 @@ def published_router(name: str) -> Router:
     """Read a published router from ``../shared/routers`` (or ``$L2C_SHARED/routers``).
 
     Raises:
-        BenchError: it is not there.
+        BenchError: if it is not there.
     """
     path = routers_folder() / name
     if not path.is_file():

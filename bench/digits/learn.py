@@ -72,7 +72,7 @@ def learn(job: Job, out: Path, on_round: Callable[[RoundReport], None] | None = 
 
     Args:
         job: what to learn.
-        out: Folder for the router and, until it is finished, its checkpoint.
+        out: folder for the router and, until it is finished, its checkpoint.
         on_round: told after every round.
     """
     out.mkdir(parents=True, exist_ok=True)

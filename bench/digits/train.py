@@ -77,8 +77,8 @@ def train(out: Path, settings: Settings) -> Path:
     """Train until the budget is spent.
 
     Args:
-        out: Folder for the weights and the checkpoint; made if absent.
-        settings: How to train.
+        out: folder for the weights and the checkpoint; made if absent.
+        settings: how to train.
 
     Returns:
         Path of the averaged weights.

@@ -31,9 +31,9 @@ def train_classifier(out: Path, *, epochs: int = 60, seed: int = 0) -> float:
     """Train on 80% of the digits and write the weights.
 
     Args:
-        out: Folder for the weights; made if absent.
-        epochs: Passes over the training images.
-        seed: Of the split, the initial weights and the order.
+        out: folder for the weights; made if absent.
+        epochs: passes over the training images.
+        seed: of the split, the initial weights and the order.
 
     Returns:
         Accuracy on the held-out 20%, in [0, 1].

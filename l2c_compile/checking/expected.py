@@ -1,4 +1,4 @@
-"""What a loop means under a schedule: the expression of every site value and of the result."""
+"""What a loop should compute under a schedule: the expression of every site value and of the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ __all__ = ["ExpectedValues", "SiteValueKey", "port_suffix"]
 
 aten = torch.ops.aten
 
-# What the loop means.
 
 SiteValueKey = tuple[int, str, int]
 """Evaluation, site, port."""

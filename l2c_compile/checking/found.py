@@ -19,8 +19,6 @@ from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, module
 
 __all__ = ["FoundValues"]
 
-# What the graph computes.
-
 
 class FoundValues:
     """The expressions of a loop graph, node by node."""

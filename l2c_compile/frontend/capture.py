@@ -61,10 +61,10 @@ def capture(
         The evaluation graph. Its inputs are the tensors of the call in order; weights are ``get_attr`` nodes.
 
     Raises:
-        UnknownSiteError: a site's module is not called, or not that often, in one evaluation.
-        CaptureError: the denoiser cannot be exported, draws random numbers, or changes its weights, its buffers, its
+        UnknownSiteError: if a site's module is not called, or not that often, in one evaluation.
+        CaptureError: if the denoiser cannot be exported, draws random numbers, or changes its weights, its buffers, its
             inputs or the value of a site in place.
-        BackendError: torch cannot make its cache folder.
+        BackendError: if torch cannot make its cache folder.
     """
     flat = _FlatCall(denoiser, signature)
     with FakeTensorMode():

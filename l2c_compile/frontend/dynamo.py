@@ -63,15 +63,15 @@ def loop_graph_of(
     """Return the loop graph of a sampling function, sites marked where the schedule reads them.
 
     Args:
-        module: Dynamo's graph; it is left as it was.
+        module: dynamo's graph; it is left as it was.
         example_inputs: its inputs, real or fake. Symbolic sizes become static, which Dynamo guards on.
         schedule: which sites to mark; patterns are resolved with the modules that the graph calls.
         denoiser: the module whose calls are the evaluations, or its name; None finds the one that has the sites.
 
     Raises:
-        UnknownSiteError: no module of the graph has the sites, or an evaluation does not call one.
-        ScheduleError: the graph calls the denoiser more or less often than the schedule has evaluations.
-        CaptureError: the graph does not show what a site's value or input is, needs gradients or autocast, or writes
+        UnknownSiteError: if no module of the graph has the sites, or an evaluation does not call one.
+        ScheduleError: if the graph calls the denoiser more or less often than the schedule has evaluations.
+        CaptureError: if the graph does not show what a site's value or input is, needs gradients or autocast, or writes
             in place where that changes the result.
     """
     _check_modes(module, example_inputs)

@@ -62,7 +62,7 @@ def trace_loop(
         capture_call: returns the evaluation graph for one form of call; asked once for each call.
 
     Raises:
-        LoopTraceError: the loop branches on latent values, reads them into Python, or does what cannot be recorded.
+        LoopTraceError: if the loop branches on latent values, reads them into Python, or does what cannot be recorded.
     """
     if _is_autocast_on():
         raise LoopTraceError(

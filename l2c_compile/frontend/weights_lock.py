@@ -107,7 +107,7 @@ def weights_swapped() -> Iterator[None]:
     """Have all models alone while the context is open; waits for the samplers that run.
 
     Raises:
-        CaptureError: This thread is reading weights itself, so it would wait for itself.
+        CaptureError: if this thread is reading weights itself, so it would wait for itself.
     """
     lock = _weights
     lock.acquire_write()
@@ -122,7 +122,7 @@ def one_capture() -> Iterator[None]:
     """Keep other threads from capturing while the context is open; reentrant.
 
     Raises:
-        CaptureError: This thread is reading weights, so that the capture would wait for itself.
+        CaptureError: if this thread is reading weights, so that the capture would wait for itself.
     """
     _weights.check_not_reading()
     with _captures:

@@ -36,7 +36,7 @@ def loop_from_dict(description: Mapping[str, Any]) -> BuiltInLoop:
         description: JSON-able; ``"name"`` says which loop, the other entries are its fields.
 
     Raises:
-        LoopError: The name or a field is unknown, a field is missing or makes no sense.
+        LoopError: if the name or a field is unknown, a field is missing or makes no sense.
     """
     name = str(description.get("name"))
     if name not in _LOOPS:

@@ -35,9 +35,9 @@ class BuiltInLoop(ABC):
         """Sample.
 
         Args:
-            denoiser: Called as ``denoiser(x, t_B, **conditions)``.
-            noise: Standard normal latents, shape (B, C, ...), floating.
-            **conditions: Passed to the denoiser by name, for example ``y=labels``.
+            denoiser: called as ``denoiser(x, t_B, **conditions)``.
+            noise: standard normal latents, shape (B, C, ...), floating.
+            **conditions: passed to the denoiser by name, for example ``y=labels``.
 
         Returns:
             Clean latents in the shape and dtype of ``noise``.
@@ -90,7 +90,7 @@ class BuiltInLoop(ABC):
         """Return the loop of a description; ``loop_from_dict`` also finds the class.
 
         Raises:
-            LoopError: A field is unknown, missing or makes no sense.
+            LoopError: if a field is unknown, missing or makes no sense.
         """
         values = {name: value for name, value in description.items() if name != "name"}
         if isinstance(values.get("guidance"), Mapping):

@@ -26,7 +26,7 @@ class DDIM(BuiltInLoop):
     """DDIM over a trained beta schedule, for models that predict noise and take timesteps 0..N-1.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     name: ClassVar[str] = "ddim"

@@ -50,7 +50,7 @@ class DPMSolver(BuiltInLoop):
     Time is ``t`` in [1 / N, 1]; sampling ends at 1 / N, the cleanest training timestep.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     name: ClassVar[str] = "dpm_solver"

@@ -21,7 +21,7 @@ class FlowEuler(BuiltInLoop):
     """Euler steps from ``sigma`` 1 to 0, for models that predict a velocity.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     name: ClassVar[str] = "flow_euler"

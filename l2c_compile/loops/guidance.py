@@ -27,7 +27,7 @@ class Guidance:
     """Classifier-free guidance.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     scale: float
@@ -68,7 +68,7 @@ class Guidance:
         """Return a JSON-able description.
 
         Raises:
-            LoopError: A null condition is a tensor of more than one element.
+            LoopError: if a null condition is a tensor of more than one element.
         """
         null: dict[str, int | float] = {}
         for name, value in self.null.items():
@@ -93,16 +93,16 @@ class Guidance:
         """Return the guided prediction.
 
         Args:
-            denoiser: The model.
-            x: Latents, shape (B, C, ...).
-            timestep: The same for all samples.
-            conditions: What the model is conditioned on, by name.
+            denoiser: the model.
+            x: latents, shape (B, C, ...).
+            timestep: the same for all samples.
+            conditions: what the model is conditioned on, by name.
 
         Returns:
             The prediction, in the shape of ``x``.
 
         Raises:
-            LoopError: A null condition has no counterpart in ``conditions``, or a condition cannot be doubled.
+            LoopError: if a null condition has no counterpart in ``conditions``, or a condition cannot be doubled.
         """
         nulls = {**conditions, **self._null_conditions(conditions)}
         if self.batched:
@@ -137,10 +137,10 @@ def evaluate(denoiser: Denoiser, x: Tensor, timestep: float, conditions: Mapping
     """Call the denoiser once.
 
     Args:
-        denoiser: The model.
-        x: Latents, shape (B, C, ...).
-        timestep: The same for all samples; an int becomes an int64 tensor, a float a float32 tensor.
-        conditions: What the model is conditioned on, by name.
+        denoiser: the model.
+        x: latents, shape (B, C, ...).
+        timestep: the same for all samples; an int becomes an int64 tensor, a float a float32 tensor.
+        conditions: what the model is conditioned on, by name.
 
     Returns:
         The prediction, in the shape of ``x``: a learned variance, channels C and up, is dropped.

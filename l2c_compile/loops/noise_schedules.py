@@ -34,7 +34,7 @@ class BetaSchedule:
     """The variances that a model was trained with.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     kind: Literal["linear", "scaled_linear"] = "linear"
@@ -77,8 +77,8 @@ def respaced_timesteps(num_timesteps: int, steps: int, spacing: Spacing = "linsp
     """Pick the timesteps of a shorter sampler.
 
     Args:
-        num_timesteps: Number of training timesteps, N.
-        steps: How many to pick.
+        num_timesteps: number of training timesteps, N.
+        steps: how many to pick.
         spacing: ``"linspace"`` spreads them from 0 to N - 1 (as the DiT code; needs two steps), ``"leading"`` takes
             multiples of ``N // steps`` from 0 (as the DDIM code), ``"trailing"`` counts down from N - 1.
 
@@ -86,7 +86,7 @@ def respaced_timesteps(num_timesteps: int, steps: int, spacing: Spacing = "linsp
         Ascending timesteps, that is from clean to noisy.
 
     Raises:
-        LoopError: There are not that many timesteps, or the spacing is unknown.
+        LoopError: if there are not that many timesteps, or the spacing is unknown.
     """
     if not 1 <= steps <= num_timesteps:
         raise LoopError(f"a sampler over {num_timesteps} timesteps takes 1 to {num_timesteps} steps, got {steps}")
@@ -122,7 +122,7 @@ class DiscreteVP:
     Lu et al., "DPM-Solver" (arXiv 2206.00927), appendix D.4. Time runs from 1 / N (the cleanest) to 1 (noise).
 
     Args:
-        betas: The schedule that the model was trained with.
+        betas: the schedule that the model was trained with.
     """
 
     def __init__(self, betas: BetaSchedule) -> None:

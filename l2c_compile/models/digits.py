@@ -29,8 +29,8 @@ class DigitClassifier(nn.Module):
     """Small convolutional classifier of 8 x 8 digits.
 
     Args:
-        width: Channels of the two convolutions.
-        feature_dim: Width of the layer before the logits.
+        width: channels of the two convolutions.
+        feature_dim: width of the layer before the logits.
     """
 
     def __init__(self, *, width: int = 32, feature_dim: int = 64) -> None:
@@ -51,7 +51,7 @@ class DigitClassifier(nn.Module):
         """Return the activations before the logits, shape (B, D), for distances between sets of images.
 
         Args:
-            x_BCHW: Images, shape (B, 1, 8, 8), in [-1, 1].
+            x_BCHW: images, shape (B, 1, 8, 8), in [-1, 1].
         """
         return torch.relu(self.hidden(self.convolutions(x_BCHW)))
 
@@ -59,7 +59,7 @@ class DigitClassifier(nn.Module):
         """Return logits, shape (B, 10).
 
         Args:
-            x_BCHW: Images, shape (B, 1, 8, 8), in [-1, 1].
+            x_BCHW: images, shape (B, 1, 8, 8), in [-1, 1].
         """
         result: Tensor = self.head(self.features(x_BCHW))
         return result
@@ -71,7 +71,7 @@ def load_digits_dit() -> DiT:
     It takes (B, 1, 8, 8) latents, timesteps 0..999 of the linear beta schedule and labels 0..9; 10 is the null class.
 
     Raises:
-        FileFormatError: The installed file is damaged.
+        FileFormatError: if the installed file is damaged.
     """
     weights, config = _read("digits_dit.safetensors")
     model = DiT(**config)
@@ -83,7 +83,7 @@ def load_digit_classifier() -> DigitClassifier:
     """Return the trained digit classifier: float32, on the CPU, in evaluation mode.
 
     Raises:
-        FileFormatError: The installed file is damaged.
+        FileFormatError: if the installed file is damaged.
     """
     weights, config = _read("digit_classifier.safetensors")
     model = DigitClassifier(**config)

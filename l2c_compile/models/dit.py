@@ -103,18 +103,18 @@ class DiT(nn.Module):
     """Class-conditional diffusion transformer.
 
     Args:
-        input_size: Height and width of the latent.
-        patch_size: Side of one patch.
-        in_channels: Channels of the latent.
-        hidden_size: Width of a token; a multiple of 4 and of ``num_heads``.
-        depth: Number of blocks.
-        num_heads: Attention heads of a block.
-        mlp_ratio: Width of the MLP's middle, in multiples of ``hidden_size``.
-        num_classes: Classes without the null class, whose label is ``num_classes``.
-        learn_sigma: Return ``2 * in_channels`` channels: the noise prediction, then the variance's.
+        input_size: height and width of the latent.
+        patch_size: side of one patch.
+        in_channels: channels of the latent.
+        hidden_size: width of a token; a multiple of 4 and of ``num_heads``.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: width of the MLP's middle, in multiples of ``hidden_size``.
+        num_classes: classes without the null class, whose label is ``num_classes``.
+        learn_sigma: return ``2 * in_channels`` channels: the noise prediction, then the variance's.
 
     Raises:
-        ValueError: The sizes do not fit together.
+        ValueError: if the sizes do not fit together.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class DiT(nn.Module):
         """Return a freshly initialised published model.
 
         Args:
-            name: A key of ``DIT_PRESETS``, for example ``"DiT-XL/2"``.
-            **overrides: Constructor arguments that replace the preset's, for example ``input_size=64``.
+            name: a key of ``DIT_PRESETS``, for example ``"DiT-XL/2"``.
+            **overrides: constructor arguments that replace the preset's, for example ``input_size=64``.
 
         Raises:
-            ValueError: There is no preset of that name.
+            ValueError: if there is no preset of that name.
         """
         if name not in DIT_PRESETS:
             hint = nearest(name, DIT_PRESETS) or f"known: {', '.join(DIT_PRESETS)}"
@@ -168,9 +168,9 @@ class DiT(nn.Module):
         """Predict the noise in a batch of latents.
 
         Args:
-            x_BCHW: Noisy latents in the dtype of the weights.
-            t_B: Timesteps, 0 (clean) to 999 (noise), integer or floating.
-            y: Class labels, shape (B,), int64; ``num_classes`` is the null class.
+            x_BCHW: noisy latents in the dtype of the weights.
+            t_B: timesteps, 0 (clean) to 999 (noise), integer or floating.
+            y: class labels, shape (B,), int64; ``num_classes`` is the null class.
 
         Returns:
             Shape (B, out_channels, H, W); the first ``in_channels`` channels are the noise.

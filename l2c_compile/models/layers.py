@@ -65,7 +65,7 @@ def unpatchify(x_BTV: Tensor, patch_size: int, out_channels: int) -> Tensor:
     """Put patches back in their place.
 
     Args:
-        x_BTV: One patch a token, V = P * P * C with the channel innermost; T is a square.
+        x_BTV: one patch a token, V = P * P * C with the channel innermost; T is a square.
         patch_size: P.
         out_channels: C.
 
@@ -81,9 +81,9 @@ def timestep_embedding(t_B: Tensor, dim: int, max_period: float = 10000.0) -> Te
     """Embed timesteps as cosines, then sines, of geometrically spaced frequencies.
 
     Args:
-        t_B: Timesteps, integer or floating, one a sample.
-        dim: Width of the embedding; even.
-        max_period: Period of the slowest frequency is about ``2 * pi * max_period``.
+        t_B: timesteps, integer or floating, one a sample.
+        dim: width of the embedding; even.
+        max_period: period of the slowest frequency is about ``2 * pi * max_period``.
 
     Returns:
         Shape (B, dim), always float32: half precision cannot tell neighbouring timesteps apart.

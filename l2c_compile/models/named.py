@@ -66,7 +66,7 @@ class NamedModel:
         """Return the loop that a schedule is for: the one it names, else the authors'.
 
         Raises:
-            ScheduleError: with ``steps``, the loop has another number of evaluations.
+            ScheduleError: if with ``steps``, the loop has another number of evaluations.
         """
         if steps is None and schedule.loop is not None:
             loop = loop_from_dict(schedule.loop)
@@ -93,7 +93,7 @@ def named_model(name: str, *, with_weights: bool = False) -> NamedModel:
         with_weights: refuse what has none.
 
     Raises:
-        ScheduleError: there is no such denoiser, or it has no weights.
+        ScheduleError: if there is no such denoiser, or it has no weights.
     """
     if name.lower() == DIGITS:
         return NamedModel(DIGITS, load_digits_dit(), (1, 8, 8), 10)

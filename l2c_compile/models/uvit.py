@@ -55,20 +55,20 @@ class UViT(nn.Module):
     """Diffusion transformer with long skips.
 
     Args:
-        img_size: Height and width of the latent.
-        patch_size: Side of one patch.
-        in_chans: Channels of the latent, and of the prediction.
-        embed_dim: Width of a token; a multiple of ``num_heads``.
-        depth: Number of blocks around the middle block, half of them decoder blocks; even.
-        num_heads: Attention heads of a block.
-        mlp_ratio: Width of the MLP's middle, in multiples of ``embed_dim``.
-        qkv_bias: Give the attention's input projection a bias.
-        mlp_time_embed: Put an MLP between the timestep's frequencies and its token.
-        num_classes: Rows of the label table, the null class included; 0 or less for an unconditional model.
-        conv: End with a 3 x 3 convolution.
+        img_size: height and width of the latent.
+        patch_size: side of one patch.
+        in_chans: channels of the latent, and of the prediction.
+        embed_dim: width of a token; a multiple of ``num_heads``.
+        depth: number of blocks around the middle block, half of them decoder blocks; even.
+        num_heads: attention heads of a block.
+        mlp_ratio: width of the MLP's middle, in multiples of ``embed_dim``.
+        qkv_bias: give the attention's input projection a bias.
+        mlp_time_embed: put an MLP between the timestep's frequencies and its token.
+        num_classes: rows of the label table, the null class included; 0 or less for an unconditional model.
+        conv: end with a 3 x 3 convolution.
 
     Raises:
-        ValueError: The sizes do not fit together.
+        ValueError: if the sizes do not fit together.
     """
 
     def __init__(
@@ -123,11 +123,11 @@ class UViT(nn.Module):
         """Return a freshly initialised published model.
 
         Args:
-            name: A key of ``UVIT_PRESETS``, for example ``"U-ViT-H/2"``.
-            **overrides: Constructor arguments that replace the preset's, for example ``img_size=64``.
+            name: a key of ``UVIT_PRESETS``, for example ``"U-ViT-H/2"``.
+            **overrides: constructor arguments that replace the preset's, for example ``img_size=64``.
 
         Raises:
-            ValueError: There is no preset of that name.
+            ValueError: if there is no preset of that name.
         """
         if name not in UVIT_PRESETS:
             hint = nearest(name, UVIT_PRESETS) or f"known: {', '.join(UVIT_PRESETS)}"
@@ -139,15 +139,15 @@ class UViT(nn.Module):
         """Predict the noise in a batch of latents.
 
         Args:
-            x_BCHW: Noisy latents in the dtype of the weights.
-            timesteps: Shape (B,), 0 (clean) to 1000 (noise), integer or floating.
-            y: Class labels, shape (B,), int64; for a model with classes only, and then required.
+            x_BCHW: noisy latents in the dtype of the weights.
+            timesteps: shape (B,), 0 (clean) to 1000 (noise), integer or floating.
+            y: class labels, shape (B,), int64; for a model with classes only, and then required.
 
         Returns:
             The noise, in the shape of ``x_BCHW``.
 
         Raises:
-            ValueError: Labels are missing, or the model takes none.
+            ValueError: if labels are missing, or the model takes none.
         """
         if (y is None) != (self.label_emb is None):
             wanted = "no labels y" if self.label_emb is None else "labels y"

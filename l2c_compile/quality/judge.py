@@ -48,7 +48,7 @@ class Judge:
     Everything is sampled through the compiled path, on equal noise, in equal batches.
 
     Raises:
-        QualityError: there are not more samples than features.
+        QualityError: if there are not more samples than features.
 
     Args:
         known: the digits model; its judge is a classifier that was trained by itself.

@@ -102,7 +102,7 @@ def measure_quality(
         seed: of the bootstrap.
 
     Raises:
-        QualityError: shapes differ, numbers are not finite, or there are not more samples than features.
+        QualityError: if shapes differ, numbers are not finite, or there are not more samples than features.
     """
     _check_samples(samples, reference)
     large_enough = samples.dim() == 4 and min(samples.shape[2:]) >= _MIN_SSIM_PIXELS
@@ -142,7 +142,7 @@ def sample_all(
         on_batch: called after each batch, for progress.
 
     Raises:
-        QualityError: the batch is not from 1 to N, or the sampler does not return one tensor with a row a sample.
+        QualityError: if the batch is not from 1 to N, or the sampler does not return one tensor with a row a sample.
     """
     count = len(noise)
     if not 1 <= batch <= count:
@@ -185,7 +185,7 @@ def ssim(samples: Tensor, reference: Tensor, data_range: float) -> Tensor:
     """Return the structural similarity of each image, (N,) (Wang et al. 2004, the usual Gaussian window of 11).
 
     Raises:
-        QualityError: they are no images, or smaller than the reflection at their borders.
+        QualityError: if they are no images, or smaller than the reflection at their borders.
     """
     if samples.dim() != 4 or min(samples.shape[2:]) < _MIN_SSIM_PIXELS:
         raise QualityError(
@@ -214,7 +214,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
         reference: (M, D).
 
     Raises:
-        QualityError: one of them has no more rows than columns, so that its covariance is not determined.
+        QualityError: if one of them has no more rows than columns, so that its covariance is not determined.
 
     Warns:
         UserWarning: there are fewer than 10 samples a feature: the distance is then mostly bias.
@@ -238,7 +238,7 @@ def in_precision_and_recall(
         reference lie in a ball of the samples (recall).
 
     Raises:
-        QualityError: a set has no more rows than neighbours.
+        QualityError: if a set has no more rows than neighbours.
     """
     if min(len(features), len(reference)) <= neighbours:
         raise QualityError(

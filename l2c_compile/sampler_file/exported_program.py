@@ -103,7 +103,7 @@ def compile_ahead_of_time(program: ProgramGraph, path: str | os.PathLike[str]) -
     of 2 blocks, hours for 50 of 28. Where the loop draws noise, it draws other numbers than torch does eagerly.
 
     Raises:
-        BackendError: the graph calls regions (``invoke_subgraph``), which AOTInductor's C++ wrapper cannot call.
+        BackendError: if the graph calls regions (``invoke_subgraph``), which AOTInductor's C++ wrapper cannot call.
     """
     if program.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
         raise BackendError(

@@ -127,7 +127,7 @@ def encode_graph(program: ProgramGraph, stored: Callable[[Node], StoredTensor]) 
         stored: says where the tensor of a ``get_attr`` node lies.
 
     Raises:
-        SaveError: a node calls what a file cannot hold.
+        SaveError: if a node calls what a file cannot hold.
     """
     numbers: dict[Node, str] = {}
     for node in program.graph.nodes:
@@ -164,7 +164,8 @@ def decode_graph(
         load: reads a tensor, onto the device where it will be.
 
     Raises:
-        FileFormatError: A line is malformed, calls something else than a function of tensors, or does not fit the rest.
+        FileFormatError: if a line is malformed, calls something else than a function of tensors, or does not fit the
+            rest.
     """
     reader = _Reader(num_evaluations, place, load)
     stream = io.BytesIO(content)
@@ -316,7 +317,7 @@ def encode_literal(value: object, what: str, numbers: Mapping[Node, str] | None 
         numbers: what stands for each node.
 
     Raises:
-        SaveError: it has none.
+        SaveError: if it has none.
     """
     if numbers is not None and isinstance(value, Node):
         return numbers[value]
@@ -354,7 +355,7 @@ def decode_literal(
         depth: how deeply lists may be nested.
 
     Raises:
-        FileFormatError: It is no such value.
+        FileFormatError: if it is no such value.
     """
     if isinstance(value, str):
         match = _REFERENCE.fullmatch(value)
@@ -390,7 +391,7 @@ def decode_form(document: Mapping[str, object], where: str) -> TensorForm:
     """Return what ``encode_form`` encoded.
 
     Raises:
-        FileFormatError: It describes no tensor.
+        FileFormatError: if it describes no tensor.
     """
     name, shape, stride = document.get("dtype"), document.get("shape"), document.get("stride")
     dtype = _NAMED["dtype"].get(name) if isinstance(name, str) else None

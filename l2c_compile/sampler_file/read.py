@@ -71,9 +71,9 @@ def read_sampler(
         map_location: where to put what was saved on another device.
 
     Raises:
-        FileFormatError: the file is damaged, hostile, of a newer version or something else.
-        BackendError: a device of the file is not here and not mapped.
-        OSError: the file cannot be read.
+        FileFormatError: if the file is damaged, hostile, of a newer version or something else.
+        BackendError: if a device of the file is not here and not mapped.
+        OSError: if the file cannot be read.
     """
     devices = _DeviceMap(map_location)
     with Archive(path) as archive:

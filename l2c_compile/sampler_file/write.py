@@ -63,9 +63,9 @@ def save_sampler(
         aot_inductor: also write ``<stem>.aoti.pt2``, a package of native code; see ``compile_ahead_of_time``.
 
     Raises:
-        SaveError: the graph, its inputs or its result hold what a file cannot.
-        BackendError: AOTInductor cannot take the graph.
-        OSError: the folder cannot be written to.
+        SaveError: if the graph, its inputs or its result hold what a file cannot.
+        BackendError: if AOTInductor cannot take the graph.
+        OSError: if the folder cannot be written to.
     """
     target = Path(path)
     if target.suffix != ".pt2":

@@ -91,7 +91,7 @@ class CompiledSampler(nn.Module):
             **conditions: the loop's keyword arguments. Tensors are inputs of the graph; anything else is static.
 
         Raises:
-            StaleConstantsError: weights changed since constants were folded from them.
+            StaleConstantsError: if weights changed since constants were folded from them.
             CaptureError, LoopTraceError, ScheduleError: see ``capture``.
         """
         if torch.compiler.is_dynamo_compiling():
@@ -178,7 +178,7 @@ class CompiledSampler(nn.Module):
             The proof; printable. ``proof.holds`` says whether the graph is right.
 
         Raises:
-            StaleConstantsError: weights changed since constants were folded from them.
+            StaleConstantsError: if weights changed since constants were folded from them.
         """
         self._check_devices(noise, conditions)
         with weights_in_use():
@@ -213,7 +213,7 @@ class CompiledSampler(nn.Module):
             The report; printable. ``report.holds`` says whether all is as it should be.
 
         Raises:
-            StaleConstantsError: weights changed since constants were folded from them.
+            StaleConstantsError: if weights changed since constants were folded from them.
         """
         program = self.capture(noise, **conditions)
         proof = self.prove(noise, **conditions)
@@ -269,10 +269,10 @@ class CompiledSampler(nn.Module):
             **conditions: see ``noise``.
 
         Raises:
-            SaveError: the program holds what a file cannot, for example an operator of another library.
-            StaleConstantsError: weights changed since constants were folded from them.
-            L2CError: nothing is compiled yet and no input is given.
-            OSError: the folder cannot be written to.
+            SaveError: if the program holds what a file cannot, for example an operator of another library.
+            StaleConstantsError: if weights changed since constants were folded from them.
+            L2CError: if nothing is compiled yet and no input is given.
+            OSError: if the folder cannot be written to.
         """
         if noise is None and conditions:
             raise L2CError("save wants the noise with the conditions: save(path, noise, **conditions)")

@@ -48,9 +48,9 @@ def load(
         progress: told what is compiled.
 
     Raises:
-        FileFormatError: the file is damaged, hostile, of a newer version or something else.
-        BackendError: there is no such backend, or a device of the file is not here and not mapped.
-        OSError: the file cannot be read.
+        FileFormatError: if the file is damaged, hostile, of a newer version or something else.
+        BackendError: if there is no such backend, or a device of the file is not here and not mapped.
+        OSError: if the file cannot be read.
     """
     options = Options(backend, mode=mode)
     manifest, inputs, graph = read_sampler(path, map_location)
@@ -106,7 +106,7 @@ class LoadedSampler(nn.Module):
             **conditions: tensors likewise; Python values must be equal to the saved, they are part of the graph.
 
         Raises:
-            InputFormError: the inputs are of another form.
+            InputFormError: if the inputs are of another form.
         """
         tensors = self._tensors(noise, conditions)
         with torch.no_grad():

@@ -20,7 +20,7 @@ def entry_states(num_evaluations: int, sites: Sequence[Site], reused: Iterable[t
     """Return for each site its state at every evaluation: computed, reused or hidden.
 
     Raises:
-        ScheduleError: If two sites that overlap without nesting are reused in the same evaluation.
+        ScheduleError: if two sites that overlap without nesting are reused in the same evaluation.
     """
     rows = {site: bytearray(num_evaluations) for site in sites}
     for e, site in reused:
@@ -54,7 +54,7 @@ def covering_sites(sites: Sequence[Site]) -> dict[Site, tuple[Site, ...]]:
     """Return for each site those that cover it: where one of them is reused, the site is hidden.
 
     Raises:
-        ScheduleError: If two sites share work and neither covers the other.
+        ScheduleError: if two sites share work and neither covers the other.
     """
     covering: dict[Site, list[Site]] = {site: [] for site in sites}
     for whole, part, nested in _overlapping_pairs(sites, 1):

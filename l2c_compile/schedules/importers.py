@@ -58,16 +58,16 @@ def load_schedule_file(
     Known are our JSON and safetensors, Learning-to-Cache (DiT and U-ViT), HarmoniCa, SmoothCache and InvarDiff.
 
     Args:
-        path: The file.
-        threshold: In place of the one that the router, or its project, uses. Only for routers.
-        family: For pickles: which project wrote it. By default ``dit`` if the file has ``routers``, else ``uvit``.
-        num_evaluations: If given, the file must describe this many evaluations.
-        loop: The description of the loop to store with what was read; by default the one in the file, if any.
+        path: the file.
+        threshold: in place of the one that the router, or its project, uses. Only for routers.
+        family: for pickles: which project wrote it. By default ``dit`` if the file has ``routers``, else ``uvit``.
+        num_evaluations: if given, the file must describe this many evaluations.
+        loop: the description of the loop to store with what was read; by default the one in the file, if any.
 
     Raises:
-        FileFormatError: If the file has none of these forms.
-        ScheduleError: If it does not have ``num_evaluations``, or an option has no meaning for this file.
-        OSError: If it cannot be read.
+        FileFormatError: if the file has none of these forms.
+        ScheduleError: if it does not have ``num_evaluations``, or an option has no meaning for this file.
+        OSError: if it cannot be read.
     """
     with open_regular(path) as file:
         start, size_bytes = file.read(9), os.fstat(file.fileno()).st_size
@@ -103,12 +103,12 @@ def import_l2c_dit(source: _Source, threshold: float = 0.1, *, loop: Mapping[str
     Rows count from the CLEAN end, idx = E - 1 - e. Evaluations of even idx may reuse; those of odd idx are full.
 
     Args:
-        source: The file, its content, or only its ``routers``.
-        threshold: A sublayer is computed where the sigmoid of its logit is above this.
-        loop: The description of the loop to store.
+        source: the file, its content, or only its ``routers``.
+        threshold: a sublayer is computed where the sigmoid of its logit is above this.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     rows, info = _logit_rows(source)
     if len(rows) % 2:
@@ -123,12 +123,12 @@ def import_harmonica(source: _Source, threshold: float = 0.1, *, loop: Mapping[s
     Every evaluation but the first may reuse, from the latest that computed the sublayer, however old.
 
     Args:
-        source: The file, its content, or only its ``routers``.
-        threshold: A sublayer is computed where the sigmoid of its logit is above this.
-        loop: The description of the loop to store.
+        source: the file, its content, or only its ``routers``.
+        threshold: a sublayer is computed where the sigmoid of its logit is above this.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     rows, info = _logit_rows(source)
     return _router_from_clean_end(rows, tuple(range(1, len(rows))), threshold, loop, {"method": "HarmoniCa", **info})
@@ -148,13 +148,13 @@ def import_l2c_uvit(
     evaluation n is evaluation branches * n + branch, and the branches share the decision.
 
     Args:
-        source: The file or its content.
-        threshold: A sublayer is computed where the sigmoid of its logit is above this.
-        branches: Denoiser calls per network evaluation; 1 for no guidance or for guidance in one doubled batch.
-        loop: The description of the loop to store.
+        source: the file or its content.
+        threshold: a sublayer is computed where the sigmoid of its logit is above this.
+        branches: denoiser calls per network evaluation; 1 for no guidance or for guidance in one doubled batch.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     rows, info = _logit_rows(source)
     num_network_evaluations, num_entries = rows.shape
@@ -191,12 +191,12 @@ def import_smoothcache(
     are in execution order, 1 is compute, 0 is reuse the latest computed.
 
     Args:
-        source: The file or its content.
-        site: The site of a layer, with ``{block}`` and ``{kind}`` where the file's number and kind go.
-        loop: The description of the loop to store.
+        source: the file or its content.
+        site: the site of a layer, with ``{block}`` and ``{kind}`` where the file's number and kind go.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     table: dict[Site, list[int]] = {}
     for key, row in _json_object(source).items():
@@ -217,11 +217,11 @@ def import_invardiff(source: _Source, *, loop: Mapping[str, object] | None = Non
     block; where it reuses, the entries of the sublayers have no effect, and their caches are not refreshed.
 
     Args:
-        source: The file or its content.
-        loop: The description of the loop to store.
+        source: the file or its content.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     document = _json_object(source)
     steps = document.get("step_cache_book")

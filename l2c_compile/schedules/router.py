@@ -45,7 +45,7 @@ class Router:
     """Learned scores and the threshold that decides. Immutable: never write to ``scores``.
 
     Raises:
-        ScheduleError: If shapes, scores, sites, evaluations or the threshold do not fit together.
+        ScheduleError: if shapes, scores, sites, evaluations or the threshold do not fit together.
     """
 
     scores: Tensor
@@ -81,10 +81,10 @@ class Router:
         """Return the schedule that computes a site where its score is above the threshold or reuse is not allowed.
 
         Args:
-            threshold: In place of the router's own.
+            threshold: in place of the router's own.
 
         Raises:
-            ScheduleError: If a site would be reused before it was ever computed.
+            ScheduleError: if a site would be reused before it was ever computed.
         """
         limit = self.threshold if threshold is None else _checked_threshold(threshold)
         # Compared in float32, as the authors do.
@@ -125,8 +125,8 @@ class Router:
         """Read a file written by ``save``.
 
         Raises:
-            FileFormatError: If it is not such a file, is of a newer version, or its parts do not fit together.
-            OSError: If it cannot be read.
+            FileFormatError: if it is not such a file, is of a newer version, or its parts do not fit together.
+            OSError: if it cannot be read.
         """
         with open_regular(path) as opened:
             size_bytes = os.fstat(opened.fileno()).st_size
@@ -197,7 +197,7 @@ def schedule_of(router: object, threshold: float | None = None) -> CacheSchedule
     """Return the schedule that a ``Router`` or ``CacheSchedule`` stands for.
 
     Raises:
-        ScheduleError: it is neither, or a schedule with a threshold.
+        ScheduleError: if it is neither, or a schedule with a threshold.
     """
     if isinstance(router, Router):
         return router.schedule(threshold)

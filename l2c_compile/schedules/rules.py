@@ -79,7 +79,7 @@ def rule_from_dict(document: Mapping[str, object]) -> Rule:
     """Return the rule whose ``to_dict`` is ``document``.
 
     Raises:
-        FileFormatError: If no rule has that name, or the rule does not take those fields.
+        FileFormatError: if no rule has that name, or the rule does not take those fields.
     """
     name = document.get("name")
     if not isinstance(name, str) or name not in _RULES:

@@ -66,7 +66,7 @@ class CacheSchedule:
     Two schedules are equal if they have the same ``digest``: everything but ``info`` counts.
 
     Raises:
-        ScheduleError: If an entry could not take effect. The message names the site, the evaluation and the way out.
+        ScheduleError: if an entry could not take effect. The message names the site, the evaluation and the way out.
     """
 
     num_evaluations: int
@@ -116,7 +116,7 @@ class CacheSchedule:
         rule with several sources gets the latest several.
 
         Raises:
-            ScheduleError: If rows differ in length, an entry is neither 0 nor 1, or a reuse has nothing to read.
+            ScheduleError: if rows differ in length, an entry is neither 0 nor 1, or a reuse has nothing to read.
         """
         rows: dict[Site, list[bool]] = {}
         for key, row in table.items():
@@ -188,11 +188,11 @@ class CacheSchedule:
         only now it shows which sites cover a pattern.
 
         Args:
-            module_paths: All modules of the denoiser, as in ``nn.Module.named_modules``.
+            module_paths: all modules of the denoiser, as in ``nn.Module.named_modules``.
 
         Raises:
-            UnknownSiteError: If a site names no module or a pattern stands for none.
-            ScheduleError: If two patterns name a path and neither is more specific.
+            UnknownSiteError: if a site names no module or a pattern stands for none.
+            ScheduleError: if two patterns name a path and neither is more specific.
         """
         paths = list(dict.fromkeys(module_paths))
         known = set(paths)
@@ -292,7 +292,7 @@ class CacheSchedule:
         """Read the JSON form.
 
         Raises:
-            FileFormatError: If it is not one, is of a newer version, or describes a schedule that cannot be honoured.
+            FileFormatError: if it is not one, is of a newer version, or describes a schedule that cannot be honoured.
         """
         document = parse_json(text)
         if document.get("format") != FORMAT:
@@ -320,8 +320,8 @@ class CacheSchedule:
         """Read a file written by ``save``.
 
         Raises:
-            FileFormatError: As ``from_json``.
-            OSError: If the file cannot be read.
+            FileFormatError: if as ``from_json``.
+            OSError: if the file cannot be read.
         """
         return cls.from_json(read_bytes(path, max_bytes=MAX_JSON_BYTES))
 

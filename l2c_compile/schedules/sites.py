@@ -65,7 +65,7 @@ class Site:
     before ``blocks.10``.
 
     Raises:
-        ScheduleError: If the fields do not name a cut; the message says which field and why.
+        ScheduleError: if the fields do not name a cut; the message says which field and why.
     """
 
     path: str
@@ -103,7 +103,7 @@ class Site:
         """Read the text form, for example ``delta(blocks.0..blocks.27@1)``.
 
         Raises:
-            ScheduleError: If ``text`` is not a site.
+            ScheduleError: if ``text`` is not a site.
         """
         match = _TEXT.fullmatch(text) if len(text) <= _MAX_TEXT_CHARS else None
         if match is None:

@@ -200,8 +200,8 @@ class Checker:
         """Compile ``program`` and compare it with the reference.
 
         Raises:
-            Mismatch: it is not equal, changes its inputs or weights, keeps state, or is not as its metadata says.
-            Exception: whatever the compiler raises that is no refusal in words of its own.
+            Mismatch: if it is not equal, changes its inputs or weights, keeps state, or is not as its metadata says.
+            Exception: if whatever the compiler raises that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
@@ -228,8 +228,8 @@ class Checker:
         """Compile the loop of ``program`` with ``torch.compile(..., backend="l2c")``; it must equal the reference.
 
         Raises:
-            Mismatch: it does not, bit for bit, or it changes its inputs or weights.
-            Exception: whatever the backend raises that is no refusal in words of its own.
+            Mismatch: if it does not, bit for bit, or it changes its inputs or weights.
+            Exception: if whatever the backend raises that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
