@@ -21,16 +21,16 @@ from l2c_compile.models.dit import DiT
 __all__ = ["GUIDANCE_SCALE", "DigitClassifier", "load_digit_classifier", "load_digits_dit"]
 
 GUIDANCE_SCALE = 2.0
-"""Of the digits model. From 1.5 to 5 it gives digits as asked; without guidance some are not, above 2 pixels overshoot
-their range."""
+"""The guidance scale of the digits model. From 1.5 to 5 it draws the digits that are asked for; without guidance some
+are other digits, and above 2 pixels overshoot their range."""
 
 
 class DigitClassifier(nn.Module):
-    """Small convolutional classifier of 8 x 8 digits.
+    """A small convolutional classifier of 8 x 8 digits.
 
     Args:
-        width: channels of the two convolutions.
-        feature_dim: width of the layer before the logits.
+        width: the number of channels of the two convolutions.
+        feature_dim: the width of the layer before the logits.
     """
 
     def __init__(self, *, width: int = 32, feature_dim: int = 64) -> None:

@@ -44,7 +44,7 @@ CONDITION = 'write when it is raised: "{name}: if ..." or "{name}: where ..."'
 ENTRY = 'write "name: description", and indent what continues it'
 
 PROPERTIES = {"property", "cached_property"}
-SECTION = re.compile(r"( *)(Args|Attributes|Raises|Returns|Yields):$")
+SECTION = re.compile(r"( *)(Args|Attributes|Raises|Returns|Warns|Yields):$")
 LISTED = re.compile(r"(\*{0,2}[\w.]+)(?: \([^)]*\))?: *(.*)")
 # "MLP" and "DiT-XL/2" keep their capitals.
 CAPITALIZED_WORD = re.compile(r"(?:A|[A-Z][a-z]+)(?![A-Za-z0-9_])")
@@ -140,7 +140,7 @@ def entry_findings(node: Documented, section: str, entry: str) -> Iterator[str]:
         yield ENTRY
         return
     name, text = listed[1], listed[2]
-    if section == "Raises":
+    if section in ("Raises", "Warns"):
         if not re.match(r"(if|where)\b", text):
             yield CONDITION.format(name=name)
         return
