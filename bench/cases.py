@@ -1,8 +1,8 @@
-"""What can be run, as data: a name and the function behind it.
+"""The cases that can be run, as data: the name of each and its module.
 
 To add a case, write ``bench/my_case.py`` and one line in ``CASES``. The first line of the module docstring is what
 ``python -m bench --help`` shows. The module is imported only when its case runs, so it may import anything, and a
-broken one stops nobody else::
+broken one does not stop the others::
 
     '''Time the compiled loop against the eager one.'''
 
@@ -17,10 +17,10 @@ broken one stops nobody else::
             Row.ratio("speedup", speedup, {"steps": 20}),
         ]
 
-- ``args`` is whatever follows the name on the command line and is no option of the harness, options of the case
+- ``args`` is all that follows the name on the command line and is no option of the harness, options of the case
   included: ``python -m bench golden a.pt b.pt --threads 2`` gives ``["a.pt", "b.pt", "--threads", "2"]``. A case that
-  takes none refuses any with ``no_arguments(args)``.
-- ``progress`` is running; add a task and advance it. Print nothing: the table comes from the rows.
+  takes no arguments refuses them with ``no_arguments(args)``.
+- ``progress`` is running; add a task and advance it. Print nothing, because the table is made of the rows.
 - A ``Row`` says what was measured and under which conditions. The harness adds the name of the case, the machine, the
   versions, the commit and the date. A target in ``targets.toml`` finds a row by case, metric and conditions.
 - Include the side that loses: an uncached ``torch.compile``, fewer steps, a size at which we do not help.
@@ -66,7 +66,7 @@ CASES: dict[str, str] = {
 
 
 ALWAYS_CHECKED = frozenset({"fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
-"""Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
+"""The cases that measure correctness, not speed; they exit with 1 when they fall short, also without ``--check``."""
 
 
 class BenchError(L2CError, ValueError):
@@ -107,10 +107,10 @@ def summary(name: str) -> str:
 
 
 def no_arguments(args: Sequence[str]) -> None:
-    """Refuse arguments on behalf of a case that takes none.
+    """Refuse arguments for a case that takes none.
 
     Raises:
-        BenchError: if there are some.
+        BenchError: if there are any.
     """
     if args:
         raise BenchError(f"this bench takes no arguments, got {' '.join(args)}")

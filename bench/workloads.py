@@ -21,7 +21,7 @@ __all__ = ["Workload", "dit_workload", "published_router", "routers_folder", "sc
 
 @dataclass(frozen=True)
 class Workload:
-    """A denoiser with random weights, the loop that samples it and what it is given."""
+    """A denoiser with random weights, the loop that samples it, its schedule and its inputs."""
 
     name: str
     model: nn.Module
@@ -32,12 +32,12 @@ class Workload:
 
     @property
     def uncached(self) -> CacheSchedule:
-        """The same without reuse."""
+        """The schedule of the same loop that reuses nothing."""
         return CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
 
 
 def routers_folder() -> Path:
-    """Return where the published routers are: in ``../shared`` beside the checkout, or in ``$L2C_SHARED``."""
+    """Return the folder of the published routers, in ``../shared`` beside the checkout, or in ``$L2C_SHARED``."""
     return Path(os.environ.get("L2C_SHARED", ROOT.parent / "shared")) / "routers"
 
 
@@ -45,7 +45,7 @@ def published_router(name: str) -> Router:
     """Read a published router from ``../shared/routers`` (or ``$L2C_SHARED/routers``).
 
     Raises:
-        BenchError: if it is not there.
+        BenchError: if the file is not there.
     """
     path = routers_folder() / name
     if not path.is_file():
@@ -54,7 +54,7 @@ def published_router(name: str) -> Router:
 
 
 def scaled_to_depth(router: Router, depth: int) -> Router:
-    """Return the router for a DiT of another depth: block i takes scores of block floor((i + .5) * old / depth)."""
+    """Return the router for a DiT of another depth: block i takes the scores of block floor((i + .5) * old / depth)."""
     old = len(router.sites) // 2
     blocks = [int((i + 0.5) * old / depth) for i in range(depth)]
     columns = [2 * block + sublayer for block in blocks for sublayer in (0, 1)]
@@ -123,7 +123,7 @@ def _workload(
 
 
 def _random_weights(model: nn.Module) -> nn.Module:
-    """Give every weight a value: the zeros that a DiT starts from would make all its layers idle."""
+    """Give every weight a random value: the zeros that a DiT starts from would leave its layers without effect."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():

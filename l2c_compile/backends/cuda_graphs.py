@@ -33,7 +33,8 @@ __all__ = ["CudaRecorder", "RecordedLoop", "Recorder", "check_capturable"]
 Run = Callable[..., Sequence[object]]
 
 _NUM_WARM_UPS = 2
-"""Runs before the recording: the first compiles and loads kernels, in the second allocators and libraries settle."""
+"""The number of runs before the recording: the first compiles and loads kernels, the second lets allocators and
+libraries settle."""
 
 
 class Recorder(Protocol):
@@ -56,7 +57,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records on one CUDA device."""
+    """Records what functions launch on one CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

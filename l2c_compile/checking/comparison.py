@@ -30,9 +30,9 @@ class Difference:
     site: str
     port: int
     max_error: float
-    """max |compiled - reference|"""
+    """The largest |compiled - reference|."""
     relative_error: float
-    """max |compiled - reference| / max |reference|"""
+    """The largest |compiled - reference| over the largest |reference|."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the difference in JSON types; an error that is not finite is None."""
@@ -48,9 +48,9 @@ class VerifyReport:
     """Whether a static graph is right, and how far its results are from the reference's; ``print`` shows it."""
 
     max_error: float
-    """max |compiled - reference|"""
+    """The largest |compiled - reference|."""
     relative_error: float
-    """max |compiled - reference| / max |reference|"""
+    """The largest |compiled - reference| over the largest |reference|."""
     num_compared_sites: int
     """Number of computed site values that were compared one by one; 0 if the results agree bit for bit."""
     differences: tuple[Difference, ...]

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 SiteValueKey = tuple[int, str, int]
-"""Evaluation, site, port."""
+"""The evaluation, site and port of a value."""
 
 
 class ExpectedValues:
@@ -37,7 +37,7 @@ class ExpectedValues:
         self.schedule = schedule
         self.sites: dict[str, Site] = {str(site): site for site in schedule.sites}
         self.held: dict[SiteValueKey, Value] = {}
-        """What a site holds after an evaluation: computed or read."""
+        """The value that a site holds after an evaluation, computed or read."""
         self.computed: dict[SiteValueKey, Value] = {}
         self.reads: dict[SiteValueKey, Value] = {}
         self.names: dict[Value, str] = {}

@@ -28,9 +28,9 @@ class FoundValues:
         self.leaves = leaves
         self.root = graph.root
         self.values: dict[Node, Any] = {}
-        """A value; a tuple of them for the call of a region."""
+        """The value of each node; a tuple of values for the call of a region."""
         self.made: list[tuple[Node, Value]] = []
-        """Every operation in order, those inside regions included and those that only pass on an argument left out."""
+        """Every operation in order, those inside regions included, without those that only return an argument."""
         self.draws: list[Value] = []
         self.folded: dict[str, Value] = {}
         for each in graph.folded:

@@ -10,7 +10,7 @@ from torch import nn
 __all__ = ["Loop", "StandIn"]
 
 Loop = Callable[..., object]
-"""``loop(denoiser, noise, **conditions) -> latent``: plain PyTorch that runs a sampler."""
+"""A sampler in plain PyTorch, called as ``loop(denoiser, noise, **conditions) -> latent``."""
 
 
 class StandIn:

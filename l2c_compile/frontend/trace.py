@@ -177,7 +177,7 @@ class LoopTracer(fx.proxy.TracerBase):
         self.num_noise = self.num_inputs
         conditions = tree_map(self._make_input, dict(conditions))
         random_state = torch.get_rng_state()
-        with torch.no_grad(), _RecordRandomDraws(self):
+        with torch.no_grad(), _RandomDrawRecorder(self):
             result = loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
         if not self.calls:
             raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
@@ -334,7 +334,7 @@ class LoopTracer(fx.proxy.TracerBase):
                 raise self.untraceable(f"asks for a result that depends on values of the latent ({error})") from error
 
 
-class _RecordRandomDraws(TorchFunctionMode):
+class _RandomDrawRecorder(TorchFunctionMode):
     """Records ``torch.randn(shape)`` and other random draws as nodes, although none of their arguments is a proxy."""
 
     def __init__(self, tracer: LoopTracer) -> None:

@@ -34,10 +34,10 @@ def unroll(skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule)
         denoiser: the module that the weights belong to; it becomes a child of the graph's root.
         schedule: the schedule, its patterns resolved, of as many evaluations as the skeleton; kept for the passes.
     """
-    return _Unroller(skeleton, denoiser, schedule).run()
+    return _LoopGraphBuilder(skeleton, denoiser, schedule).run()
 
 
-class _Unroller:
+class _LoopGraphBuilder:
     """Builds the loop graph node by node, in execution order."""
 
     def __init__(self, skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule) -> None:

@@ -41,7 +41,7 @@ class DDIM(BuiltInLoop):
     betas: BetaSchedule = LINEAR_BETAS
     """The schedule that the model was trained with."""
     guidance: Guidance | None = None
-    """Classifier-free guidance, if any."""
+    """The classifier-free guidance; None for none."""
     # These are made once, so that torch.compile of a function that samples finds numbers here, not their arithmetic.
     _coefficients: tuple[tuple[float, float, float], ...] = field(init=False, repr=False, compare=False)
 

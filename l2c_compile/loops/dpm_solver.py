@@ -29,7 +29,7 @@ __all__ = ["DPMSolver"]
 
 
 class _Step(NamedTuple):
-    """The noise levels of one solver step: those of its evaluations, the first of which is its start, and its end."""
+    """The noise levels of a solver step: those of its evaluations, the first of which is its start, and of its end."""
 
     stages: tuple[NoiseLevel, ...]
     end: NoiseLevel
@@ -61,7 +61,7 @@ class DPMSolver(BuiltInLoop):
     order: int = 2
     """The order of the solver: 1, 2 or 3 for singlestep, 1 or 2 for multistep. Order 1 is DDIM in continuous time."""
     method: Literal["singlestep", "multistep"] = "singlestep"
-    """Where a step of order 2 gets its second prediction: from inside the step, or from the step before."""
+    """Where a step gets its further predictions: from evaluations inside the step, or from the step before."""
     algorithm: Literal["dpmsolver++", "dpmsolver"] = "dpmsolver++"
     """What is integrated: the predicted data (``"dpmsolver++"``) or the predicted noise (``"dpmsolver"``)."""
     spacing: Literal["time", "log_snr"] = "time"
@@ -73,7 +73,7 @@ class DPMSolver(BuiltInLoop):
     lower_order_final: bool = True
     """Whether a multistep solver makes its last step with order 1, which is steadier for few evaluations."""
     guidance: Guidance | None = None
-    """Classifier-free guidance, if any."""
+    """The classifier-free guidance; None for none."""
     # These are made once, so that torch.compile of a function that samples finds numbers here, not their arithmetic.
     _steps: tuple[_Step, ...] = field(init=False, repr=False, compare=False)
 

@@ -34,7 +34,7 @@ class FlowEuler(BuiltInLoop):
     time_scale: float = 1000.0
     """The factor of the timesteps: the model is given ``sigma * time_scale``."""
     guidance: Guidance | None = None
-    """Classifier-free guidance, if any."""
+    """The classifier-free guidance; None for none."""
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)

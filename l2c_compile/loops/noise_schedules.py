@@ -40,9 +40,9 @@ class BetaSchedule:
     kind: Literal["linear", "scaled_linear"] = "linear"
     """The quantity that grows linearly: beta, or its square root (``scaled_linear``, as in Stable Diffusion)."""
     start: float = 1e-4
-    """Beta of the cleanest timestep."""
+    """The beta of the cleanest timestep."""
     end: float = 0.02
-    """Beta of the noisiest timestep."""
+    """The beta of the noisiest timestep."""
     num_timesteps: int = 1000
     """Number of training timesteps."""
 

@@ -47,9 +47,6 @@ class Judge:
 
     Everything is sampled through the compiled path, on equal noise, in equal batches.
 
-    Raises:
-        QualityError: if there are not more samples than features.
-
     Args:
         known: the digits model; the classifier that judges it was trained separately.
         loop: the loop that makes the samples without caching.
@@ -58,6 +55,9 @@ class Judge:
         seed: the seed of the noise and the bootstrap.
         reference: the ``reference`` and ``multiply_adds`` of an earlier judge of the same settings; None samples anew.
         on_batch: a function that is called after each batch, to show progress.
+
+    Raises:
+        QualityError: if there are not more samples than features.
     """
 
     def __init__(

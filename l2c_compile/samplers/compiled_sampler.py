@@ -237,8 +237,7 @@ class CompiledSampler(nn.Module):
 
         The programs for forms that the weights no longer have are forgotten.
         """
-        # A write through ``weight.data`` does not change a weight's version, but what is kept of a weight depends on
-        # it.
+        # A write through ``weight.data`` leaves the version of the weight, by which others know that it changed.
         torch.autograd.graph.increment_version(list(self.model.parameters()))
         weights = self._weights()
         self._programs = {form: program for form, program in self._programs.items() if program.weights == weights}

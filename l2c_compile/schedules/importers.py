@@ -98,7 +98,7 @@ def load_schedule_file(
 
 
 def import_l2c_dit(source: _Source, threshold: float = 0.1, *, loop: Mapping[str, object] | None = None) -> Router:
-    """Import a router of Learning-to-Cache for DiT (arXiv 2406.01733, where the default threshold is 0.1).
+    """Import a router of Learning-to-Cache for DiT (arXiv 2406.01733; the authors' default threshold is 0.1).
 
     The file has a row of 2 * depth logits for every evaluation: entry 2i is the attention of block i, 2i + 1 its MLP.
     Rows count from the CLEAN end: row idx is for evaluation E - 1 - idx. Evaluations of even idx may reuse; those of
@@ -106,7 +106,7 @@ def import_l2c_dit(source: _Source, threshold: float = 0.1, *, loop: Mapping[str
 
     Args:
         source: the file, its content, or only its ``routers``.
-        threshold: the number that the sigmoid of a logit has to exceed for the sublayer to be computed.
+        threshold: the score above which a sublayer is computed; the score is the sigmoid of its logit.
         loop: the description of the loop to store.
 
     Raises:
@@ -126,7 +126,7 @@ def import_harmonica(source: _Source, threshold: float = 0.1, *, loop: Mapping[s
 
     Args:
         source: the file, its content, or only its ``routers``.
-        threshold: the number that the sigmoid of a logit has to exceed for the sublayer to be computed.
+        threshold: the score above which a sublayer is computed; the score is the sigmoid of its logit.
         loop: the description of the loop to store.
 
     Raises:
@@ -139,7 +139,7 @@ def import_harmonica(source: _Source, threshold: float = 0.1, *, loop: Mapping[s
 def import_l2c_uvit(
     source: _Source, threshold: float = 0.9, branches: int = 2, *, loop: Mapping[str, object] | None = None
 ) -> Router:
-    """Import a router of Learning-to-Cache for U-ViT with a DPM-Solver of order 2 (where the threshold is 0.9).
+    """Import a router of Learning-to-Cache for U-ViT with a DPM-Solver of order 2 (the authors' threshold is 0.9).
 
     The file has N rows for N network evaluations, two for each of the K = N / 2 solver steps. Row k, for k = 1..K-1, is
     for the first evaluation of solver step k, network evaluation 2k, which may reuse the midpoint evaluation before it,
@@ -151,7 +151,7 @@ def import_l2c_uvit(
 
     Args:
         source: the file, or its content.
-        threshold: the number that the sigmoid of a logit has to exceed for the sublayer to be computed.
+        threshold: the score above which a sublayer is computed; the score is the sigmoid of its logit.
         branches: the number of denoiser calls in a network evaluation; 1 for no guidance or for guidance in one doubled
             batch.
         loop: the description of the loop to store.
@@ -188,7 +188,7 @@ def import_l2c_uvit(
 def import_smoothcache(
     source: _Source, site: str = "blocks.{block}.{kind}", *, loop: Mapping[str, object] | None = None
 ) -> CacheSchedule:
-    """Import a schedule of SmoothCache (arXiv 2411.10510), whose form schedules of FORA and L2C are also given in.
+    """Import a schedule of SmoothCache (arXiv 2411.10510), a form in which FORA and L2C schedules also circulate.
 
     The file has a row for each kind of layer (``attn``: all blocks) or for single layers (``attn-7``: block 7); rows
     are in execution order; 1 is to compute, 0 is to reuse the latest computed value.

@@ -42,7 +42,7 @@ _MAX_FILE_BYTES = 4 * MAX_CELLS + 2 * MAX_JSON_BYTES
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """Learned scores, and the threshold above which a site is computed. A router is immutable: never write to ``scores``.
+    """Learned scores, and the threshold above which a site is computed; immutable, so never write to ``scores``.
 
     Raises:
         ScheduleError: if shapes, scores, sites, evaluations or the threshold do not fit together.

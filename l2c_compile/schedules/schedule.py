@@ -41,8 +41,8 @@ VERSION = 1
 
 MAX_EVALUATIONS = 100_000
 MAX_CELLS = 2_000_000
-"""The most evaluations x sites of one schedule; bounds what a hostile file can make us allocate."""
-# 1000 evaluations x 100 sites: more than any sampler has. Checking so many takes a second.
+"""The most evaluations x sites of one schedule, which limits the memory that a hostile file can make us allocate."""
+# This is 1000 evaluations x 100 sites, more than any sampler has. Checking so many takes a second.
 _MAX_REUSES = 100_000
 _MAX_MODULES = 200_000
 

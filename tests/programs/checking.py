@@ -390,7 +390,7 @@ class _Checked(fx.Interpreter):
         return value
 
     def _is_torchs(self, node: fx.Node) -> bool:
-        """Tell whether torch itself expects what the node notes, from what its arguments note.
+        """Return whether torch itself expects what the node notes, from what its arguments note.
 
         For expanded arguments torch's operators without values give other strides than those with (torch 2.13).
         """

@@ -38,13 +38,17 @@ NOUN_PHRASE = 'write a noun phrase or a sentence: "Multiply-adds of the loop.", 
 WHAT_IS_DONE = 'write what the function does: "Return ...", "Yield ...", "Print ...", not "Tell ..." or "Say ..."'
 BOOL_FUNCTION = 'write "Return whether ..."'
 BOOL_VALUE = 'write "Whether ..."'
+PROPERTY = 'write what it is: "The number of sites.", not "Return ..."'
 BOOL_ARGUMENT = 'write "{name}: whether ..."'
 SMALL_LETTER = 'begin with a small letter: "{name}: the denoiser."'
 CONDITION = 'write when it is raised: "{name}: if ..." or "{name}: where ..."'
 ENTRY = 'write "name: description", and indent what continues it'
 
+ORDER = 'write the sections in the order "Args:", "Returns:" or "Yields:", "Raises:", "Warns:"'
+
 PROPERTIES = {"property", "cached_property"}
-SECTION = re.compile(r"( *)(Args|Attributes|Raises|Returns|Warns|Yields):$")
+SECTIONS = ("Attributes", "Args", "Returns", "Yields", "Raises", "Warns")
+SECTION = re.compile(f"( *)({'|'.join(SECTIONS)}):$")
 LISTED = re.compile(r"(\*{0,2}[\w.]+)(?: \([^)]*\))?: *(.*)")
 # "MLP" and "DiT-XL/2" keep their capitals.
 CAPITALIZED_WORD = re.compile(r"(?:A|[A-Z][a-z]+)(?![A-Za-z0-9_])")
@@ -103,12 +107,18 @@ def docstring_findings(node: Documented, docstring: ast.Constant) -> Iterator[Fi
         if decorators & PROPERTIES:
             if is_bool(node.returns) and not text.startswith("Whether "):
                 yield line, BOOL_VALUE
+            elif text.startswith("Return "):
+                yield line, PROPERTY
         elif is_bool(node.returns) and not text.startswith("Return whether "):
             yield line, BOOL_FUNCTION
         elif re.match(r"(Tell|Say)\b", text):
             yield line, WHAT_IS_DONE
-    for offset, section, entry in entries(text):
+    found = list(entries(text))
+    for offset, section, entry in found:
         yield from ((line + offset, finding) for finding in entry_findings(node, section, entry))
+    for (_, before, _), (offset, after, _) in pairwise(found):
+        if SECTIONS.index(before) > SECTIONS.index(after):
+            yield line + offset, ORDER
 
 
 def entries(docstring: str) -> Iterator[tuple[int, str, str]]:
@@ -220,6 +230,7 @@ GOOD = {
         ({"steps": "of the sampler."}, 6, NOUN_PHRASE),
         ({"strict": "if true, it has to be even."}, 8, BOOL_ARGUMENT.format(name="strict")),
         ({"result": "Of the loop."}, 11, NOUN_PHRASE),
+        ({"result": "The number.\n\n    Args:\n        steps: the number."}, 14, ORDER),
         ({"raises": "LoopError: there is none."}, 14, CONDITION.format(name="LoopError")),
         ({"raises": "LoopError: If there is none."}, 14, CONDITION.format(name="LoopError")),
         ({"raises": "LoopError if there is none."}, 14, ENTRY),
@@ -245,6 +256,8 @@ def test_the_rules_for_functions_say_what_they_mean(change: dict[str, str], line
         ),
         ('class C:\n    @property\n    def x(self) -> bool:\n        """Return whether."""', [(4, BOOL_VALUE)]),
         ('class C:\n    @property\n    def x(self) -> bool:\n        """Whether it loops."""', []),
+        ('class C:\n    @property\n    def x(self) -> int:\n        """Return it."""', [(4, PROPERTY)]),
+        ('class C:\n    @cached_property\n    def x(self) -> int:\n        """The number."""', []),
         ('"""Of the loop."""', [(1, NOUN_PHRASE)]),
     ],
 )
