@@ -67,7 +67,7 @@ def trace_and_capture(
         return evaluations[signature]
 
     progress("trace the loop")
-    # Torch's flag that somebody traces is one for all threads: code that torch.compile made would refuse to run.
+    # Torch's flag for tracing is one for all threads, and code that torch.compile made refuses to run while it is set.
     with weights_swapped():
         trace = trace_loop(loop, denoiser, noise, conditions, capture_call)
     _check_num_evaluations(schedule, len(trace.calls))

@@ -69,7 +69,7 @@ def l2c(
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
-    # What is folded and compiled here has nothing to do with Dynamo's own tracing.
+    # The folding and compiling done here is no part of Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
         chosen.passes.run(loop.graph)
         run = lower_to_backend(loop.graph, chosen)

@@ -131,7 +131,7 @@ class NodeTimes:
             return type(value)(map(self._real, value))
         if not isinstance(value, Tensor):
             return value
-        # Zeros are indices into anything.
+        # Zeros are valid indices into anything.
         real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device).zero_()
         return real.normal_(generator=self._generator) if real.is_floating_point() else real
 

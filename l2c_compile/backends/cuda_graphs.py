@@ -81,7 +81,7 @@ class CudaRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: what another thread allocates meanwhile is no mistake of this capture.
+            # With thread_local, an allocation in another thread is no mistake of this capture.
             with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = run()
         except torch.OutOfMemoryError:
@@ -145,10 +145,10 @@ class RecordedLoop:
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         if self._replay is not None:
-            # Dropped before anything new: two recordings need not fit into memory together.
+            # The old recording is dropped first, because two recordings need not fit into memory together.
             self._recorder.drain()
             self._replay, self._results = None, ()
-        # Normal tensors, also where the first call is under inference_mode: later ones may not be.
+        # The tensors are normal ones also if this call is under inference_mode, because later ones may not be.
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [torch.empty_like(given).copy_(given) for given in inputs]
             self._recorder.warm_up(lambda: self.run(*self._inputs))

@@ -52,7 +52,7 @@ def _kernels_compiled_together(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    # Imported here: not everyone who imports the package waits for Inductor.
+    # This is imported here, because not everyone who imports the package waits for Inductor.
     from torch._inductor.async_compile import AsyncCompile
 
     waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
@@ -85,7 +85,7 @@ class _CompiledRegion(nn.Module):
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
         specs = [TensorForm.of(node.meta["val"]) for node in body.graph.find_nodes(op="placeholder")]
-        # Zeros, not uninitialised memory: Inductor may run a kernel to choose its configuration, and indices must fit.
+        # Memory is set to zero, because Inductor may run a kernel to choose its configuration, and indices must fit.
         example_inputs: list[Any] = [spec.empty().zero_() for spec in specs]
         with torch.no_grad():
             self.compiled = torch._inductor.compile(body, example_inputs)

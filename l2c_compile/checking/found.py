@@ -80,7 +80,7 @@ class FoundValues:
             self.draws.append(self.table.draw(len(self.draws), cast(OpOverload, node.target), args, kwargs))
             return self.draws[-1]
         value = self.table.call(node.target, args, kwargs)
-        # A mark, a held value, a copy: what only passes its argument on computes nothing.
+        # A node that only passes its argument on, such as a mark, a held value or a copy, computes nothing.
         if not any(operand is value for operand in values_in(args)):
             self.made.append((node, value))
         return value

@@ -103,7 +103,7 @@ class NodeForms:
         inferred = self._inference.of(target, bind(target, args, kwargs))
         if inferred.shares is None:
             return inferred
-        # By position among the tensors of the call; all_input_nodes has each node once.
+        # Operands are counted by position among the tensors of the call; all_input_nodes has each node only once.
         operands = list(flattened(bind(target, *on_values(node, {n: n for n in node.all_input_nodes}))))
         return Inferred(inferred.forms, node.all_input_nodes.index(operands[inferred.shares]))
 

@@ -25,7 +25,7 @@ __all__ = ["Inference", "Inferred", "bind", "flattened", "hashable", "name_of", 
 
 def on_values(node: Node, values: Mapping[Node, Any]) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments of a node, with values in place of its operands."""
-    # Not fx's map_arg: it makes immutable lists, and wants nodes back.
+    # fx's map_arg would make immutable lists, and wants nodes back.
     args = tuple(_mapped(argument, values) for argument in node.args)
     return args, {name: _mapped(argument, values) for name, argument in node.kwargs.items()}
 

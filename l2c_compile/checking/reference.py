@@ -111,7 +111,7 @@ class _ReferenceRun:
     def _wrap(self, path: str, original: Callable[..., object]) -> Callable[..., object]:
         begins = [site for site in self.schedule.sites if site.path == path]
         ends = [site for site in self.schedule.sites if (site.last or site.path) == path]
-        # What a run holds at its end is what its last module returns, reused or not.
+        # A run holds at its end what its last module returns, reused or not.
         ends.sort(key=lambda site: site.num_modules)
 
         def forward(*args: object, **kwargs: object) -> object:

@@ -146,9 +146,9 @@ _VIEWS = frozenset(
 )
 _RESHAPES = frozenset({aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
-# Each element is rounded correctly by itself, so it is the same whichever loop computes it.
+# These round each element correctly by itself, so it is the same whichever loop over the elements computes it.
 _CORRECTLY_ROUNDED = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default})
-# Their result depends on where an operand lies in memory, not only on its elements.
+# The result of these depends on where an operand lies in memory, not only on its elements.
 _SEES_MEMORY = frozenset({aten.as_strided, aten.view_as_real, aten.view_as_complex})
 
 

@@ -144,7 +144,7 @@ class _FlatCall(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self._signature.unflatten(tensors)
         leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
-        # A placeholder for each tensor, because export takes a tensor that is kept for state of the module.
+        # A token stands for each tensor, because export takes a tensor that is kept for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         marks = list(self.returned.marks)
         self.returned.marks.clear()

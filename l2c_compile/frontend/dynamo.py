@@ -87,7 +87,7 @@ def loop_graph_of(
     own.recompile()
     positions = [index for index, value in enumerate(inputs) if isinstance(value, _StaticTensor)]
     specs = [value.spec for value in inputs if isinstance(value, _StaticTensor)]
-    # Dynamo's own context is about its own fake tensors.
+    # Dynamo's tracing context is left, because it is about Dynamo's own fake tensors.
     with torch._guards.tracing(None), torch.no_grad(), AliasesAsInEagerTorch():
         _check_in_place(own, _fake(specs), marker.marks)
         lowered, signature = aot_export_module(
@@ -124,7 +124,7 @@ class _StaticTensor:
 
 
 def _fake(specs: Iterable[TensorForm]) -> tuple[Tensor, ...]:
-    # Later calls find the mode in the tensors.
+    # Later calls find the fake mode in the tensors.
     with FakeTensorMode():
         return tuple(spec.empty() for spec in specs)
 

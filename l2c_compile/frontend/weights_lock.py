@@ -131,7 +131,7 @@ def one_capture() -> Iterator[None]:
 
 
 def _begin_anew() -> None:
-    # The threads that held the old locks are not in the child.
+    # The threads that held the old locks do not exist in the child.
     global _weights, _captures
     _weights, _captures = _ReadWriteLock(), threading.RLock()
 

@@ -103,7 +103,7 @@ class Judge:
         return Verdict(quality, self._as_asked(samples), multiply_adds, multiply_adds / self.multiply_adds)
 
     def _sample(self, schedule: CacheSchedule, loop: BuiltInLoop) -> tuple[Tensor, int]:
-        # Rounding is twice as fast on a CPU, and it changes a thousandth of what the best schedule changes.
+        # "rounding" is twice as fast on a CPU, and it changes a thousandth of what the best schedule changes.
         sampler = l2c_compile(self.known.denoiser, replace(schedule, loop=None), loop, numerics="rounding")
         samples = sample_all(sampler, self.noise, {"y": self.labels}, self.batch, self._on_batch)
         return samples, sampler.summary().multiply_adds
