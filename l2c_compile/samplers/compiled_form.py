@@ -59,10 +59,10 @@ def _version(root: nn.Module, path: str) -> tuple[int, int, int]:
     return id(weight), int(weight.untyped_storage()._cdata), 0 if weight.is_inference() else weight._version
 
 
-def check_fresh(program: CompiledForm) -> None:
+def check_fresh(form: CompiledForm) -> None:
     """Raise StaleConstantsError if a weight changed since constants were folded from it."""
-    for path, version in program.versions.items():
-        if _version(program.graph.root, path) != version:
+    for path, version in form.versions.items():
+        if _version(form.graph.root, path) != version:
             raise StaleConstantsError(
                 f"weight '{path.removeprefix('denoiser.')}' changed since constants were folded from it; call refresh()"
             )

@@ -70,7 +70,7 @@ class CompiledSampler(nn.Module):
         self._begin_empty()
 
     def _begin_empty(self) -> None:
-        self._programs: dict[object, CompiledForm] = {}
+        self._forms: dict[object, CompiledForm] = {}
         self._known: list[CompiledForm] = []
         self._latest: CompiledForm | None = None
 
@@ -98,30 +98,30 @@ class CompiledSampler(nn.Module):
         """
         if torch.compiler.is_dynamo_compiling():
             # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
-            program = self._captured(signature_of(noise, dict(conditions)))
+            form = self._captured(signature_of(noise, dict(conditions)))
             with torch.no_grad():
-                leaves = program.module_to_trace(*tensors_in((noise, conditions)))
+                leaves = form.module_to_trace(*tensors_in((noise, conditions)))
         else:
-            program = self.capture(noise, **conditions)
+            form = self.capture(noise, **conditions)
             with weights_in_use(), torch.no_grad():
-                check_fresh(program)
-                leaves = program.run(*tensors_in((noise, conditions)))
-        return tree_unflatten(list(leaves), program.graph.out_spec)
+                check_fresh(form)
+                leaves = form.run(*tensors_in((noise, conditions)))
+        return tree_unflatten(list(leaves), form.graph.out_spec)
 
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
-        """Return the program for this form of input, which is built if there is none yet; nothing is sampled."""
+        """Return the compiled form for these inputs, which is compiled if there is none yet; nothing is sampled."""
         inputs = signature_of(noise, dict(conditions))
         with weights_in_use():
-            form = self._form(inputs)
-        program = self._programs.get(form)
-        if program is None:
+            key = self._key_of(inputs)
+        form = self._forms.get(key)
+        if form is None:
             with one_capture():
                 # Another thread may have built it meanwhile.
-                program = self._programs.get(form) or self._build(inputs, noise, conditions)
-                self._programs[form] = program
-                self._known = list(reversed(self._programs.values()))
-        self._latest = program
-        return program
+                form = self._forms.get(key) or self._build(inputs, noise, conditions)
+                self._forms[key] = form
+                self._known = list(reversed(self._forms.values()))
+        self._latest = form
+        return form
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -172,7 +172,8 @@ class CompiledSampler(nn.Module):
         evaluations and the schedule say, bit for bit or up to rounding as ``numerics`` allows. It has no rules for
         kernels of ours and for packed caches: what is proven then is the graph without the passes that insert them,
         and the report names these passes. Packed weights are never part of the proof: they go into a copy, which the
-        backend runs.
+        backend runs. The trace is the one that the graph was made from; ``copy.copy(sampler).prove(...)`` takes a new
+        one, because a copy has captured nothing yet.
 
         Weights may be on the meta device; constants then have no values and are not compared.
 
@@ -184,14 +185,11 @@ class CompiledSampler(nn.Module):
         """
         self._check_devices(noise, conditions)
         with weights_in_use():
-            program = self._programs.get(self._form(signature_of(noise, dict(conditions))))
-            if program is not None:
-                check_fresh(program)
-        if program is None:
-            trace = self._trace(noise, conditions)
-            graph, runs = self._graph(trace)
-        else:
-            trace, graph, runs = program.trace, program.graph, program.passes
+            form = self._forms.get(self._key_of(signature_of(noise, dict(conditions))))
+            if form is not None:
+                check_fresh(form)
+        trace = form.trace if form is not None else self._trace(noise, conditions)
+        graph, runs = (form.graph, form.passes) if form is not None else self._graph(trace)
         passes, not_covered = self.options.passes, self._not_covered(runs)
         if not_covered:
             passes = passes.without(not_covered)
@@ -217,15 +215,15 @@ class CompiledSampler(nn.Module):
         Raises:
             StaleConstantsError: if weights changed since constants were folded from them.
         """
-        program = self.capture(noise, **conditions)
+        form = self.capture(noise, **conditions)
         proof = self.prove(noise, **conditions)
         with weights_in_use():
             return compare_with_reference(
                 self.model,
                 self.loop,
                 self.schedule,
-                program.module,
-                program.run,
+                form.module,
+                form.run,
                 noise,
                 conditions,
                 proof,
@@ -235,18 +233,18 @@ class CompiledSampler(nn.Module):
     def refresh(self) -> None:
         """Fold constants and pack weights again after the weights changed.
 
-        The programs for forms that the weights no longer have are forgotten.
+        What was compiled for other dtypes, devices or ties of the weights is forgotten.
         """
         # A write through ``weight.data`` leaves the version of the weight, by which others know that it changed.
         torch.autograd.graph.increment_version(list(self.model.parameters()))
         weights = self._weights()
-        self._programs = {form: program for form, program in self._programs.items() if program.weights == weights}
-        self._known = list(reversed(self._programs.values()))
-        for program in self._programs.values():
-            for folded in program.graph.folded:
-                for name, value in zip(folded.names, make_constants(program.graph, folded.recipe), strict=True):
-                    write_into(program.graph.root.get_buffer(name), value)
-            program.versions = weight_versions(program.graph)
+        self._forms = {key: form for key, form in self._forms.items() if form.weights == weights}
+        self._known = list(reversed(self._forms.values()))
+        for form in self._forms.values():
+            for folded in form.graph.folded:
+                for name, value in zip(folded.names, make_constants(form.graph, folded.recipe), strict=True):
+                    write_into(form.graph.root.get_buffer(name), value)
+            form.versions = weight_versions(form.graph)
 
     def save(
         self,
@@ -256,7 +254,7 @@ class CompiledSampler(nn.Module):
         aot_inductor: bool = False,
         **conditions: object,
     ) -> None:
-        """Write the program for one form of input, weights included, as one ``.pt2`` file, which ``load`` reads.
+        """Write the compiled form of one input, weights included, as one ``.pt2`` file, which ``load`` reads.
 
         The file needs neither the model's class nor this sampler's backend: it holds the static graph, and ``load``
         takes a backend. It is replaced at once, or not at all.
@@ -272,27 +270,27 @@ class CompiledSampler(nn.Module):
             **conditions: the keyword arguments of the loop that belong to ``noise``.
 
         Raises:
-            SaveError: if the program holds what a file cannot, for example an operator of another library.
+            SaveError: if the graph holds what a file cannot, for example an operator of another library.
             StaleConstantsError: if weights changed since constants were folded from them.
             L2CError: if nothing is compiled yet and no input is given.
             OSError: if the folder cannot be written to.
         """
         if noise is None and conditions:
             raise L2CError("save wants the noise with the conditions: save(path, noise, **conditions)")
-        program = self._current() if noise is None else self.capture(noise, **conditions)
-        if program.weights != self._weights():
+        form = self._current() if noise is None else self.capture(noise, **conditions)
+        if form.weights != self._weights():
             raise StaleConstantsError(
                 "since the latest program was compiled, weights moved, changed their dtype or were untied; give save"
                 " the inputs: save(path, noise, **conditions)"
             )
-        check_fresh(program)
+        check_fresh(form)
         save_sampler(
             path,
-            program.graph,
-            program.inputs,
+            form.graph,
+            form.inputs,
             loop=self.loop.to_dict() if isinstance(self.loop, BuiltInLoop) else None,
-            passes=[run.name for run in program.passes],
-            summary=summarize(program.graph),
+            passes=[run.name for run in form.passes],
+            summary=summarize(form.graph),
             aot_inductor=aot_inductor,
         )
 
@@ -303,21 +301,21 @@ class CompiledSampler(nn.Module):
         run = lower_to_backend(graph, self.options, self._progress)
         return CompiledForm(trace, graph, passes, run, inputs, self._weights(), weight_versions(graph))
 
-    def _form(self, inputs: CallSignature) -> object:
-        """Return all that a program is specialised on: the form of the inputs and of the weights."""
-        form = (inputs, self._weights(), self.model.training)
+    def _key_of(self, inputs: CallSignature) -> object:
+        """Return all that a compiled form is specialised on: the form of the inputs and of the weights."""
+        key = (inputs, self._weights(), self.model.training)
         try:
-            hash(form)
+            hash(key)
         except TypeError as error:
             raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
-        return form
+        return key
 
     def _captured(self, inputs: CallSignature) -> CompiledForm:
-        """Return the latest program of a form; Dynamo can trace this, because nothing is hashed."""
+        """Return the latest compiled form for these inputs; Dynamo can trace this, because nothing is hashed."""
         self._check_all_fresh()
-        for program in self._known:
-            if program.inputs.spec == inputs.spec and program.inputs.leaves == inputs.leaves:
-                return program
+        for form in self._known:
+            if form.inputs.spec == inputs.spec and form.inputs.leaves == inputs.leaves:
+                return form
         raise L2CError(
             "torch.compile cannot capture a sampler while it traces; call sampler.capture(noise, **conditions) with"
             " inputs of this form first"
@@ -327,16 +325,16 @@ class CompiledSampler(nn.Module):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _check_all_fresh(self) -> None:
         weights = self._weights()
-        self._known = [program for program in self._known if program.weights == weights]
-        for program in self._known:
-            check_fresh(program)
-            _ = program.module_to_trace  # made here, because Dynamo cannot trace how it is made
+        self._known = [form for form in self._known if form.weights == weights]
+        for form in self._known:
+            check_fresh(form)
+            _ = form.module_to_trace  # made here, because Dynamo cannot trace how it is made
 
     def _weights(self) -> object:
         names: dict[nn.Parameter, list[str]] = {}
         for name, weight in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(weight, []).append(name)
-        # The graph refers to a tied weight by one of its names, so once it is untied another program is needed.
+        # The graph refers to a tied weight by one of its names, so once it is untied another graph is needed.
         tied = frozenset(tuple(each) for each in names.values() if len(each) > 1)
         return frozenset((w.dtype, w.device) for w in names), tied
 
@@ -356,4 +354,4 @@ class CompiledSampler(nn.Module):
         return self._latest
 
 
-_PER_PROCESS = frozenset({"_programs", "_known", "_latest"})
+_PER_PROCESS = frozenset({"_forms", "_known", "_latest"})

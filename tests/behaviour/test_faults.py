@@ -156,7 +156,7 @@ class TestCapture:
             with pytest.raises(error, match="made up"):
                 sampler(noise)
         assert state_of(sampler.model) == before
-        assert not sampler._programs
+        assert not sampler._forms
         assert_usable(sampler, noise)
 
     @pytest.mark.parametrize("error", ERRORS)
@@ -265,7 +265,7 @@ class TestCacheFolder:
             with pytest.raises(BackendError, match=WAY_OUT.format(os.strerror(code))) as raised:
                 sampler.capture(noise)
         assert_no_internals(raised.value)
-        assert not sampler._programs
+        assert not sampler._forms
         sampler.options = replace(sampler.options, backend="eager")
         assert_usable(sampler, noise)
 
