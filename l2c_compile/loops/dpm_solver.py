@@ -136,16 +136,16 @@ class DPMSolver(BuiltInLoop):
         length_before = 0.0
         for i, (stages, end) in enumerate(steps):
             start = stages[0]
-            move = self._factors(start, end)
+            factors = self._factors(start, end)
             length = end.log_snr - start.log_snr
             prediction = self._prediction(denoiser, x, start, conditions)
             is_last = i == len(steps) - 1
             if self.order == 1 or previous is None or (is_last and self.lower_order_final):
-                x = move.decay * x + move.hold * prediction
+                x = factors.decay * x + factors.hold * prediction
             else:
                 # The prediction is extrapolated to the middle of the step (arXiv 2211.01095, algorithm 2).
                 ahead = 0.5 * length / length_before
-                x = move.decay * x + (move.hold * (1.0 + ahead)) * prediction - (move.hold * ahead) * previous
+                x = factors.decay * x + (factors.hold * (1.0 + ahead)) * prediction - (factors.hold * ahead) * previous
             previous, length_before = prediction, length
         return x
 
