@@ -280,7 +280,7 @@ class CompiledSampler(nn.Module):
         form = self._current() if noise is None else self.capture(noise, **conditions)
         if form.weights != self._weights():
             raise StaleConstantsError(
-                "since the latest program was compiled, weights moved, changed their dtype or were untied; give save"
+                "since the latest form was compiled, weights moved, changed their dtype or were untied; give save"
                 " the inputs: save(path, noise, **conditions)"
             )
         check_fresh(form)
