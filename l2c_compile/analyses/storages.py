@@ -9,23 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graphs.nodes import evaluation_of, num_bytes, packet_of
+from l2c_compile.graphs.nodes import num_bytes, packet_of
 
-__all__ = ["Storages", "cache_work"]
+__all__ = ["Storages"]
 
 aten = torch.ops.aten
-
-
-def cache_work(nodes: Iterable[Node]) -> set[Node]:
-    """Return the nodes of an evaluation that work for later evaluations only, such as the sum of two kept values."""
-    found: set[Node] = set()
-    for node in reversed(list(nodes)):
-        evaluation = evaluation_of(node)
-        if evaluation is None or not node.users:
-            continue
-        if all(user in found or (evaluation_of(user) or 0) > evaluation for user in node.users):
-            found.add(node)
-    return found
 
 
 class Storages:

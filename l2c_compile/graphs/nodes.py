@@ -27,7 +27,9 @@ __all__ = [
     "num_bytes",
     "output_list",
     "outputs_of",
+    "own_evaluation",
     "packet_of",
+    "put_with",
     "root_tensor",
 ]
 
@@ -38,13 +40,34 @@ def emit(
     graph: fx.Graph,
     target: OpOverload,
     args: tuple[Argument, ...],
-    evaluation: int | None,
+    evaluation: int | None = None,
     kwargs: Mapping[str, Argument] | None = None,
+    *,
+    like: Node | None = None,
 ) -> Node:
-    """Insert a call of ``target`` at the graph's insert point and note its result and the evaluation it belongs to."""
+    """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs.
+
+    Args:
+        graph: where to.
+        target: what to call.
+        args: its arguments.
+        evaluation: the evaluation it belongs to; None: to the loop itself.
+        kwargs: its keyword arguments.
+        like: a node that it belongs with, in place of an evaluation.
+    """
     node = graph.call_function(target, args, dict(kwargs or {}))
     node.meta.update(val=infer(target, args, kwargs or {}), evaluation=evaluation)
+    if like is not None:
+        put_with(node, like)
     return node
+
+
+def put_with(node: Node, other: Node) -> None:
+    """Note that a node belongs where another one does: to its evaluation and to its module, if it is of any."""
+    node.meta["evaluation"] = evaluation_of(other)
+    node.meta.pop("nn_module_stack", None)
+    if "nn_module_stack" in other.meta:
+        node.meta["nn_module_stack"] = other.meta["nn_module_stack"]
 
 
 def outputs_of(node: Node) -> tuple[Node, ...]:
@@ -86,6 +109,13 @@ def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node re
 def evaluation_of(node: Node) -> int | None:
     """Return the evaluation that a node of a loop graph belongs to; None for the loop's own arithmetic."""
     return node.meta.get("evaluation")
+
+
+def own_evaluation(node: Node) -> int:
+    """Return the evaluation of a node that belongs to one."""
+    evaluation = evaluation_of(node)
+    assert evaluation is not None
+    return evaluation
 
 
 def output_list(graph: fx.Graph) -> list[Argument]:

@@ -129,7 +129,7 @@ def _restore(graph: fx.Graph, node: Node, like: Tensor) -> None:
     output = graph.output_node()
     back = [order.index(dim) for dim in range(len(order))]
     with graph.inserting_before(output):
-        permuted = emit(graph, aten.permute.default, (node, order), None)
-        copy = emit(graph, aten.contiguous.default, (permuted,), None)
-        restored = emit(graph, aten.permute.default, (copy, back), None)
+        permuted = emit(graph, aten.permute.default, (node, order))
+        copy = emit(graph, aten.contiguous.default, (permuted,))
+        restored = emit(graph, aten.permute.default, (copy, back))
     output.replace_input_with(node, restored)
