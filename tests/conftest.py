@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from l2c_compile import compile as compile_module
+from l2c_compile.frontend.capture import capture
+from tests.captures import shared_capture
 from tests.root import ROOT
 
 _SHARED = Path(os.environ.get("L2C_SHARED", ROOT.parent / "shared"))
@@ -27,3 +30,16 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return shared_file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _captures_are_shared() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_module, "capture", shared_capture)
+        yield
+
+
+@pytest.fixture
+def captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each compilation of the test capture its denoiser."""
+    monkeypatch.setattr(compile_module, "capture", capture)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,16 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile import compile as compile_module
-from l2c_compile.frontend.capture import capture
 from l2c_compile.frontend.stand_in import Loop
-from l2c_compile.frontend.trace import trace_loop
-from l2c_compile.frontend.unroll import unroll
-from l2c_compile.graphs.forms import CallSignature
-from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
 from l2c_compile.models import DiT, UViT
 from l2c_compile.passes.base import Pipeline
-from l2c_compile.passes.pipeline import EVALUATION, SKELETON
-from l2c_compile.schedules.sites import Site
+from l2c_compile.passes.pipeline import LOOP
 
 
 class Residual(nn.Module):
@@ -116,44 +109,23 @@ def check_equals_reference(
     noise: object,
     **conditions: object,
 ) -> CompiledSampler:
-    """Compile and prove; compare bit for bit with the reference, and with the plain loop where nothing is reused."""
-    with captured_once():
-        sampler = l2c_compile(model, schedule, loop)
-        sampler.capture(own(noise), **own(conditions))
-        # The seed is another one than during the capture, so that nothing that was drawn then can be right.
+    """Compile, compare with the reference, and with the plain loop where nothing is reused, bit for bit; and prove."""
+    sampler = l2c_compile(model, schedule, loop)
+    sampler.capture(own(noise), **own(conditions))
+    # Another seed than the capture ran under, so that nothing drawn then can be right.
+    torch.manual_seed(11)
+    got = sampler(own(noise), **own(conditions))
+    torch.manual_seed(11)
+    wanted = run_reference(model, loop, sampler.schedule, own(noise), own(conditions))
+    assert same_bits(got, wanted), (got, wanted)
+    if not schedule.reuses:
         torch.manual_seed(11)
-        got = sampler(own(noise), **own(conditions))
-        torch.manual_seed(11)
-        wanted = run_reference(model, loop, sampler.schedule, own(noise), own(conditions))
-        assert same_bits(got, wanted), (got, wanted)
-        if not schedule.reuses:
-            torch.manual_seed(11)
-            with torch.no_grad():
-                assert same_bits(got, loop(model, own(noise), **own(conditions)))
-        assert str(sampler.summary())
-        report = sampler.verify(own(noise), **own(conditions))
-        assert report.holds, str(report)
+        with torch.no_grad():
+            assert same_bits(got, loop(model, own(noise), **own(conditions)))
+    assert str(sampler.summary())
+    report = sampler.verify(own(noise), **own(conditions))
+    assert report.holds, str(report)
     return sampler
-
-
-@contextmanager
-def captured_once() -> Iterator[None]:
-    """Let compilations share the captures of equal calls of one denoiser, for tests of later stages."""
-    known: dict[object, EvaluationGraph] = {}
-    kept: list[nn.Module] = []
-
-    def capture_once(
-        denoiser: nn.Module, signature: CallSignature, sites: tuple[Site, ...], read_inputs_of: set[Site]
-    ) -> EvaluationGraph:
-        key = id(denoiser), signature, sites, frozenset(read_inputs_of)
-        if key not in known:
-            kept.append(denoiser)
-            known[key] = capture(denoiser, signature, sites, read_inputs_of)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_module, "capture", capture_once)
-        yield
 
 
 def set_passes(sampler: CompiledSampler, passes: Pipeline) -> None:
@@ -182,18 +154,9 @@ def unrolled(
     model: nn.Module, schedule: CacheSchedule, loop: Loop, noise: object, conditions: Mapping[str, object] | None = None
 ) -> LoopGraph:
     """Return the loop graph before its pipeline runs."""
-    forms: dict[CallSignature, EvaluationGraph] = {}
-
-    def capture_call(signature: CallSignature) -> EvaluationGraph:
-        if signature not in forms:
-            forms[signature] = capture(model, signature, schedule.sites)
-        return forms[signature]
-
-    skeleton = trace_loop(loop, model, noise, conditions or {}, capture_call)
-    SKELETON.run(skeleton)
-    for evaluation in forms.values():
-        EVALUATION.run(evaluation)
-    return unroll(skeleton, model, schedule)
+    none = Pipeline((), LOOP.assumes)
+    graph, _ = compile_module.build_loop_graph(model, loop, schedule, noise, conditions or {}, none)
+    return graph
 
 
 def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 import torch
@@ -32,6 +32,8 @@ from l2c_compile.samplers import compiled_sampler as compiled_module
 from l2c_compile.schedules.router import Router
 from tests.root import ROOT
 from tests.tiny import draw, residual, steps
+
+pytestmark = pytest.mark.usefixtures("captured_anew")
 
 ERRORS = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
 
@@ -59,22 +61,35 @@ def assert_usable(sampler: CompiledSampler, noise: Tensor) -> None:
 
 
 @contextmanager
-def raising_at_call(number: int, error: type[BaseException]) -> Iterator[list[int]]:
-    """Raise in the ``number``-th call of a Python function from here on, wherever that is; count the calls."""
-    calls = [0]
+def raising_in(code: CodeType, error: type[BaseException]) -> Iterator[None]:
+    """Raise at the beginning of the next call of the function that has this code."""
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call":
-            calls[0] += 1
-            if calls[0] == number:
-                sys.setprofile(None)
-                raise error("made up")
+        if event == "call" and frame.f_code is code:
+            sys.setprofile(None)
+            raise error("made up")
 
     sys.setprofile(profile)
     try:
-        yield calls
+        yield
     finally:
         sys.setprofile(None)
+
+
+def first_calls(function: Callable[[], object]) -> dict[str, CodeType]:
+    """Return which function of each module is called first while ``function`` runs."""
+    first: dict[str, CodeType] = {}
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            first.setdefault(str(frame.f_globals.get("__name__")), frame.f_code)
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return first
 
 
 class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -97,24 +112,26 @@ class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+INTERRUPTED = re.compile(r"l2c_compile\.(?!passes\.(?!base))|torch\.export\.(?!_tree_utils)|torch\._export\.")
+"""The modules that an interrupt is tried in: ours (the runner stands for the passes), and those that do the export."""
+
+
 def interrupt_captures() -> None:
-    """Interrupt captures evenly over all that they do, at odd places, and check what they leave."""
+    """Interrupt captures where each of many modules is entered first, and check what they leave."""
     sampler, noise = compiled(), draw(2, 4)
     sampler.capture(noise)  # the first one imports much
     sampler._begin_empty()
-    with raising_at_call(-1, KeyboardInterrupt) as calls:
-        compiled().capture(noise)
     before = state_of(sampler.model)
-    num_interrupted = 0
-    for number in range(97, calls[0], calls[0] // 8):
-        try:
-            with raising_at_call(number, KeyboardInterrupt):
-                sampler.capture(noise)
-        except (KeyboardInterrupt, L2CError):
-            num_interrupted += 1
-        assert state_of(sampler.model) == before, number
-        sampler._begin_empty()
-    assert num_interrupted > 4
+    entered = {
+        name: code for name, code in first_calls(lambda: sampler.capture(noise)).items() if INTERRUPTED.match(name)
+    }
+    sampler._begin_empty()
+    assert {"l2c_compile.frontend.capture", "l2c_compile.backends.lower", "torch.export._trace"} <= entered.keys()
+    for name, code in entered.items():
+        with pytest.raises(KeyboardInterrupt, match="made up"), raising_in(code, KeyboardInterrupt):
+            sampler.capture(noise)
+        assert state_of(sampler.model) == before, name
+        assert not sampler._programs, name
     assert_usable(sampler, noise)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,16 +13,10 @@ from l2c_compile.compile import build_loop_graph, graph_of, trace_and_capture
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.pipeline import BITWISE, LOOP
 from tests.property.test_compiled_equals_reference import Network, cases
-from tests.tiny import captured_once, draw
+from tests.tiny import draw
 
 # What may be left out without another pass missing what it needs.
 OPTIONAL = ("drop-no-ops", "merge-common", "fold-constants", "gate-at-source", "merge-deltas", "prune-projections")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def captures() -> Iterator[None]:
-    with captured_once():
-        yield
 
 
 @st.composite

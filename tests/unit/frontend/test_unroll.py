@@ -18,7 +18,6 @@ from tests.tiny import (
     assert_strides_as_noted,
     at,
     calls_in,
-    captured_once,
     draw,
     residual,
     run,
@@ -126,20 +125,19 @@ def schedule_of(num_evaluations: int) -> CacheSchedule:
 def test_nodes_and_work_grow_linearly_with_the_evaluations() -> None:
     nodes: dict[int, int] = {}
     work: dict[int, int] = {}
-    with captured_once():
 
-        def build(num_evaluations: int) -> LoopGraph:
-            schedule = schedule_of(num_evaluations)
-            graph, _ = build_loop_graph(MODEL, steps(num_evaluations), schedule, draw(3, 4), {})
-            return graph
+    def build(num_evaluations: int) -> LoopGraph:
+        schedule = schedule_of(num_evaluations)
+        graph, _ = build_loop_graph(MODEL, steps(num_evaluations), schedule, draw(3, 4), {})
+        return graph
 
-        build(2)
-        for num_evaluations in (8, 16, 32):
+    build(2)
+    for num_evaluations in (8, 16, 32):
 
-            def measure(e: int = num_evaluations) -> None:
-                nodes[e] = len(build(e).graph.nodes)
+        def measure(e: int = num_evaluations) -> None:
+            nodes[e] = len(build(e).graph.nodes)
 
-            work[num_evaluations] = calls_in(measure, "l2c_compile")
+        work[num_evaluations] = calls_in(measure, "l2c_compile")
     assert nodes[32] - nodes[16] == 2 * (nodes[16] - nodes[8])
     # A quadratic part of even one call for each pair of evaluations would add (32**2 - 2 * 16**2 + 8**2) = 576 calls.
     assert abs((work[32] - work[16]) - 2 * (work[16] - work[8])) < 100
