@@ -20,9 +20,9 @@ from rich.progress import Progress
 
 from bench.cases import BenchError
 from bench.report import Row
+from bench.trust.programs.checking import Checker, Program, draw_programs
+from bench.trust.programs.shrinking import Check, minimise
 from l2c_compile.errors import CaptureError
-from tests.programs.checking import Checker, Program, draw_programs
-from tests.programs.shrinking import Check, minimise
 
 __all__ = ["run"]
 

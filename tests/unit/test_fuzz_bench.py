@@ -12,7 +12,7 @@ from bench import fuzz
 from bench.cases import BenchError, load
 from bench.report import Row
 from bench.targets import read_targets
-from tests.programs.checking import Checker, Mismatch, Outcome, Program, draw_programs
+from bench.trust.programs.checking import Checker, Mismatch, Outcome, Program, draw_programs
 
 
 def row(rows: list[Row], metric: str) -> Row:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from bench.trust.programs.rules import Combination, FollowInput
 from l2c_compile import CacheSchedule
 from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.checking.values import Value, ValueTable
@@ -25,7 +26,6 @@ from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.pipeline import BITWISE, LOOP
 from tests.tiny import calls_in, captured_once, draw, residual, steps, tiny_dit
-from tests.unit.test_site_forms import Combination, FollowInput
 
 aten = torch.ops.aten
 

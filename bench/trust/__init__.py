@@ -1,0 +1,1 @@
+"""Benches that look for what is wrong: each must find nothing."""
