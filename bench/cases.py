@@ -47,6 +47,7 @@ Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 
 CASES: dict[str, str] = {
     "compile-time": "bench.compile_time:run",
+    "equality": "bench.trust.equality:run",
     "fuzz": "bench.fuzz:run",
     "golden": "bench.golden:run",
     "gpu-all": "bench.gpu_all:run",
@@ -65,7 +66,7 @@ CASES: dict[str, str] = {
 }
 
 
-ALWAYS_CHECKED = frozenset({"fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
+ALWAYS_CHECKED = frozenset({"equality", "fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
 """Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
 
 
