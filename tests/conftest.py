@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-_SHARED = Path(os.environ.get("L2C_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+from tests.root import ROOT
+
+_SHARED = Path(os.environ.get("L2C_SHARED", ROOT.parent / "shared"))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from l2c_compile.finders.training import RoundReport
 from l2c_compile.loops import DDIM
 from l2c_compile.methods import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from tests.tiny import residual
-from tests.unit.test_learn import draw_latents
+from tests.unit.methods.test_learning_to_cache import draw_latents
 
 ROUNDS = 12
 

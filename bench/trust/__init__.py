@@ -1,1 +1,1 @@
-"""Benches that look for what is wrong: each must find nothing."""
+"""Benches about correctness: exit with 1 when something is wrong."""

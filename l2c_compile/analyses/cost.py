@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import Node
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from l2c_compile.graphs.forms import form_of
 from l2c_compile.graphs.nodes import infer, num_bytes
 
 __all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved"]
@@ -31,7 +32,7 @@ class MultiplyAdds:
             return 0
         if node.target.namespace != "aten" or not _may_multiply(node.target):
             return 0
-        key = (node.target, _form((node.args, node.kwargs)))
+        key = (node.target, _work_key((node.args, node.kwargs)))
         if key not in self._known:
             self._known[key] = _count(node)
         return self._known[key]
@@ -123,25 +124,23 @@ _ROUND_S = 1e-3
 
 def _timing_key(node: Node) -> object:
     # Numbers among the arguments change from evaluation to evaluation: where a slice starts, what x is scaled by.
-    return node.target, tuple(_form(a, strides=True) for a in node.all_input_nodes), _form(node, strides=True)
+    return node.target, tuple(form_of(a.meta.get("val")) for a in node.all_input_nodes), form_of(node.meta.get("val"))
 
 
-def _form(argument: object, *, strides: bool = False) -> object:
+def _work_key(argument: object) -> object:
     if isinstance(argument, Node):
-        return _form_of_value(argument.meta.get("val"), strides)
+        return _sizes(argument.meta.get("val"))
     if isinstance(argument, (tuple, list)):
-        return tuple(_form(element, strides=strides) for element in argument)
+        return tuple(map(_work_key, argument))
     if isinstance(argument, dict):
-        return tuple((name, _form(value, strides=strides)) for name, value in argument.items())
+        return tuple((name, _work_key(value)) for name, value in argument.items())
     return repr(argument)
 
 
-def _form_of_value(value: object, strides: bool) -> object:
+def _sizes(value: object) -> object:
     if isinstance(value, (tuple, list)):
-        return tuple(_form_of_value(element, strides) for element in value)
-    if not isinstance(value, Tensor):
-        return type(value)
-    return tuple(value.shape), value.dtype, value.stride() if strides else ()
+        return tuple(map(_sizes, value))
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
 
 
 def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from l2c_compile.backends.cuda_graphs import RecordedLoop
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.pipeline import REGIONS
 from l2c_compile.progress import Progress
@@ -84,7 +84,7 @@ class _CompiledRegion(nn.Module):
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
-        specs = [TensorSpec.of(node.meta["val"]) for node in body.graph.find_nodes(op="placeholder")]
+        specs = [TensorForm.of(node.meta["val"]) for node in body.graph.find_nodes(op="placeholder")]
         # Zeros, not uninitialised memory: Inductor may run a kernel to choose its configuration, and indices must fit.
         example_inputs: list[Any] = [spec.empty().zero_() for spec in specs]
         with torch.no_grad():

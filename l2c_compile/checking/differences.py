@@ -15,7 +15,7 @@ from l2c_compile.checking.expected import ExpectedValues, port_suffix
 from l2c_compile.checking.finding import Finding, finding_at
 from l2c_compile.checking.found import FoundValues
 from l2c_compile.checking.values import Value, ValueTable, needed_for
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers
 
@@ -175,7 +175,7 @@ def _unread(node: Node, value: Value) -> str | None:
     x, weight, _ = value.arguments
     assert isinstance(x, Value)
     assert isinstance(weight, Value)
-    assert isinstance(value.form, Form)
+    assert isinstance(value.form, TensorForm)
     rank = len(value.form.shape)
     for dim, is_made, what in (
         (0, x.target is aten.cat.default, "rows"),

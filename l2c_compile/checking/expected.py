@@ -12,7 +12,7 @@ from torch.fx.node import Node
 
 from l2c_compile.checking.operators import on_values
 from l2c_compile.checking.values import Leaves, Value, ValueTable, needed_for
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.marks import INPUT_PORT, SITE, SiteMark
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list, root_tensor
 from l2c_compile.graphs.skeleton import LoopSkeleton
@@ -53,7 +53,7 @@ class ExpectedValues:
         table = self.table
         values: dict[Node, Value] = {}
         for number, node in enumerate(skeleton.input_nodes()):
-            values[node] = table.leaf("input", number, Form.of(node.meta["val"]))
+            values[node] = table.leaf("input", number, TensorForm.of(node.meta["val"]))
         for node, tensor in zip(skeleton.constant_nodes(), skeleton.constants.values(), strict=True):
             values[node] = self.leaves.of(tensor)
         made_by = {node: e for e, nodes in enumerate(skeleton.output_nodes()) for node in nodes}

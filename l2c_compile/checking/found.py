@@ -13,7 +13,7 @@ from torch.fx.node import Node
 
 from l2c_compile.checking.operators import on_values
 from l2c_compile.checking.values import Leaves, Value, ValueTable, values_in
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, module_path, output_list, root_tensor
 
@@ -42,7 +42,7 @@ class FoundValues:
             self.folded.update(zip(each.names, (made[output] for output in outputs), strict=True))  # type: ignore[index]
         self.made.clear()
         inputs = [
-            table.leaf("input", number, Form.of(node.meta["val"]))
+            table.leaf("input", number, TensorForm.of(node.meta["val"]))
             for number, node in enumerate(graph.graph.find_nodes(op="placeholder"))
         ]
         self.values = self._interpret(graph.graph, inputs)

@@ -18,7 +18,7 @@ from l2c_compile.checking.operators import Inference, Inferred, bind, flattened,
 from l2c_compile.checking.values import content_of
 from l2c_compile.errors import VerificationError
 from l2c_compile.graphs.facts import Fact, check
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, root_tensor
 
@@ -82,12 +82,12 @@ class NodeForms:
         for node in self.nodes if self.is_flat else ():
             operands = node.all_input_nodes
             if node.op == "placeholder":
-                self.forms[node], self.base[node] = Form.of(node.meta["val"]), node
+                self.forms[node], self.base[node] = TensorForm.of(node.meta["val"]), node
                 if num_inputs >= graph.num_noise:
                     self.early.add(node)
                 num_inputs += 1
             elif node.op == "get_attr":
-                self.forms[node], self.base[node] = Form.of(root_tensor(graph.root, node)), node
+                self.forms[node], self.base[node] = TensorForm.of(root_tensor(graph.root, node)), node
                 self.early.add(node)
             elif node.op == "call_function":
                 inferred = self._infer(node)
@@ -126,14 +126,14 @@ class NodeForms:
                 return
 
 
-def _noted(value: object) -> Form | None:
-    return Form.of(value) if isinstance(value, Tensor) else None
+def _noted(value: object) -> TensorForm | None:
+    return TensorForm.of(value) if isinstance(value, Tensor) else None
 
 
 def _agree(noted: object, derived: object) -> bool:
     if isinstance(noted, tuple) and isinstance(derived, tuple):
         return len(noted) == len(derived) and all(map(_agree, noted, derived))
-    if not isinstance(noted, Form) or not isinstance(derived, Form):
+    if not isinstance(noted, TensorForm) or not isinstance(derived, TensorForm):
         return noted is None and derived is None
     strides = zip(noted.shape, noted.stride, derived.stride, strict=True) if noted.shape == derived.shape else ()
     equal = (noted.shape, noted.dtype, noted.device) == (derived.shape, derived.dtype, derived.device)
@@ -185,7 +185,7 @@ def _bytes(form: object) -> int:
     """Return the size in bytes of the memory that forms span, 0 for none."""
     if isinstance(form, tuple):
         return sum(map(_bytes, form))
-    if not isinstance(form, Form) or 0 in form.shape:
+    if not isinstance(form, TensorForm) or 0 in form.shape:
         return 0
     extent = 1 + sum((size - 1) * stride for size, stride in zip(form.shape, form.stride, strict=True))
     return extent * form.dtype.itemsize

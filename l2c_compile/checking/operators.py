@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument, Node
 
 from l2c_compile.errors import VerificationError
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 
 __all__ = ["Inference", "Inferred", "bind", "flattened", "hashable", "name_of", "on_values", "replace_tensors"]
 
@@ -51,7 +51,7 @@ def flattened(arguments: Iterable[object]) -> Iterator[Node]:
 class Inferred:
     """What an operation returns."""
 
-    forms: Form | tuple[Form | None, ...] | None
+    forms: TensorForm | tuple[TensorForm | None, ...] | None
     """Of one tensor, of several, or None for anything else."""
     shares: int | None
     """Which of its tensor operands the result shares memory with, by position; None: it has memory of its own."""
@@ -65,7 +65,7 @@ class Inference:
         self._mode = FakeTensorMode()
 
     def of(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
-        """Return what ``target`` gives for arguments in the order of its schema, with a ``Form`` for each tensor.
+        """Return what ``target`` gives for arguments in the order of its schema, with a ``TensorForm`` for each tensor.
 
         Raises:
             VerificationError: torch refuses these arguments.
@@ -78,25 +78,25 @@ class Inference:
     def _ask(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
         tensors: list[Tensor] = []
 
-        def fake(form: Form) -> Tensor:
+        def fake(form: TensorForm) -> Tensor:
             tensors.append(form.empty())
             return tensors[-1]
 
         schema = target._schema.arguments
         with self._mode, torch.no_grad():
-            given = [replace_tensors(argument, Form, fake) for argument in bound]
+            given = [replace_tensors(argument, TensorForm, fake) for argument in bound]
             args = [value for value, argument in zip(given, schema, strict=True) if not argument.kwarg_only]
             kwargs = {a.name: value for value, a in zip(given, schema, strict=True) if a.kwarg_only}
             try:
                 with _without_log():
                     result = target(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-                shown = ", ".join(str(argument) for argument in bound if isinstance(argument, Form))
+                shown = ", ".join(str(argument) for argument in bound if isinstance(argument, TensorForm))
                 raise VerificationError(f"{name_of(target)} does not take ({shown}): {error}") from error
         results = result if isinstance(result, (tuple, list)) else (result,)
         storages = [tensor.untyped_storage()._cdata for tensor in tensors]
         made = next((r.untyped_storage()._cdata for r in results if isinstance(r, Tensor)), None)
-        forms = tuple(Form.of(r) if isinstance(r, Tensor) else None for r in results)
+        forms = tuple(TensorForm.of(r) if isinstance(r, Tensor) else None for r in results)
         shares = storages.index(made) if made in storages else None
         return Inferred(forms if isinstance(result, (tuple, list)) else forms[0], shares)
 

@@ -40,7 +40,7 @@ from torch._ops import OpOverload
 
 from l2c_compile.checking.operators import Inference, bind, hashable, name_of, replace_tensors
 from l2c_compile.errors import VerificationError
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.marks import CACHE_READ, SITE
 from l2c_compile.schedules.rules import Reading, Rule, rule_from_dict
 
@@ -61,9 +61,9 @@ class Leaves:
     def of(self, tensor: Tensor) -> Value:
         """Return the value of a tensor that a program refers to."""
         if id(tensor) in self._weights:
-            return self._table.leaf("weight", self._weights[id(tensor)], Form.of(tensor))
+            return self._table.leaf("weight", self._weights[id(tensor)], TensorForm.of(tensor))
         if id(tensor) not in self._constants:
-            value = self._table.leaf("constant", content_of(tensor), Form.of(tensor))
+            value = self._table.leaf("constant", content_of(tensor), TensorForm.of(tensor))
             # The tensor is kept so that no other can get its id.
             self._constants[id(tensor)] = tensor, value
         return self._constants[id(tensor)][1]
@@ -112,7 +112,7 @@ class Value:
     """The operation; of a leaf, the word for its kind."""
     arguments: tuple[object, ...]
     """In the order of the schema; Values among them, also inside tuples."""
-    form: Form | tuple[Form | None, ...] | None
+    form: TensorForm | tuple[TensorForm | None, ...] | None
     tag: int
     """A random number of 128 bits; of a sum, the sum of those of its terms."""
     place: Place
@@ -167,7 +167,7 @@ class ValueTable:
         self._inference = Inference()
         self._random = random.Random(0)
 
-    def leaf(self, kind: str, identity: object, form: Form) -> Value:
+    def leaf(self, kind: str, identity: object, form: TensorForm) -> Value:
         """Return an input, a weight or a constant: equal where kind and identity are."""
         return self._intern(kind, (identity,), self._normal(form))
 
@@ -232,12 +232,12 @@ class ValueTable:
             raise VerificationError(f"{name_of(target)} depends on memory layout, which is not followed up to rounding")
         if (
             packet in _RESHAPES
-            and isinstance(form, Form)
+            and isinstance(form, TensorForm)
             and isinstance(bound[0], Value)
             and _same_dtype(bound[0], form)
         ):
             return self._intern(aten.reshape.default, (bound[0], form.shape), form)
-        if target is aten.add.Tensor and isinstance(bound[1], Value) and bound[2] == 1 and isinstance(form, Form):
+        if target is aten.add.Tensor and isinstance(bound[1], Value) and bound[2] == 1 and isinstance(form, TensorForm):
             return self._sum(cast(Value, bound[0]), bound[1], form)
         return self._intern(target, bound, form)
 
@@ -252,7 +252,11 @@ class ValueTable:
     def _is_copy(self, target: object, form: object, source: Value | None) -> bool:
         if not isinstance(target, OpOverload) or target.overloadpacket not in _COPIES or source is None:
             return False
-        return isinstance(form, Form) and isinstance(source.form, Form) and _elements(form) == _elements(source.form)
+        return (
+            isinstance(form, TensorForm)
+            and isinstance(source.form, TensorForm)
+            and _elements(form) == _elements(source.form)
+        )
 
     def _item(self, source: Value, index: int) -> Value:
         if not isinstance(source.form, tuple) or not -len(source.form) <= index < len(source.form):
@@ -268,7 +272,7 @@ class ValueTable:
 
     def _slice(self, source: Value, dim: int, start: int | None, end: int | None) -> Value:
         """Return elements start..end of a dimension, taken as near to the leaves as the normal form says."""
-        assert isinstance(source.form, Form)
+        assert isinstance(source.form, TensorForm)
         rank = len(source.form.shape)
         dim %= rank
         start, end, _ = slice(start, end).indices(source.form.shape[dim])
@@ -314,14 +318,14 @@ class ValueTable:
                 begin += size
         return None
 
-    def _sum(self, a: Value, b: Value, form: Form) -> Value:
+    def _sum(self, a: Value, b: Value, form: TensorForm) -> Value:
         tag = (self._tag_in_sum(a, form) + self._tag_in_sum(b, form)) % 2**128
         key = _SUM, tag, form
         if key not in self._known:
             self._known[key] = Value(_SUM, (a, b), form, tag, self.place)
         return self._known[key]
 
-    def _tag_in_sum(self, term: Value, form: Form) -> int:
+    def _tag_in_sum(self, term: Value, form: TensorForm) -> int:
         """Return the tag of a term; a sum of another form, which is broadcast, stays one term."""
         if term.target != _SUM or term.form == form:
             return term.tag
@@ -345,9 +349,9 @@ class ValueTable:
             return form
         if isinstance(form, tuple):
             return tuple(map(self._normal, form))
-        assert isinstance(form, Form)
+        assert isinstance(form, TensorForm)
         strides = [math.prod(max(size, 1) for size in form.shape[i + 1 :]) for i in range(len(form.shape))]
-        return Form(form.shape, tuple(strides), form.dtype, form.device)
+        return TensorForm(form.shape, tuple(strides), form.dtype, form.device)
 
 
 class _Symbol:
@@ -371,9 +375,9 @@ class _Symbol:
         return _Symbol(table, table.call(func, values, named))
 
 
-def _elements(form: Form) -> object:
+def _elements(form: TensorForm) -> object:
     return form.shape, form.dtype, form.device
 
 
-def _same_dtype(source: Value, form: Form) -> bool:
-    return isinstance(source.form, Form) and source.form.dtype == form.dtype
+def _same_dtype(source: Value, form: TensorForm) -> bool:
+    return isinstance(source.form, TensorForm) and source.form.dtype == form.dtype

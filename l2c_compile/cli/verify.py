@@ -23,7 +23,7 @@ from l2c_compile.checking.proof import examine
 from l2c_compile.checking.reference import run_reference
 from l2c_compile.errors import InputFormError, LoopError, ScheduleError, VerificationError
 from l2c_compile.files.documents import write_atomically
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.models.named import DIGITS, NamedModel, named_model, tolerance
 from l2c_compile.samplers.loaded_sampler import LoadedSampler, load
@@ -154,8 +154,8 @@ def _inputs(sampler: LoadedSampler, known: NamedModel) -> tuple[Tensor, Tensor]:
     """Return noise and labels of the form that the sampler was saved for."""
     noise, conditions = tree_unflatten(list(sampler.inputs.leaves), sampler.inputs.spec)
     y = conditions.get("y")
-    is_noise = isinstance(noise, TensorSpec) and noise.shape[1:] == known.latent_shape and noise.dtype == torch.float32
-    if not is_noise or conditions.keys() != {"y"} or not isinstance(y, TensorSpec):
+    is_noise = isinstance(noise, TensorForm) and noise.shape[1:] == known.latent_shape and noise.dtype == torch.float32
+    if not is_noise or conditions.keys() != {"y"} or not isinstance(y, TensorForm):
         shape = ", ".join(map(str, known.latent_shape))
         raise InputFormError(
             f"{known.name} is sampled from float32 noise (B, {shape}) with labels y, and the file is for other inputs;"

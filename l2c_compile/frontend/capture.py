@@ -68,7 +68,7 @@ def capture(
     """
     flat = _FlatCall(denoiser, signature)
     with FakeTensorMode():
-        example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
+        example_inputs = tuple(spec.empty() for spec in signature.tensor_forms())
     try:
         marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
         with (

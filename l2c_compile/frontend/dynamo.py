@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_structure
 
 from l2c_compile.errors import CaptureError, ScheduleError, UnknownSiteError, nearest
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import INPUT_PORT, SITE
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list
@@ -111,7 +111,7 @@ def loop_graph_of(
 class _Static:
     """One tensor of Dynamo's inputs, with sizes that are numbers."""
 
-    spec: TensorSpec
+    spec: TensorForm
 
     @classmethod
     def of(cls, value: object) -> object:
@@ -119,11 +119,11 @@ class _Static:
         if isinstance(value, Tensor):
             # int() of a symbolic size makes Dynamo guard on its value.
             shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-            return cls(TensorSpec(shape, stride, value.dtype, value.device))
+            return cls(TensorForm(shape, stride, value.dtype, value.device))
         return int(value) if isinstance(value, torch.SymInt) else value
 
 
-def _fake(specs: Iterable[TensorSpec]) -> tuple[Tensor, ...]:
+def _fake(specs: Iterable[TensorForm]) -> tuple[Tensor, ...]:
     # Later calls find the mode in the tensors.
     with FakeTensorMode():
         return tuple(spec.empty() for spec in specs)
@@ -382,7 +382,7 @@ class _Marker:
         given = list(self._given(call))
         if len(given) != 1:
             output = next(mark.value for mark in self.marks if mark.site == site and mark.evaluation == evaluation)
-            given = [node for node in given if _form(node) == _form(output)]
+            given = [node for node in given if _form(node).fits(_form(output))]
         if len(given) != 1:
             raise CaptureError(
                 f"site '{site}', evaluation {evaluation}: the input of module '{site.path}' is read, but"
@@ -430,9 +430,8 @@ def _last(site: Site) -> str:
     return site.last or site.path
 
 
-def _form(node: Node) -> tuple[object, ...]:
-    value = node.meta["example_value"]
-    return tuple(value.shape), value.dtype, value.device
+def _form(node: Node) -> TensorForm:
+    return TensorForm.of(node.meta["example_value"])
 
 
 class _Watch(fx.Interpreter):

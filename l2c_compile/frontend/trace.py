@@ -33,7 +33,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from l2c_compile.errors import LoopTraceError
 from l2c_compile.frontend.stand_in import Loop, StandIn
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
 
@@ -273,7 +273,7 @@ class LoopTracer(fx.proxy.TracerBase):
     def _leaf_signature(self, leaf: object) -> object:
         if isinstance(leaf, Tensor):
             # The lowered loop passes a copy, so that no later write reaches it.
-            return TensorSpec.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf).of_copy()
+            return TensorForm.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf).of_copy()
         try:
             hash(leaf)
         except TypeError:
@@ -304,7 +304,7 @@ class LoopTracer(fx.proxy.TracerBase):
         return self._known_form(node, leaf)
 
     def _known_form(self, node: Node, like: Tensor) -> LoopTensor:
-        node.meta["form"] = TensorSpec.of(like)
+        node.meta["form"] = TensorForm.of(like)
         with self.fake_mode:
             return LoopTensor.wrap(self, node, node.meta["form"].empty())
 

@@ -59,7 +59,7 @@ class LoopSkeleton(ProgramGraph):
 
     def argument_nodes(self) -> list[list[Node]]:
         """Return, for each evaluation, the nodes of its tensor arguments."""
-        sizes = [len(call.signature.tensor_specs()) for call in self.calls]
+        sizes = [len(call.signature.tensor_forms()) for call in self.calls]
         return _split([n for n in output_list(self.graph)[: sum(sizes)] if isinstance(n, Node)], sizes)
 
     def result_nodes(self) -> list[Argument]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
+from l2c_compile.graphs.forms import form_of
 from l2c_compile.graphs.nodes import argument_key, emit, infer, output_list, packet_of
 
 __all__ = ["addresses_memory", "follow", "permutation", "relaid", "same_strides"]
@@ -111,13 +112,7 @@ def _infer(node: Node) -> tuple[object, object]:
 
 
 def _form(node: Node) -> object:
-    return _forms(node.meta["val"])
-
-
-def _forms(value: object) -> object:
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_forms, value))
-    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
+    return form_of(node.meta["val"])
 
 
 def _strides(value: object) -> object:

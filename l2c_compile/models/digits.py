@@ -1,6 +1,6 @@
 """The trained digits model and its judge, shipped with the package for examples and tests.
 
-Both are made by ``bench/train_digits.py`` and ``bench/train_digit_classifier.py`` from scikit-learn's 8 x 8 digits.
+Both are made by ``bench/digits/train.py`` and ``bench/digits/train_classifier.py`` from scikit-learn's 8 x 8 digits.
 
 Shapes: B batch, C channels, H height, W width, D width.
 """

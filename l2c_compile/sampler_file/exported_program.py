@@ -28,7 +28,7 @@ from torch.export.graph_signature import (
 from torch.utils._pytree import tree_map, tree_structure
 
 from l2c_compile.errors import BackendError
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import argument_key, expression, is_pointwise, output_list, root_tensor
 
@@ -113,7 +113,7 @@ def compile_ahead_of_time(program: ProgramGraph, path: str | os.PathLike[str]) -
     exported = to_exported_program(program)
     # AOTInductor wants examples; a saved program has none, because torch pickles them.
     placeholders = program.graph.find_nodes(op="placeholder")
-    zeros = tuple(TensorSpec.of(node.meta["val"]).empty().zero_() for node in placeholders)
+    zeros = tuple(TensorForm.of(node.meta["val"]).empty().zero_() for node in placeholders)
     exported._example_inputs = (zeros, {})
     with warnings.catch_warnings():
         # torch warns of its own copying of specs.
@@ -123,7 +123,7 @@ def compile_ahead_of_time(program: ProgramGraph, path: str | os.PathLike[str]) -
 
 def infer_values(
     graph: fx.Graph,
-    known: Callable[[fx.Node], TensorSpec],
+    known: Callable[[fx.Node], TensorForm],
     before: Callable[[fx.Node], None] = lambda node: None,
 ) -> None:
     """Write ``meta["val"]`` on every node by running the graph on fake tensors, all of one fake mode.
@@ -140,11 +140,11 @@ def infer_values(
     # AOTInductor goes on in this mode, with constants that are not fake.
     mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
-    by_form: dict[TensorSpec, Tensor] = {}
+    by_form: dict[TensorForm, Tensor] = {}
     by_operation: dict[object, Any] = {}
 
     def shared(value: Any) -> Any:  # noqa: ANN401 - whatever an operator returns
-        return by_form.setdefault(TensorSpec.of(value), value) if isinstance(value, Tensor) else value
+        return by_form.setdefault(TensorForm.of(value), value) if isinstance(value, Tensor) else value
 
     with mode, torch.no_grad():
         for node in graph.nodes:
@@ -179,5 +179,5 @@ def _kind(root: nn.Module, node: fx.Node) -> InputKind:
     return InputKind.PARAMETER if isinstance(root_tensor(root, node), nn.Parameter) else InputKind.BUFFER
 
 
-def _form(program: ProgramGraph, node: fx.Node) -> TensorSpec:
-    return TensorSpec.of(root_tensor(program.root, node) if node.op == "get_attr" else node.meta["val"])
+def _form(program: ProgramGraph, node: fx.Node) -> TensorForm:
+    return TensorForm.of(root_tensor(program.root, node) if node.op == "get_attr" else node.meta["val"])

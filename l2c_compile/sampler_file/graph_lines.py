@@ -29,7 +29,7 @@ from torch.fx.node import Argument, Node
 from l2c_compile.errors import FileFormatError, SaveError, VerificationError
 from l2c_compile.files.documents import MAX_JSON_BYTES, parse_json
 from l2c_compile.graphs.facts import Fact, check
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import evaluation_of, module_path, output_list
 from l2c_compile.sampler_file.exported_program import infer_values
@@ -106,7 +106,7 @@ class StoredTensor:
     record: str
     sha256: str
     """Of the whole record."""
-    form: TensorSpec
+    form: TensorForm
     offset: int
     """Of the first element in the storage, in elements."""
 
@@ -149,7 +149,7 @@ def encode_graph(program: ProgramGraph, stored: Callable[[Node], StoredTensor]) 
 
 def decode_graph(
     content: bytes,
-    inputs: Sequence[TensorSpec],
+    inputs: Sequence[TensorForm],
     num_evaluations: int,
     place: Callable[[torch.device], torch.device],
     load: Callable[[StoredTensor], Tensor],
@@ -209,14 +209,14 @@ class _Reader:
         else:
             raise self._error(f"wants an input, a tensor, an op or the output, got {kind!r:.80}")
 
-    def finish(self, inputs: Sequence[TensorSpec]) -> ProgramGraph:
+    def finish(self, inputs: Sequence[TensorForm]) -> ProgramGraph:
         if not self.finished or self.num_inputs != len(inputs):
             raise FileFormatError(
                 f"the graph is cut off, or has {self.num_inputs} inputs where the manifest names {len(inputs)}"
             )
         graph, root = self.program.graph, self.program.root
         forms = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
-        forms |= {node: TensorSpec.of(root.get_buffer(str(node.target))) for node in graph.find_nodes(op="get_attr")}
+        forms |= {node: TensorForm.of(root.get_buffer(str(node.target))) for node in graph.find_nodes(op="get_attr")}
         budget = OperationBudget(len(self.nodes), FileFormatError)
 
         def before(node: Node) -> None:
@@ -380,13 +380,13 @@ def decode_literal(
     raise FileFormatError(f"{where} has the value {value!r:.80}, which is of no known form")
 
 
-def encode_form(form: TensorSpec) -> dict[str, object]:
+def encode_form(form: TensorForm) -> dict[str, object]:
     """Return the JSON form of the form of a tensor."""
     dtype = str(form.dtype).removeprefix("torch.")
     return {"dtype": dtype, "shape": list(form.shape), "stride": list(form.stride), "device": str(form.device)}
 
 
-def decode_form(document: Mapping[str, object], where: str) -> TensorSpec:
+def decode_form(document: Mapping[str, object], where: str) -> TensorForm:
     """Return what ``encode_form`` encoded.
 
     Raises:
@@ -400,7 +400,7 @@ def decode_form(document: Mapping[str, object], where: str) -> TensorSpec:
         raise FileFormatError(f"{where} wants a shape and a stride of equal length")
     if not all(_is_count(size) for size in [*shape, *stride]) or math.prod(shape) > _MAX_INT:
         raise FileFormatError(f"{where} wants a shape and a stride of counts, got {shape!r:.80} and {stride!r:.80}")
-    return TensorSpec(tuple(shape), tuple(stride), dtype, _decode_device(document.get("device"), where))
+    return TensorForm(tuple(shape), tuple(stride), dtype, _decode_device(document.get("device"), where))
 
 
 def _encode_call(node: Node, numbers: Mapping[Node, str]) -> dict[str, object]:

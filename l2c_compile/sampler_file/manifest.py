@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from l2c_compile.errors import FileFormatError, SaveError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import MAX_JSON_BYTES, parse_json
-from l2c_compile.graphs.forms import StaticValue, TensorSpec
+from l2c_compile.graphs.forms import StaticValue, TensorForm
 from l2c_compile.sampler_file.graph_lines import encode_form, encode_literal
 
 __all__ = [
@@ -102,7 +102,7 @@ def encode_tree(value: object, what: str, leaf: Callable[[object, str], object])
 
 def encode_input(leaf: object, what: str) -> object:
     """Return a leaf of the inputs as JSON: the form of a tensor, or a Python value."""
-    if isinstance(leaf, TensorSpec):
+    if isinstance(leaf, TensorForm):
         return {"tensor": encode_form(leaf)}
     return {"value": encode_literal(leaf, what)}
 
@@ -144,7 +144,7 @@ def raw_value(leaf: object) -> object:
 
 def describe_input(leaf: object) -> str:
     """Return how a message names a leaf of the inputs."""
-    if isinstance(leaf, TensorSpec):
+    if isinstance(leaf, TensorForm):
         return f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)} on {leaf.device}"
     return f"the value {raw_value(leaf)!r:.80}"
 

@@ -32,7 +32,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from l2c_compile.errors import BackendError, FileFormatError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import MAX_JSON_BYTES
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.sampler_file.graph_lines import StoredTensor, decode_form, decode_graph, decode_literal
 from l2c_compile.sampler_file.manifest import (
@@ -86,7 +86,7 @@ def read_sampler(
         inputs, num_noise = _decode_inputs(manifest, devices)
         program = decode_graph(
             hashed(archive, GRAPH, sha256["graph"], MAX_GRAPH_BYTES),
-            inputs.tensor_specs(),
+            inputs.tensor_forms(),
             schedule.num_evaluations,
             devices.place,
             _SavedStorages(archive, devices).load,
@@ -190,8 +190,8 @@ def _decode_inputs(manifest: Mapping[str, object], devices: _DeviceMap) -> tuple
     noise = decode_tree(manifest["noise"], "noise", leaf)
     named = {name: decode_tree(value, f"condition {name!r:.80}", leaf) for name, value in conditions.items()}
     leaves, spec = tree_flatten((noise, named))
-    signature = CallSignature(spec, tuple(x if isinstance(x, TensorSpec) else StaticValue.of(x) for x in leaves))
-    return signature, sum(isinstance(x, TensorSpec) for x in tree_flatten(noise)[0])
+    signature = CallSignature(spec, tuple(x if isinstance(x, TensorForm) else StaticValue.of(x) for x in leaves))
+    return signature, sum(isinstance(x, TensorForm) for x in tree_flatten(noise)[0])
 
 
 def _decode_result(document: object, graph: fx.Graph) -> TreeSpec:

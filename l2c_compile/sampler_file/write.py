@@ -20,7 +20,7 @@ from l2c_compile.analyses.summary import Summary
 from l2c_compile.errors import SaveError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import parse_json, replaced_at_once
-from l2c_compile.graphs.forms import CallSignature, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import root_tensor
 from l2c_compile.sampler_file.exported_program import compile_ahead_of_time, to_exported_program
@@ -168,10 +168,10 @@ def _stored_tensors(archive: Archive) -> Callable[[LoopGraph, fx.Node], StoredTe
 
     def stored(graph: LoopGraph, node: fx.Node) -> StoredTensor:
         name = str(node.target)
-        form = TensorSpec.of(root_tensor(graph.root, node))
+        form = TensorForm.of(root_tensor(graph.root, node))
         return StoredTensor(records[name], hashes[records[name]], form, offsets[name])
 
     return stored
 
 
-_NOWHERE = StoredTensor("", "", TensorSpec((), (), torch.float32, torch.device("cpu")), 0)
+_NOWHERE = StoredTensor("", "", TensorForm((), (), torch.float32, torch.device("cpu")), 0)

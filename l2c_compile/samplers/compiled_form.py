@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
+from torch import fx, nn
 
 from l2c_compile.backends.regions import num_regions
 from l2c_compile.errors import StaleConstantsError
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.base import PassRun
 
-__all__ = ["CompiledForm", "check_fresh", "input_form", "weight_versions"]
+__all__ = ["CompiledForm", "check_fresh", "weight_versions"]
 
 
 @dataclass
@@ -43,12 +42,6 @@ class CompiledForm:
     def module_to_trace(self) -> fx.GraphModule:
         """The graph as a module for torch.compile; made when it is first asked for."""
         return self.graph.module_to_trace()
-
-
-def input_form(noise: object, conditions: Mapping[str, object]) -> CallSignature:
-    """Return the form of ``(noise, conditions)``."""
-    leaves, spec = tree_flatten((noise, dict(conditions)))
-    return CallSignature(spec, tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))
 
 
 def weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int, int]]:

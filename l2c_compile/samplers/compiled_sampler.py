@@ -21,7 +21,7 @@ from l2c_compile.compile import build_loop_graph, trace_and_capture
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.frontend.weights_lock import one_capture, weights_in_use
-from l2c_compile.graphs.forms import CallSignature, tensors_in
+from l2c_compile.graphs.forms import CallSignature, signature_of, tensors_in
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import write_into
 from l2c_compile.loops import BuiltInLoop
@@ -29,7 +29,7 @@ from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
 from l2c_compile.progress import Progress, silent
 from l2c_compile.sampler_file.write import save_sampler
-from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh, input_form, weight_versions
+from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh, weight_versions
 from l2c_compile.schedules.schedule import CacheSchedule
 
 __all__ = ["CompiledSampler"]
@@ -101,7 +101,7 @@ class CompiledSampler(nn.Module):
         """
         if torch.compiler.is_dynamo_compiling():
             # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
-            program = self._captured(input_form(noise, conditions))
+            program = self._captured(signature_of(noise, dict(conditions)))
             with torch.no_grad():
                 leaves = program.module_to_trace(*tensors_in((noise, conditions)))
         else:
@@ -113,7 +113,7 @@ class CompiledSampler(nn.Module):
 
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
         """Return the program for this form of input, building it if there is none yet; nothing is sampled."""
-        inputs = input_form(noise, conditions)
+        inputs = signature_of(noise, dict(conditions))
         with weights_in_use():
             form = self._form(inputs)
         program = self._programs.get(form)
@@ -180,7 +180,7 @@ class CompiledSampler(nn.Module):
         """
         self._check_devices(noise, conditions)
         with weights_in_use():
-            program = self._programs.get(self._form(input_form(noise, conditions)))
+            program = self._programs.get(self._form(signature_of(noise, dict(conditions))))
             if program is not None:
                 check_fresh(program)
         if program is None:

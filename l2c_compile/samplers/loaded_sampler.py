@@ -14,7 +14,7 @@ from l2c_compile.analyses.summary import Summary
 from l2c_compile.backends.choice import EAGER, Backend, check_backend, check_mode, kernels_for
 from l2c_compile.backends.lower import lower_to_backend
 from l2c_compile.errors import InputFormError
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, TensorForm, signature_of
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.progress import Progress, silent
 from l2c_compile.sampler_file.manifest import (
@@ -140,9 +140,9 @@ class LoadedSampler(nn.Module):
                 f"the sampler was saved with the inputs {', '.join(self._names)}, got others; give the same containers"
             )
         tensors = []
-        for what, leaf, wanted in zip(self._names, leaves, self.inputs.leaves, strict=True):
-            given = TensorSpec.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf)
-            if isinstance(wanted, TensorSpec) and isinstance(leaf, Tensor) and _fits(leaf, wanted):
+        given_forms = signature_of(*tree_unflatten(leaves, spec)).leaves
+        for what, leaf, given, wanted in zip(self._names, leaves, given_forms, self.inputs.leaves, strict=True):
+            if isinstance(given, TensorForm) and isinstance(wanted, TensorForm) and given.fits(wanted):
                 tensors.append(leaf if given == wanted else wanted.empty().copy_(leaf))
             elif given != wanted:
                 raise InputFormError(
@@ -159,7 +159,3 @@ def _names(inputs: CallSignature) -> list[str]:
     for name, value in conditions.items():
         names += [f"condition '{name}'" + keystr(path) for path, _ in tree_flatten_with_path(value)[0]]
     return names
-
-
-def _fits(tensor: Tensor, wanted: TensorSpec) -> bool:
-    return (tuple(tensor.shape), tensor.dtype, tensor.device) == (wanted.shape, wanted.dtype, wanted.device)

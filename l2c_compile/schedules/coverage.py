@@ -114,7 +114,7 @@ def derive_sources(states: bytes, rules: Mapping[int, Rule], branches: int) -> d
             derived[e] = ()
         elif state == REUSED:
             rule = rules[e]
-            past = any_origin[branch] if rule.history == "trace" else computed[branch]
+            past = any_origin[branch] if rule.history == "held" else computed[branch]
             if len(past) >= rule.num_sources:
                 derived[e] = tuple(past[: -rule.num_sources - 1 : -1])
         if state == COMPUTED:

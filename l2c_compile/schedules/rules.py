@@ -39,8 +39,8 @@ class Rule(ABC):
 
     name: ClassVar[str]
     """The word in files; unique."""
-    history: ClassVar[Literal["computed", "trace"]] = "computed"
-    """``computed``: sources must have computed the site. ``trace``: its value there may itself be a reused one."""
+    history: ClassVar[Literal["computed", "held"]] = "computed"
+    """``computed``: sources must have computed the site. ``held``: its value there may itself be a reused one."""
     needs_input: ClassVar[bool] = False
     """Whether the rule also reads the input of the site, at the sources and now."""
 

@@ -483,7 +483,7 @@ def _check_entries(schedule: CacheSchedule) -> None:
                 raise ScheduleError(
                     f"{here} from source {source!r}; a source is an earlier evaluation: compute it at {e}"
                 )
-            has_value = row[source] == COMPUTED or (entry.rule.history == "trace" and row[source] == REUSED)
+            has_value = row[source] == COMPUTED or (entry.rule.history == "held" and row[source] == REUSED)
             if not inactive and not has_value:
                 reason = "it is reused itself" if row[source] == REUSED else "a site that shares its work is reused"
                 computed = [earlier for earlier in range(e) if row[earlier] == COMPUTED]

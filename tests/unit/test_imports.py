@@ -12,7 +12,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.root import ROOT
+
 PACKAGE = "l2c_compile"
 
 # Lowest first. A name is that of a folder or of a file at the top of the package; "" is the package's own __init__.py.

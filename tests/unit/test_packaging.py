@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.root import ROOT
+
 PACKAGE = "l2c_compile"
 # Folder at the root of the checkout -> folder in the wheel.
 FOLDERS = {PACKAGE: PACKAGE, "passes": f"{PACKAGE}/passes", "kernels": f"{PACKAGE}/kernels"}

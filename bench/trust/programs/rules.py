@@ -38,7 +38,7 @@ class Decay(Rule):
     """A part of whatever the site held before, itself a reused value perhaps."""
 
     name: ClassVar[str] = "test decay"
-    history: ClassVar[Literal["computed", "trace"]] = "trace"
+    history: ClassVar[Literal["computed", "held"]] = "held"
 
     @property
     def num_sources(self) -> int:

@@ -1,0 +1,1 @@
+"""The trained digits model: how it was made, and how well every finder does on it."""

@@ -1,0 +1,1 @@
+"""Benches about time, memory and compilation."""

@@ -1,0 +1,121 @@
+"""Read files that are broken, forged or hostile: all must be refused at once, and nothing in them may run.
+
+Options: ``--count N`` (default 5000), ``--seed N`` (default 0) and ``--first N`` (default 0), the first file's number:
+with ``--count 1`` that replays one. File number n of a seed is the same file in every run. Linux only.
+
+Kinds are what the package reads: schedules, routers, saved samplers, and the files of other projects.
+``file_mutations.py`` breaks them, ``malformed_worker.py`` reads them in processes of their own. Allowed are
+an ``L2CError`` with a short printable message, or an ``OSError`` that names the file where the file system is at fault,
+within a second of processor time and 256 MiB. A file that is read all the same says what it said before or, where no
+checksum covers the change, something that is valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.progress import Progress
+
+from bench.cases import BenchError
+from bench.report import ROOT, Condition, Row
+from bench.trust.malformed_worker import Outcome
+
+__all__ = ["ALLOWED", "outcomes", "run"]
+
+ALLOWED = ("refused", "not readable", "read as before", "read as another")
+"""The outcomes that are no failures."""
+
+_CHUNK = 1000
+# Wall time on a busy machine; a second of processor time is what is allowed.
+_HANG_SECONDS = 120.0
+
+
+def run(args: Sequence[str], progress: Progress) -> list[Row]:
+    """Return how many files of each kind came to which outcome, the failures one by one, and the slowest file."""
+    parser = argparse.ArgumentParser(prog="python -m bench malformed-files")
+    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    options = parser.parse_args(list(args))
+    if options.count < 1 or options.first < 0:
+        raise BenchError(f"malformed-files wants a count of at least 1, got {options.count} from {options.first}")
+    task = progress.add_task("malformed files", total=options.count)
+    done = []
+    for outcome in outcomes(options.seed, options.first, options.first + options.count):
+        done.append(outcome)
+        progress.advance(task)
+    return _rows(done, {"seed": options.seed, "first": options.first, "count": len(done)})
+
+
+def _rows(done: Sequence[Outcome], of_run: Mapping[str, Condition]) -> list[Row]:
+    counts = Counter((each.kind, each.outcome) for each in done)
+    rows = [Row("files", n, "", {**of_run, "kind": kind, "outcome": how}) for (kind, how), n in sorted(counts.items())]
+    failures = [each for each in done if each.outcome not in ALLOWED]
+    for each in failures:
+        rows.append(Row("failure", each.seconds, "s", {**_which(each, of_run), "detail": each.detail}))
+    slowest = max(done, key=lambda each: each.seconds)
+    rows.append(Row("slowest", slowest.seconds, "s", _which(slowest, of_run)))
+    for what in ("CRASHED", "HUNG", "EXECUTED"):
+        rows.append(Row(what.lower(), sum(each.outcome == what for each in failures), "files", of_run))
+    rows.append(Row("failures", len(failures), "files", of_run))
+    return rows
+
+
+def _which(one: Outcome, of_run: Mapping[str, Condition]) -> dict[str, Condition]:
+    about: dict[str, Condition] = {"kind": one.kind, "mutation": one.mutation, "outcome": one.outcome}
+    return {**of_run, "file": one.index, **about}
+
+
+def outcomes(seed: int, start: int, stop: int) -> Iterator[Outcome]:
+    """Yield what comes of the files ``start`` to ``stop``; a file that ends or stops its process is one outcome, too.
+
+    Raises:
+        BenchError: The process cannot read even the valid files.
+    """
+    while start < stop:
+        end = min(stop, start + _CHUNK)
+        command = [sys.executable, "-m", "bench.trust.malformed_worker", *map(str, (seed, start, end))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env=environment) as worker:
+            assert worker.stdout is not None
+            lines = _lines(worker.stdout.fileno())
+            try:
+                if next(lines, None) != "ready":
+                    raise BenchError("the process that reads malformed files did not start; its error is above")
+                for line in lines:
+                    yield Outcome(**json.loads(line))
+                    start += 1
+                if start < end:
+                    yield Outcome(start, "?", "?", "CRASHED", f"the process ended with {worker.wait()}", 0.0)
+                    start += 1
+            except TimeoutError:
+                yield Outcome(start, "?", "?", "HUNG", f"nothing came for {_HANG_SECONDS} s", _HANG_SECONDS)
+                start += 1
+            finally:
+                worker.kill()
+
+
+def _lines(descriptor: int) -> Iterator[str]:
+    """Yield what arrives in a pipe line by line.
+
+    Raises:
+        TimeoutError: Nothing arrived for a long time.
+    """
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while True:
+            if not selector.select(_HANG_SECONDS):
+                raise TimeoutError
+            chunk = os.read(descriptor, 65536)
+            if not chunk:
+                return
+            *whole, rest = (rest + chunk).split(b"\n")
+            yield from (line.decode() for line in whole)

@@ -1,0 +1,61 @@
+"""What an operation costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
+from l2c_compile.analyses.cost import NodeTimes, bytes_moved
+
+WIDE, DIM = 256, 4
+
+
+class Uneven(nn.Module):
+    """Nearly all of the work is in one of two sublayers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heavy = nn.Sequential(nn.Linear(DIM, WIDE), nn.Linear(WIDE, WIDE), nn.Linear(WIDE, DIM))
+        self.light = nn.Linear(DIM, DIM)
+
+    def forward(self, x_BD: Tensor, t_B: Tensor) -> Tensor:
+        x_BD = x_BD + self.heavy(x_BD) * t_B[:, None]
+        result: Tensor = x_BD + self.light(x_BD)
+        return result
+
+
+def loop(denoiser: Callable[..., Tensor], noise: Tensor) -> Tensor:
+    x = noise
+    for i in range(4):
+        x = x - 0.1 * denoiser(x, torch.full((x.shape[0],), float(4 - i), device=x.device))
+    return x
+
+
+def sampler(rows: dict[str, list[int]], device: str = "cpu") -> CompiledSampler:
+    torch.manual_seed(0)
+    return l2c_compile(Uneven().eval().to(device), CacheSchedule.from_table(rows), loop)
+
+
+def test_a_form_is_measured_once_whatever_its_numbers() -> None:
+    cached = sampler({"heavy": [1, 1, 1, 1]})
+    nodes = cached.capture(torch.zeros(2, DIM)).graph.graph.nodes
+    times = NodeTimes(torch.device("cpu"), rounds=1)
+    times.measure(nodes)
+    heavy = [node for node in nodes if "linear" in node.name]
+    assert len(heavy) == 16
+    # From 4 to 256, from 256 to 256, back to 4, and the light one.
+    assert len({times.of(node) for node in heavy}) == 4
+    assert times.total(nodes) >= times.total(heavy) > 0
+    with pytest.raises(KeyError):
+        NodeTimes(torch.device("cpu")).of(heavy[0])
+
+
+def test_a_view_moves_no_bytes_and_a_product_reads_its_weight() -> None:
+    nodes = sampler({"heavy": [1] * 4}).capture(torch.zeros(2, DIM)).graph.graph.nodes
+    middle = next(node for node in nodes if "linear" in node.name and node.meta["val"].shape == (2, WIDE))
+    assert bytes_moved(middle) == 4 * (2 * DIM + DIM * WIDE + WIDE + 2 * WIDE)
+    assert all(bytes_moved(node) == 0 for node in nodes if "unsqueeze" in node.name or node.op != "call_function")
