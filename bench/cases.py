@@ -18,8 +18,8 @@ broken one stops nobody else::
         ]
 
 - ``args`` is whatever follows the name on the command line and is no option of the harness, options of the case
-  included: ``python -m bench golden a.pt b.pt --threads 2`` gives ``["a.pt", "b.pt", "--threads", "2"]``. A case that
-  takes none refuses any with ``no_arguments(args)``.
+  included: ``python -m bench golden a.pt b.pt --threads 2`` gives ``["a.pt", "b.pt", "--threads", "2"]``.
+  ``Options("my-case")`` in ``options.py`` parses them and refuses what it does not know.
 - ``progress`` is running; add a task and advance it. Print nothing: the table comes from the rows.
 - A ``Row`` says what was measured and under which conditions. The harness adds the name of the case, the machine, the
   versions, the commit and the date. A target in ``targets.toml`` finds a row by case, metric and conditions.
@@ -41,7 +41,7 @@ from rich.progress import Progress
 from bench.report import Row
 from l2c_compile.errors import L2CError, nearest
 
-__all__ = ["ALWAYS_CHECKED", "CASES", "BenchError", "Run", "load", "no_arguments", "summary"]
+__all__ = ["ALWAYS_CHECKED", "CASES", "BenchError", "Run", "load", "summary"]
 
 Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 
@@ -105,13 +105,3 @@ def summary(name: str) -> str:
     except SyntaxError:
         return f"({module_name} does not parse)"
     return docstring.splitlines()[0] if docstring else ""
-
-
-def no_arguments(args: Sequence[str]) -> None:
-    """Refuse arguments on behalf of a case that takes none.
-
-    Raises:
-        BenchError: There are some.
-    """
-    if args:
-        raise BenchError(f"this bench takes no arguments, got {' '.join(args)}")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from rich.progress import Progress
 
+from bench.cases import BenchError
 from bench.measure import compare, ratio, synchronizer
 from bench.options import Options
 from bench.report import Condition, Row
@@ -75,6 +76,8 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     parser.add_device("cpu", "cuda")
     parser.add_loop()
     options = parser.read(args)
+    if _FROZEN in options.sides and options.backend != "inductor":
+        raise BenchError(f"latency times {_FROZEN!r} with Inductor only; name the --sides without it")
     rows: list[Row] = []
     task = progress.add_task("latency", total=len(options.models) * len(options.batches) * options.rounds)
     for name in options.models:

@@ -12,7 +12,6 @@ checksum covers the change, something that is valid.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import selectors
@@ -24,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.progress import Progress
 
 from bench.cases import BenchError
+from bench.options import Options
 from bench.report import ROOT, Condition, Row
 from bench.trust.malformed_worker import Outcome
 
@@ -39,11 +39,11 @@ _HANG_SECONDS = 120.0
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return how many files of each kind came to which outcome, the failures one by one, and the slowest file."""
-    parser = argparse.ArgumentParser(prog="python -m bench malformed-files")
+    parser = Options("malformed-files")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
-    options = parser.parse_args(list(args))
+    options = parser.read(args)
     if options.count < 1 or options.first < 0:
         raise BenchError(f"malformed-files wants a count of at least 1, got {options.count} from {options.first}")
     task = progress.add_task("malformed files", total=options.count)
