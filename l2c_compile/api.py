@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from l2c_compile.backends.choice import EAGER, Backend, check_backend, check_mode, kernels_for, passes_for
+from l2c_compile.backends.options import EAGER, Backend, Options
 from l2c_compile.errors import ScheduleError
 from l2c_compile.frontend.capture import check_sites_exist
 from l2c_compile.frontend.stand_in import Loop
@@ -71,9 +71,7 @@ def l2c_compile(
                 "the schedule does not say which loop it was made for; give one: l2c_compile(model, s, loop)"
             )
         loop = loop_from_dict(schedule.loop)
-    check_backend(backend)
-    check_mode(mode)
+    options = Options(backend, numerics, without, caches, mode)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    passes, kernels = passes_for(backend, numerics, without, caches), kernels_for(backend, numerics, without)
-    return CompiledSampler(model, schedule, loop, backend, passes, kernels, progress, mode)
+    return CompiledSampler(model, schedule, loop, options, progress)

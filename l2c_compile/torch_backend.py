@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from l2c_compile.backends.choice import INDUCTOR, Backend, check_backend, kernels_for, passes_for
 from l2c_compile.backends.lower import lower_to_backend
+from l2c_compile.backends.options import INDUCTOR, Options
 from l2c_compile.errors import L2CError, ScheduleError, nearest
 from l2c_compile.frontend.dynamo import loop_graph_of
-from l2c_compile.progress import silent
 from l2c_compile.schedules.importers import load_schedule_file
 from l2c_compile.schedules.router import schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
@@ -61,17 +60,16 @@ def l2c(
             hint = nearest(name, _OPTIONS) or f"there are {', '.join(_OPTIONS)}"
             raise L2CError(f"backend 'l2c' has no option '{name}'; {hint}")
     schedule = _schedule(given.get("router"), given.get("threshold"))
-    backend: Backend = given.get("backend", INDUCTOR)
-    check_backend(backend)
-    passes = passes_for(backend, given.get("numerics"), given.get("without", ()), given.get("caches"))
-    kernels = kernels_for(backend, given.get("numerics"), given.get("without", ()))
+    chosen = Options(
+        given.get("backend", INDUCTOR), given.get("numerics"), given.get("without", ()), given.get("caches")
+    )
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
     # What is folded and compiled here has nothing to do with Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
-        passes.run(loop.graph)
-        run = lower_to_backend(loop.graph, backend, silent, kernels)
+        chosen.passes.run(loop.graph)
+        run = lower_to_backend(loop.graph, chosen)
     positions = loop.positions
 
     @torch.no_grad()

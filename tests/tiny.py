@@ -25,6 +25,7 @@ from l2c_compile.frontend.unroll import unroll
 from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGraph
 from l2c_compile.models import DiT, UViT
+from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.pipeline import EVALUATION, SKELETON
 from l2c_compile.schedules.sites import Site
 
@@ -130,16 +131,17 @@ def captured_once() -> Iterator[None]:
         if key not in known:
             kept.append(denoiser)
             known[key] = capture(denoiser, signature, sites, read_inputs_of)
-        # A copy: passes run on it, and the proof wants it as it was captured.
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in known[key].graph.nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        return replace(known[key], graph=graph)
+        return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_module, "capture", capture_once)
         yield
+
+
+def set_passes(sampler: CompiledSampler, passes: Pipeline) -> None:
+    """Have a sampler run passes that no option asks for."""
+    sampler.options = replace(sampler.options)
+    vars(sampler.options)["passes"] = passes
 
 
 def program(function: Callable[..., object], *inputs: Tensor) -> ProgramGraph:
@@ -171,7 +173,6 @@ def unrolled(
 
     skeleton = trace_loop(loop, model, noise, conditions or {}, capture_call)
     SKELETON.run(skeleton)
-    skeleton.note_dependencies()
     for evaluation in forms.values():
         EVALUATION.run(evaluation)
     return unroll(skeleton, model, schedule)

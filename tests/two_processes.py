@@ -1,4 +1,4 @@
-"""Learn a tiny router in one of several processes; ``tests/unit/test_learn_scale.py`` starts them.
+"""Learn a tiny router in one of several processes; ``tests/unit/finders/test_processes.py`` starts them.
 
 python -m tests.two_processes FOLDER SECONDS_A_ROUND
 """

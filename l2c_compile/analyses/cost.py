@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.node import Node
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from l2c_compile.graphs.forms import form_of
+from l2c_compile.graphs.loop_graph import EvaluationPrice
+from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.graphs.nodes import infer, num_bytes
+from l2c_compile.graphs.skeleton import LoopSkeleton
 
-__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved"]
+__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved", "prices_of"]
 
 
 class MultiplyAdds:
@@ -47,6 +53,19 @@ def bytes_moved(node: Node) -> int:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
         return 0
     return num_bytes(node) + sum(map(num_bytes, node.all_input_nodes))
+
+
+def prices_of(skeleton: LoopSkeleton) -> tuple[EvaluationPrice, ...]:
+    """Return what each evaluation of a loop takes that computes everything."""
+    count = MultiplyAdds()
+    prices: dict[int, EvaluationPrice] = {}
+    for evaluation in skeleton.evaluations():
+        sizes: Counter[str] = Counter()
+        for mark in site_marks(evaluation.graph):
+            if mark.port != INPUT_PORT:
+                sizes[mark.site] += num_bytes(mark.node)
+        prices[id(evaluation)] = EvaluationPrice(count.total(evaluation.graph.nodes), dict(sizes))
+    return tuple(prices[id(call.graph)] for call in skeleton.calls)
 
 
 class NodeTimes:
@@ -153,6 +172,38 @@ def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:
 
 
 def _count(node: Node) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with _FlopCount() as count:
         infer(node.target, node.args, node.kwargs)
-    return int(counter.get_total_flops()) // 2
+    return int(count.total // 2)
+
+
+class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up torch's formulas over what runs in this thread.
+
+    Torch's ``FlopCounterMode`` hooks every module of the process meanwhile, those that other threads run included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[Any, Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the operator returns
+        given = dict(kwargs or {})
+        # What torch asks of a tensor itself; no work.
+        if func.namespace == "prim":
+            return func(*args, **given)
+        with self:
+            parts = func.decompose(*args, **given)
+        if parts is not NotImplemented:
+            return parts
+        result = func(*args, **given)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **given, out_val=result))
+        return result

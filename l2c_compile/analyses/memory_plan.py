@@ -18,8 +18,7 @@ from torch.fx.node import Node
 
 from l2c_compile.analyses.storages import Storages, cache_work
 from l2c_compile.graphs.loop_graph import LoopGraph
-from l2c_compile.graphs.marks import INPUT_PORT, site_marks
-from l2c_compile.graphs.nodes import evaluation_of, num_bytes
+from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
@@ -27,7 +26,6 @@ __all__ = [
     "CacheLiveness",
     "KeptValue",
     "MemoryPlan",
-    "aten",
     "cache_liveness",
     "keep_everything_bytes",
     "plan_memory",
@@ -81,16 +79,7 @@ def cache_liveness(schedule: CacheSchedule, site_bytes: Mapping[tuple[int, Site]
 def site_bytes(graph: LoopGraph) -> dict[tuple[int, Site], int]:
     """Return the size in bytes of every site's value, by (evaluation, site), whether it is computed there or not."""
     by_name = {str(site): site for site in graph.schedule.sites}
-    bytes_of_form: dict[int, dict[Site, int]] = {}
-    for form in graph.forms:
-        if id(form) not in bytes_of_form:
-            sizes: dict[Site, int] = {}
-            for mark in site_marks(form.graph):
-                if mark.port != INPUT_PORT:
-                    site = by_name[mark.site]
-                    sizes[site] = sizes.get(site, 0) + num_bytes(mark.node)
-            bytes_of_form[id(form)] = sizes
-    return {(e, site): size for e, form in enumerate(graph.forms) for site, size in bytes_of_form[id(form)].items()}
+    return {(e, by_name[name]): size for e, price in enumerate(graph.prices) for name, size in price.site_bytes.items()}
 
 
 def keep_everything_bytes(graph: LoopGraph) -> int:
@@ -129,11 +118,6 @@ class MemoryPlan:
     """The most that is alive during each evaluation."""
     slot_bytes: tuple[int, ...]
     """The size in bytes of each buffer. A buffer holds values of one size only, so that none is ever moved."""
-
-    @property
-    def buffer_bytes(self) -> int:
-        """What the buffers take together: equal to the peak where all values are of one size."""
-        return sum(self.slot_bytes)
 
 
 def plan_memory(graph: LoopGraph) -> MemoryPlan:

@@ -126,7 +126,7 @@ def summarize(graph: LoopGraph) -> Summary:
             shared += count.of(node)
         else:
             left[evaluation] += count.of(node)
-    full = [count.total(graph.forms[e].graph.nodes) for e in range(graph.num_evaluations)]
+    full = [price.multiply_adds for price in graph.prices]
     plan = plan_memory(graph)
     cache = plan.cache
     rows = []

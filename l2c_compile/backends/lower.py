@@ -12,49 +12,45 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from l2c_compile.backends.choice import EAGER, INDUCTOR, REDUCE_OVERHEAD, Backend
 from l2c_compile.backends.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
+from l2c_compile.backends.options import EAGER, INDUCTOR, REDUCE_OVERHEAD, Options
 from l2c_compile.backends.regions import compile_regions
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.base import Pipeline
-from l2c_compile.progress import Progress
+from l2c_compile.progress import Progress, silent
 
 __all__ = ["lower_to_backend"]
 
 
 def lower_to_backend(
-    graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline, mode: str | None = None
+    graph: LoopGraph, options: Options, progress: Progress = silent
 ) -> Callable[..., Sequence[object]]:
-    """Return a callable that computes what ``graph`` computes, through ``backend``.
+    """Return a callable that computes what ``graph`` computes, through the backend of the options.
 
     Args:
         graph: the finished loop graph; it is not changed.
-        backend: what runs it.
+        options: the backend, its kernels, and whether what it made runs as one CUDA graph.
         progress: told which region is compiled.
-        kernels: see ``kernels_for``.
-        mode: "reduce-overhead" runs what the backend made as one CUDA graph; None as it is.
 
     Raises:
         BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device; or torch cannot
             write to its cache folder.
     """
-    if mode == REDUCE_OVERHEAD:
+    if options.mode == REDUCE_OVERHEAD:
         device = check_capturable(graph)
-        return RecordedLoop(_lower(graph, backend, progress, kernels), graph, CudaRecorder(device))
-    return _lower(graph, backend, progress, kernels)
+        return RecordedLoop(_lower(graph, options, progress), graph, CudaRecorder(device))
+    return _lower(graph, options, progress)
 
 
-def _lower(
-    graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline
-) -> Callable[..., Sequence[object]]:
-    if backend == EAGER:
-        return (_with_kernels(graph, kernels) if kernels.passes else graph).module()
-    if backend == INDUCTOR:
+def _lower(graph: LoopGraph, options: Options, progress: Progress) -> Callable[..., Sequence[object]]:
+    if options.backend == EAGER:
+        return (_with_kernels(graph, options.kernels) if options.kernels.passes else graph).module()
+    if options.backend == INDUCTOR:
         with cache_folder_named():
-            return compile_regions(_with_kernels(graph, kernels), progress)
+            return compile_regions(_with_kernels(graph, options.kernels), progress)
     compiled: Callable[..., Sequence[object]] = torch.compile(
-        graph.module_to_trace(), backend=backend, fullgraph=True, dynamic=False
+        graph.module_to_trace(), backend=options.backend, fullgraph=True, dynamic=False
     )
     return compiled
 

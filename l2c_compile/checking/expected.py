@@ -54,8 +54,9 @@ class ExpectedValues:
         values: dict[Node, Value] = {}
         for number, node in enumerate(skeleton.input_nodes()):
             values[node] = table.leaf("input", number, TensorForm.of(node.meta["val"]))
-        for node, tensor in zip(skeleton.constant_nodes(), skeleton.constants.values(), strict=True):
-            values[node] = self.leaves.of(tensor)
+        for node, (name, tensor) in zip(skeleton.constant_nodes(), skeleton.constants.items(), strict=True):
+            # A weight may have been assigned anew since the loop was traced.
+            values[node] = self.leaves.of(self.leaves.weights.get(name.removeprefix("denoiser."), tensor))
         made_by = {node: e for e, nodes in enumerate(skeleton.output_nodes()) for node in nodes}
         arguments, outputs = skeleton.argument_nodes(), skeleton.output_nodes()
         num_done = 0

@@ -52,16 +52,19 @@ class Leaves:
 
     def __init__(self, table: ValueTable, denoiser: nn.Module) -> None:
         self._table = table
-        self._weights: dict[int, str] = {}
+        self.weights: dict[str, Tensor] = {}
+        """Parameters and buffers of the denoiser by their paths, tied ones by each of them."""
+        self._paths: dict[int, str] = {}
         self._constants: dict[int, tuple[Tensor, Value]] = {}
         for named in (denoiser.named_parameters, denoiser.named_buffers):
             for path, tensor in named(remove_duplicate=False):
-                self._weights.setdefault(id(tensor), path)
+                self.weights[path] = tensor
+                self._paths.setdefault(id(tensor), path)
 
     def of(self, tensor: Tensor) -> Value:
         """Return the value of a tensor that a program refers to."""
-        if id(tensor) in self._weights:
-            return self._table.leaf("weight", self._weights[id(tensor)], TensorForm.of(tensor))
+        if id(tensor) in self._paths:
+            return self._table.leaf("weight", self._paths[id(tensor)], TensorForm.of(tensor))
         if id(tensor) not in self._constants:
             value = self._table.leaf("constant", content_of(tensor), TensorForm.of(tensor))
             # The tensor is kept so that no other can get its id.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from l2c_compile.api import l2c_compile
-from l2c_compile.backends.choice import EAGER, passes_for
+from l2c_compile.backends.options import EAGER, Options
 from l2c_compile.checking.comparison import finite, largest_errors
 from l2c_compile.checking.proof import examine
 from l2c_compile.checking.reference import run_reference
@@ -165,10 +165,11 @@ def _inputs(sampler: LoadedSampler, known: NamedModel) -> tuple[Tensor, Tensor]:
     return drawn, labels.to(y.dtype)
 
 
+_NUMERICS: tuple[Literal["bitwise", "rounding"], ...] = ("bitwise", "rounding")
+
+
 def _allowed_error(sampler: LoadedSampler, backend: str) -> float:
-    bitwise, rounding = (
-        {each.name for each in passes_for(EAGER, numerics, ()).passes} for numerics in ("bitwise", "rounding")
-    )
+    bitwise, rounding = ({each.name for each in Options(numerics=numerics).passes.passes} for numerics in _NUMERICS)
     if not rounding.issuperset(sampler.passes):
         raise VerificationError(
             f"the file was made with {', '.join(set(sampler.passes) - rounding)}, which"

@@ -543,7 +543,6 @@ def _to_loop_graph(
         root=nn.Module(),
         schedule=schedule,
         num_noise=len(noise),
-        forms=[],
         out_spec=tree_structure(output_list(lowered.graph)),
     )
     copies: dict[Node, Node] = {}

@@ -5,7 +5,8 @@ Before, the skeleton (prediction_e stands for what evaluation e returns, as an i
     x = mul(noise, c);  [x, t]  ->  (evaluation 0)  ->  prediction_0;  y = sub(x, prediction_0) ...
 
 After, one graph in execution order, with a copy of the evaluation graph in the place of each prediction. What does not
-depend on the latent (binding time below LATENT) is emitted once for all evaluations that share it.
+depend on the latent (the noise, a random draw, or what an evaluation returned) is emitted once for all evaluations that
+share it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Node
 
-from l2c_compile.graphs.loop_graph import Binding, EvaluationGraph, LoopGraph
+from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph
 from l2c_compile.graphs.marks import SITE
-from l2c_compile.graphs.nodes import Expression, expression, output_list
+from l2c_compile.graphs.nodes import Expression, draws_random_numbers, expression, output_list
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.schedules.schedule import CacheSchedule
 
@@ -29,7 +30,7 @@ def unroll(skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule)
     """Return the loop graph: every evaluation in execution order, every site marked, nothing skipped yet.
 
     Args:
-        skeleton: the traced loop; its evaluation graphs carry their binding times (``BindTimes``).
+        skeleton: the traced loop.
         denoiser: the module that the weights belong to; it becomes a child of the graph's root.
         schedule: resolved and of the skeleton's number of evaluations; kept for the passes.
     """
@@ -43,6 +44,7 @@ class _Unroller:
         self.root = nn.Module()
         self.root.denoiser = denoiser
         self.graph = fx.Graph()
+        self.latent = _latent_nodes(skeleton)
         self.shared: dict[Expression, Node] = {}
         self.attributes: dict[object, Node] = {}
 
@@ -86,7 +88,6 @@ class _Unroller:
             root=self.root,
             schedule=self.schedule,
             num_noise=skeleton.num_noise,
-            forms=[call.graph for call in skeleton.calls],
             out_spec=skeleton.out_spec,
         )
 
@@ -113,7 +114,7 @@ class _Unroller:
             elif node.target is SITE:
                 values[node] = self._copy(node, values, evaluation)
                 values[node].update_arg(3, evaluation)
-            elif node.meta["binding"] is Binding.LATENT:
+            elif node in self.latent:
                 values[node] = self._copy(node, values, evaluation)
             else:
                 key = expression(node, values.__getitem__)
@@ -144,3 +145,24 @@ class _Unroller:
             node.meta = dict(like.meta)
             self.attributes[key] = node
         return self.attributes[key]
+
+
+def _latent_nodes(skeleton: LoopSkeleton) -> set[Node]:
+    """Return the nodes of the loop and of its evaluation graphs that depend on the latent.
+
+    An input that several evaluations share depends on it if what any of them is given does.
+    """
+    latent = set(skeleton.input_nodes()[: skeleton.num_noise]).union(*skeleton.output_nodes())
+    _add_dependent(latent, skeleton.graph)
+    for call, arguments in zip(skeleton.calls, skeleton.argument_nodes(), strict=True):
+        inputs = call.graph.graph.find_nodes(op="placeholder")
+        latent.update(node for node, argument in zip(inputs, arguments, strict=True) if argument in latent)
+    for evaluation in skeleton.evaluations():
+        _add_dependent(latent, evaluation.graph)
+    return latent
+
+
+def _add_dependent(latent: set[Node], graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if draws_random_numbers(node) or not latent.isdisjoint(node.all_input_nodes):
+            latent.add(node)

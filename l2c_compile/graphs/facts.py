@@ -25,7 +25,6 @@ class Fact(enum.Enum):
     """Something that holds of a graph between two passes."""
 
     SITES_MARKED = "every site of every evaluation is an l2c::site node"
-    TIMES_BOUND = "every node of an evaluation graph knows its binding time"
     READS_CACHE = "every reused site is read from the cache: its own value has no user"
     NO_DEAD_NODES = "every node has a user, is an input, an output or a mark of an evaluation, or draws random numbers"
     READS_LOWERED = "no l2c::cache_read is left"
@@ -80,13 +79,6 @@ def _sites_marked(program: ProgramGraph) -> None:
                     raise VerificationError(f"site '{site}' is not marked in evaluation {e}")
 
 
-def _times_bound(program: ProgramGraph) -> None:
-    if isinstance(program, EvaluationGraph):
-        for node in program.graph.nodes:
-            if node.op != "output" and "binding" not in node.meta:
-                raise _violation(Fact.TIMES_BOUND.value, node, "has none")
-
-
 def _reads_cache(program: ProgramGraph) -> None:
     if not isinstance(program, LoopGraph):
         return
@@ -127,7 +119,6 @@ def _none_left(target: torch._ops.OpOverload[..., torch.Tensor], fact: Fact) -> 
 
 _CHECKS: dict[Fact, Callable[[ProgramGraph], None]] = {
     Fact.SITES_MARKED: _sites_marked,
-    Fact.TIMES_BOUND: _times_bound,
     Fact.READS_CACHE: _reads_cache,
     Fact.NO_DEAD_NODES: _no_dead_nodes,
     Fact.READS_LOWERED: _none_left(CACHE_READ, Fact.READS_LOWERED),

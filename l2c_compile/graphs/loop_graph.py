@@ -15,9 +15,8 @@ change. Both are ordinary ops that run, so that a graph can be executed after an
 
 from __future__ import annotations
 
-import enum
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,31 +28,7 @@ from l2c_compile.graphs.nodes import draws_random_numbers
 from l2c_compile.schedules.schedule import CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Binding", "Dependency", "EvaluationGraph", "FoldedConstants", "LoopGraph", "ProgramGraph"]
-
-
-class Dependency(enum.Enum):
-    """What a value of the evaluation graph is made from, besides weights."""
-
-    TIME = "time"
-    """Constants of the loop that differ between evaluations."""
-    CONDITION = "condition"
-    """The loop's conditions."""
-    LATENT = "latent"
-    """The noise, a random draw, or what an evaluation returned."""
-
-
-class Binding(enum.Enum):
-    """When a value of the evaluation graph is known (its binding time)."""
-
-    CONSTANT = "constant"
-    """From weights and timesteps alone: known at compile time."""
-    CONDITION = "condition"
-    """From the conditions (labels, prompts): known once a call."""
-    STEP = "step"
-    """From timestep and condition, not the latent: known before the loop starts, for every evaluation."""
-    LATENT = "latent"
-    """From the latent: known only when its evaluation runs."""
+__all__ = ["EvaluationGraph", "EvaluationPrice", "FoldedConstants", "LoopGraph", "ProgramGraph", "copy_of"]
 
 
 @dataclass
@@ -97,7 +72,16 @@ class EvaluationGraph(ProgramGraph):
 
     def copy(self) -> EvaluationGraph:
         """Return an evaluation graph to be rewritten apart from this one; tensors and submodules are shared."""
-        return replace(self, graph=_copy_of(self.graph))
+        return replace(self, graph=copy_of(self.graph))
+
+
+@dataclass(frozen=True)
+class EvaluationPrice:
+    """What one evaluation takes that computes everything."""
+
+    multiply_adds: int
+    site_bytes: Mapping[str, int]
+    """The size of the value of each site, by the site's text."""
 
 
 @dataclass
@@ -107,11 +91,10 @@ class LoopGraph(ProgramGraph):
     schedule: CacheSchedule
     num_noise: int
     """How many of the inputs, the first ones, are the noise; the others are conditions."""
-    forms: list[EvaluationGraph]
-    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one. Empty where the
-    loop was captured as a whole."""
     out_spec: TreeSpec
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
+    prices: tuple[EvaluationPrice, ...] = ()
+    """What each evaluation takes without caching; empty where the loop was captured as a whole, or read from a file."""
     folded: list[FoldedConstants] = field(default_factory=list)
 
     def copy(self) -> LoopGraph:
@@ -121,7 +104,7 @@ class LoopGraph(ProgramGraph):
             root.add_module(name, child)
         for name, tensor in self.root.named_buffers(recurse=False):
             root.register_buffer(name, tensor, persistent=False)
-        return replace(self, graph=_copy_of(self.graph), root=root, folded=list(self.folded))
+        return replace(self, graph=copy_of(self.graph), root=root, folded=list(self.folded))
 
     def module_to_trace(self) -> fx.GraphModule:
         """Return the graph as a module for who traces it again, as torch.compile does.
@@ -175,7 +158,8 @@ class LoopGraph(ProgramGraph):
         return name
 
 
-def _copy_of(graph: fx.Graph) -> fx.Graph:
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph; what its nodes note is shared."""
     copy = fx.Graph()
     copies: dict[Node, Node] = {}
     for node in graph.nodes:

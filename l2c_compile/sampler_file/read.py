@@ -92,7 +92,7 @@ def read_sampler(
             _SavedStorages(archive, devices).load,
         )
     out_spec = _decode_result(manifest["result"], program.graph)
-    return manifest, inputs, LoopGraph(program.graph, program.root, schedule, num_noise, [], out_spec)
+    return manifest, inputs, LoopGraph(program.graph, program.root, schedule, num_noise, out_spec)
 
 
 class _DeviceMap:

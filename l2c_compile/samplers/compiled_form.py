@@ -12,6 +12,7 @@ from l2c_compile.backends.regions import num_regions
 from l2c_compile.errors import StaleConstantsError
 from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import PassRun
 
 __all__ = ["CompiledForm", "check_fresh", "weight_versions"]
@@ -21,6 +22,8 @@ __all__ = ["CompiledForm", "check_fresh", "weight_versions"]
 class CompiledForm:
     """The compiled loop for one form of input."""
 
+    trace: LoopSkeleton
+    """The loop as it was traced, its evaluations as they were captured: what the graph was made from."""
     graph: LoopGraph
     passes: list[PassRun]
     run: Callable[..., Sequence[object]]
@@ -56,10 +59,10 @@ def _version(root: nn.Module, path: str) -> tuple[int, int, int]:
     return id(weight), int(weight.untyped_storage()._cdata), 0 if weight.is_inference() else weight._version
 
 
-def check_fresh(program: CompiledForm) -> None:
+def check_fresh(form: CompiledForm) -> None:
     """Raise StaleConstantsError if a weight changed since constants were folded from it."""
-    for path, version in program.versions.items():
-        if _version(program.graph.root, path) != version:
+    for path, version in form.versions.items():
+        if _version(form.graph.root, path) != version:
             raise StaleConstantsError(
                 f"weight '{path.removeprefix('denoiser.')}' changed since constants were folded from it; call refresh()"
             )

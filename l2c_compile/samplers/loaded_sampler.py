@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from l2c_compile.analyses.summary import Summary
-from l2c_compile.backends.choice import EAGER, Backend, check_backend, check_mode, kernels_for
 from l2c_compile.backends.lower import lower_to_backend
+from l2c_compile.backends.options import EAGER, Backend, Options
 from l2c_compile.errors import InputFormError
 from l2c_compile.graphs.forms import CallSignature, TensorForm, signature_of
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -52,11 +52,10 @@ def load(
         BackendError: there is no such backend, or a device of the file is not here and not mapped.
         OSError: the file cannot be read.
     """
-    check_backend(backend)
-    check_mode(mode)
+    options = Options(backend, mode=mode)
     manifest, inputs, graph = read_sampler(path, map_location)
     module = graph.module()
-    run = lower_to_backend(graph, backend, progress or silent, kernels_for(backend, None, ()), mode)
+    run = lower_to_backend(graph, options, progress or silent)
     return LoadedSampler(manifest, inputs, graph, module, run)
 
 

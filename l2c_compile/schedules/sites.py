@@ -156,12 +156,6 @@ class Site:
         # The modules of a run share their parent, so one ancestor decides for all of them.
         return any(ancestor in self._module_set for ancestor in _ancestors(other.path))
 
-    def overlaps(self, other: Site) -> bool:
-        """Return whether the two share work: one covers the other, or they have a module (and its call) in common."""
-        if self.call == other.call and not self._module_set.isdisjoint(other._module_set):
-            return True
-        return self.covers(other) or other.covers(self)
-
     def __lt__(self, other: Site) -> bool:
         return self._sort_key < other._sort_key
 

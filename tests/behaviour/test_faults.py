@@ -11,6 +11,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -155,7 +156,7 @@ class TestCapture:
             with pytest.raises(error, match="made up"):
                 sampler(noise)
         assert state_of(sampler.model) == before
-        assert not sampler._programs
+        assert not sampler._forms
         assert_usable(sampler, noise)
 
     @pytest.mark.parametrize("error", ERRORS)
@@ -251,7 +252,7 @@ class TestCacheFolder:
         self, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sampler, noise = compiled(), draw(2, 4)
-        sampler.backend = "inductor"
+        sampler.options = replace(sampler.options, backend="inductor")
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
         def fail(*args: object, **kwargs: object) -> None:
@@ -264,8 +265,8 @@ class TestCacheFolder:
             with pytest.raises(BackendError, match=WAY_OUT.format(os.strerror(code))) as raised:
                 sampler.capture(noise)
         assert_no_internals(raised.value)
-        assert not sampler._programs
-        sampler.backend = "eager"
+        assert not sampler._forms
+        sampler.options = replace(sampler.options, backend="eager")
         assert_usable(sampler, noise)
 
     def test_other_errors_of_files_stay_what_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

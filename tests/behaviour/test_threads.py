@@ -66,7 +66,7 @@ def test_threads_share_one_sampler_and_capture_forms_while_others_sample(backend
         return job
 
     run_together(*(sample(first) for first in range(4)))
-    assert len(sampler._programs) == 4
+    assert len(sampler._forms) == 4
 
 
 def test_a_form_that_two_threads_want_is_built_once() -> None:

@@ -194,7 +194,6 @@ class Checker:
         self.denoiser = build_denoiser(description)
         self._captures: dict[object, EvaluationGraph | L2CError] = {}
         self._skeletons: dict[object, LoopSkeleton] = {}
-        self._noted: LoopSkeleton | None = None
         self._versions = self._weight_versions()
 
     def check(self, program: Program) -> Outcome:
@@ -280,9 +279,12 @@ class Checker:
             form = (signature, marking)
             if form not in self._captures:
                 try:
-                    self._captures[form] = capture(self.denoiser, signature, *marking)
+                    evaluation = capture(self.denoiser, signature, *marking)
                 except L2CError as error:
                     self._captures[form] = error
+                else:
+                    EVALUATION.run(evaluation)
+                    self._captures[form] = evaluation
             captured = self._captures[form]
             if isinstance(captured, L2CError):
                 raise captured
@@ -293,14 +295,7 @@ class Checker:
             skeleton = trace_loop(loop, self.denoiser, noise, conditions, capture_call)
             SKELETON.run(skeleton)
             self._skeletons[key] = skeleton
-        skeleton = self._skeletons[key]
-        if skeleton is not self._noted:
-            # The notes on the captures are those of one loop.
-            skeleton.note_dependencies()
-            for form in {id(call.graph): call.graph for call in skeleton.calls}.values():
-                EVALUATION.run(form)
-            self._noted = skeleton
-        return skeleton
+        return self._skeletons[key]
 
     def _check_weights(self) -> None:
         if self._weight_versions() != self._versions:

@@ -21,7 +21,7 @@ from l2c_compile.passes.pack_caches import PackCaches
 from l2c_compile.passes.pipeline import BITWISE, CACHE_FORMATS, LOOP, REGIONS, with_packed_caches
 from l2c_compile.torch_backend import l2c
 from tests.exact import U
-from tests.tiny import draw, run, same_bits, seeded, steps, tiny_dit, unrolled
+from tests.tiny import draw, run, same_bits, seeded, set_passes, steps, tiny_dit, unrolled
 
 PACK = torch.ops.l2c.pack_cache.default
 FUSED = (torch.ops.l2c.cached_residual.default, torch.ops.l2c.cached_residual_norm.default)
@@ -70,7 +70,7 @@ def packed(
 def dit_sampler(cache_format: Any = None, passes: Pipeline | None = None, **options: Any) -> Any:  # noqa: ANN401 - a sampler
     sampler = l2c_compile(tiny_dit(), CacheSchedule.from_table(ROWS), LOOP_4, caches=cache_format, **options)
     if passes is not None:
-        sampler.passes = passes
+        set_passes(sampler, passes)
     return sampler
 
 

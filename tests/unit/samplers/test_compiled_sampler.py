@@ -25,7 +25,7 @@ def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options
 
 
 def forms_of(sampler: CompiledSampler) -> int:
-    return len(sampler._programs)
+    return len(sampler._forms)
 
 
 def reference(sampler: CompiledSampler, noise: Tensor, **conditions: object) -> object:
