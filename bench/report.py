@@ -7,10 +7,8 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +18,22 @@ from rich.table import Table
 
 from bench.measure import Ratio, Timing
 from l2c_compile.errors import L2CError
+from l2c_compile.files.documents import write_atomically
 
-__all__ = ["Condition", "Record", "ReportError", "Row", "Surroundings", "records", "results_table", "write_json"]
+__all__ = [
+    "ROOT",
+    "Condition",
+    "Record",
+    "ReportError",
+    "Row",
+    "Surroundings",
+    "records",
+    "results_table",
+    "write_json",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
+"""The checkout that this file is in."""
 RESULTS = ROOT / "bench" / "results"
 
 Condition: TypeAlias = str | int | float | bool
@@ -159,16 +169,7 @@ def write_json(path: Path, rows: Sequence[Record]) -> None:
         raise ReportError(f"{path.name} in bench/results is kept as it was measured; choose a new dated name")
     text = json.dumps([_finite(dataclasses.asdict(row)) for row in rows], indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files that only their owner can read.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, text.encode())
 
 
 def _finite(record: dict[str, object]) -> dict[str, object]:

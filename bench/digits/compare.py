@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from bench.cases import BenchError
+from bench.options import Options
 from bench.report import Condition, Row
 from l2c_compile import CacheSchedule, Router
 from l2c_compile.files.documents import write_atomically
@@ -354,7 +355,7 @@ def _profile(known: NamedModel, loop: BuiltInLoop, num_runs: int, on_run: Callab
 
 
 def _options(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench quality")
+    parser = Options("quality")
     for name in ("routers", "keep", "png", "table"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
@@ -363,4 +364,4 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--without", nargs="+", default=[])
     for name, default in (("samples", 2000), ("batch", 10), ("seeds", 3), ("runs", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    return parser.parse_args(list(args))
+    return parser.read(args)

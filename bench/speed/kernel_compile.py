@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.cases import BenchError, no_arguments
+from bench.cases import BenchError
+from bench.options import Options
 from bench.report import Row
 from l2c_compile.kernels._launch import FLOATS, INTERPRETED, PACKED, Argument, Launch, Terms
 from l2c_compile.kernels.cached_residual import plan_cached_residual
@@ -178,7 +179,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> Usage:
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Compile every config for every target."""
-    no_arguments(args)
+    Options("kernel-compile").read(args)
     task = progress.add_task("kernels compiled", total=len(CONFIGS) * len(TARGETS))
     rows = []
     for config in CONFIGS:

@@ -19,6 +19,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from bench.trust.bits import own, same_bits
+from bench.trust.programs.denoisers import Description, build_denoiser, draw_denoiser
+from bench.trust.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
+from bench.trust.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from
 from l2c_compile import CacheSchedule, Site, run_reference
 from l2c_compile.analyses.summary import summarize
 from l2c_compile.errors import L2CError
@@ -33,10 +37,6 @@ from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, REGIONS, SKELETON
 from l2c_compile.torch_backend import l2c
-from tests.programs.denoisers import Description, build_denoiser, draw_denoiser
-from tests.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
-from tests.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from
-from tests.tiny import own, same_bits
 
 __all__ = ["Checker", "Mismatch", "Outcome", "Program", "draw_programs", "evaluations_of"]
 
