@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -122,9 +123,15 @@ SUMS: dict[str, Write] = {
 }
 
 
+@cache
+def written(name: str) -> Found:
+    """Return one of ``SUMS`` or ``NORMS``, fused; the tests that share it do not change it."""
+    return fused({**SUMS, **NORMS}[name])
+
+
 @pytest.mark.parametrize("name", SUMS)
 def test_every_way_to_write_the_sum_becomes_one_op(name: str) -> None:
-    found = fused(SUMS[name])
+    found = written(name)
     assert [call.target for call in found.calls] == [SUM], found.report.left_alone
     assert found.terms() == 2
     assert found.report.rewrites == 1
@@ -146,7 +153,7 @@ NORMS: dict[str, Write] = {
 
 @pytest.mark.parametrize("name", NORMS)
 def test_the_norm_and_modulation_behind_it_come_along(name: str) -> None:
-    found = fused(NORMS[name])
+    found = written(name)
     assert [call.target for call in found.calls] == [NORM], found.report.left_alone
     assert evaluation_of(found.calls[0]) == 1
     # Nothing of the norm is left in the evaluation that is fused.
@@ -382,7 +389,7 @@ def recorded(graph: LoopGraph, *inputs: Tensor) -> list[tuple[torch.fx.Node, Ten
 
 @pytest.mark.parametrize("name", [*SUMS, *NORMS])
 def test_every_op_in_the_graph_is_within_the_bound_of_its_kernel(name: str) -> None:
-    found = fused({**SUMS, **NORMS}[name])
+    found = written(name)
     values = dict(recorded(found.graph, NOISE))
     (call,) = found.calls
     args: Any = torch.fx.node.map_arg(call.args, values.__getitem__)
@@ -406,9 +413,9 @@ DIT_ROWS = {
 }
 
 
-def sampler_of(
-    name: str, passes: Pipeline, backend: str = "eager"
-) -> tuple[CompiledSampler, Tensor, dict[str, Tensor]]:
+@cache
+def sampler_of(name: str, passes: Pipeline) -> tuple[CompiledSampler, Tensor, dict[str, Tensor]]:
+    """Return a sampler that several tests share, and its inputs."""
     if name == "dit":
         schedule, loop = CacheSchedule.from_table(DIT_ROWS), DIT_LOOP
         model: nn.Module = tiny_dit(3)
@@ -418,7 +425,7 @@ def sampler_of(
         )
         loop, model = DDIM(steps=4), tiny_uvit()
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
-    sampler = CompiledSampler(model, schedule, loop, Options(backend, "rounding"))
+    sampler = CompiledSampler(model, schedule, loop, Options(numerics="rounding"))
     set_passes(sampler, passes)
     return sampler, draw(2, 4, 4, 4), {"y": torch.tensor([1, 2])}
 
@@ -492,5 +499,4 @@ def test_the_ops_cost_no_multiply_adds_and_the_summary_counts_the_same() -> None
 
 
 def test_a_second_run_finds_nothing() -> None:
-    found = fused(NORMS["modulated"])
-    assert ON_CPU.run(found.graph).rewrites == 0
+    assert ON_CPU.run(written("modulated").graph).rewrites == 0
