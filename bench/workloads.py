@@ -57,7 +57,7 @@ _KEPT: dict[object, Workload] | None = None
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """A denoiser with random weights, the loop that samples it and what it is given."""
+    """A denoiser with random weights, the loop that samples it, its schedule and its inputs."""
 
     case: str
     """One of ``MODELS``."""
@@ -75,7 +75,7 @@ class Workload:
 
     @property
     def uncached(self) -> CacheSchedule:
-        """The same without reuse."""
+        """The schedule of the same loop that reuses nothing."""
         return CacheSchedule.all_compute(self.schedule.num_evaluations, self.schedule.sites)
 
     @property
@@ -215,7 +215,7 @@ def shared_folder() -> Path:
 
 
 def routers_folder() -> Path:
-    """Return where the published routers are."""
+    """Return the folder of the published routers."""
     return shared_folder() / "routers"
 
 
@@ -223,7 +223,7 @@ def published_router(name: str) -> Router:
     """Read a published router.
 
     Raises:
-        BenchError: if it is not there.
+        BenchError: if the file is not there.
     """
     path = routers_folder() / name
     if not path.is_file():
@@ -232,7 +232,7 @@ def published_router(name: str) -> Router:
 
 
 def scaled_to_depth(router: Router, depth: int) -> Router:
-    """Return the router for a DiT of another depth: block i takes scores of block floor((i + .5) * old / depth)."""
+    """Return the router for a DiT of another depth: block i takes the scores of block floor((i + .5) * old / depth)."""
     old = len(router.sites) // 2
     blocks = [int((i + 0.5) * old / depth) for i in range(depth)]
     columns = [2 * block + sublayer for block in blocks for sublayer in (0, 1)]

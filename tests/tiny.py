@@ -1,4 +1,4 @@
-"""Tiny denoisers, loops and graphs for tests, and what it means to be equal bit for bit."""
+"""Tiny denoisers, loops and graphs for tests, and a comparison bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from l2c_compile.schedules.sites import Site
 
 
 class Residual(nn.Module):
-    """Two residual sublayers on (B, D) latents; the second is gated by the timestep."""
+    """A denoiser of two residual sublayers on (B, D) latents, the second of which is gated by the timestep."""
 
     def __init__(self, dim: int = 4) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Residual(nn.Module):
 
 
 def seeded(module: nn.Module, seed: int = 0, std: float = 0.3) -> Any:  # noqa: ANN401 - the module itself
-    """Give every parameter other values than its initialisation, which may be zero, and switch to eval."""
+    """Draw every parameter anew, because its initialisation may be zero, and switch to evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -75,7 +75,7 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 
 
 def at(x: Tensor, timestep: float) -> Tensor:
-    """Return the timestep for every sample of a batch."""
+    """Return a tensor of the timestep for every sample of a batch."""
     return torch.full((x.shape[0],), float(timestep), device=x.device)
 
 
@@ -98,11 +98,11 @@ def check_equals_reference(
     noise: object,
     **conditions: object,
 ) -> CompiledSampler:
-    """Compile, compare with the reference, and with the plain loop where nothing is reused, bit for bit; and prove."""
+    """Compile and prove; compare bit for bit with the reference, and with the plain loop where nothing is reused."""
     with captured_once():
         sampler = l2c_compile(model, schedule, loop)
         sampler.capture(own(noise), **own(conditions))
-        # Another seed than the capture ran under, so that nothing drawn then can be right.
+        # The seed is another one than during the capture, so that nothing that was drawn then can be right.
         torch.manual_seed(11)
         got = sampler(own(noise), **own(conditions))
         torch.manual_seed(11)
@@ -120,7 +120,7 @@ def check_equals_reference(
 
 @contextmanager
 def captured_once() -> Iterator[None]:
-    """Let compilations share the captures of equal calls of one denoiser, for tests of what comes after."""
+    """Let compilations share the captures of equal calls of one denoiser, for tests of later stages."""
     known: dict[object, EvaluationGraph] = {}
     kept: list[nn.Module] = []
 
@@ -139,7 +139,7 @@ def captured_once() -> Iterator[None]:
 
 
 def set_passes(sampler: CompiledSampler, passes: Pipeline) -> None:
-    """Have a sampler run passes that no option asks for."""
+    """Make a sampler run passes that no option asks for."""
     sampler.options = replace(sampler.options)
     vars(sampler.options)["passes"] = passes
 
@@ -179,7 +179,7 @@ def unrolled(
 
 
 def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
-    """Run the graph and compare the strides of every value with those in its metadata: backends rely on them."""
+    """Run the graph and compare the strides of every value with those noted in its metadata, which backends rely on."""
 
     class Checked(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
@@ -192,9 +192,9 @@ def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
 
 
 def calls_in(function: Callable[[], object], within: str = "") -> int:
-    """Return how many Python functions a function calls, of modules whose name begins with ``within``.
+    """Return how many functions are called while ``function`` runs, in modules whose name begins with ``within``.
 
-    In tests it stands for time, which depends on what else the machine does.
+    In tests it is taken in place of the time, which depends on what else the machine does.
     """
     calls = 0
 

@@ -58,7 +58,7 @@ class CalledModules:
         return called
 
     def change_is_defined(self, site: Site) -> bool:
-        """Tell whether the output of the site has the shape of its input."""
+        """Return whether the output of the site has the shape of its input."""
         last = site.last or site.path
         return {site.path, last} <= self.inputs.keys() and self.inputs[site.path] == self.outputs[last]
 
