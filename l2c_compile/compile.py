@@ -1,4 +1,4 @@
-"""The flow of the compiler, one line a stage; start here.
+"""The flow of the compiler, one line for each stage; start here.
 
 ``build_loop_graph`` is all of it: ``trace_and_capture`` runs the loop once and captures each form of call to the
 denoiser, ``graph_of`` unrolls both into a loop graph and runs the passes on it.
@@ -50,12 +50,12 @@ def trace_and_capture(
     conditions: Mapping[str, object],
     progress: Progress = silent,
 ) -> LoopSkeleton:
-    """Return the loop as it is traced, with its evaluations as they are captured: no pass has run, and none will.
+    """Return the loop as it was traced, with its evaluations as they were captured: no pass has run, and none will.
 
     Raises:
-        CaptureError: the denoiser cannot be captured.
-        LoopTraceError: the loop cannot be traced.
-        ScheduleError: the schedule is for another number of evaluations.
+        CaptureError: if the denoiser cannot be captured.
+        LoopTraceError: if the loop cannot be traced.
+        ScheduleError: if the schedule is for another number of evaluations.
     """
     evaluations: dict[CallSignature, EvaluationGraph] = {}
     read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
@@ -67,7 +67,7 @@ def trace_and_capture(
         return evaluations[signature]
 
     progress("trace the loop")
-    # Torch's flag that somebody traces is one for all threads: code that torch.compile made would refuse to run.
+    # Torch's flag for tracing is one for all threads, and code that torch.compile made refuses to run while it is set.
     with weights_swapped():
         trace = trace_loop(loop, denoiser, noise, conditions, capture_call)
     _check_num_evaluations(schedule, len(trace.calls))
@@ -86,9 +86,9 @@ def graph_of(
     Args:
         trace: what ``trace_and_capture`` returned for a schedule of the same sites.
         denoiser: the module that the weights belong to.
-        schedule: resolved.
-        passes: over the loop graph.
-        progress: told each stage before it begins.
+        schedule: the schedule, its patterns resolved.
+        passes: the passes to run over the loop graph.
+        progress: a function that is told each stage before it begins.
     """
     skeleton = trace.copy()
     progress("simplify")

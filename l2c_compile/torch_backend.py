@@ -1,11 +1,14 @@
-"""``torch.compile(sample, backend="l2c", options={"router": router})``: a schedule for a user's own sampling function.
+"""The backend "l2c" of ``torch.compile``, which applies a schedule to a user's own sampling function.
+
+It is called as ``torch.compile(sample, backend="l2c", options={"router": router})``.
 
 Dynamo unrolls the function, ``dynamo_graph`` finds the evaluations and sites in its graph, the passes run on it, and an
-inner backend runs the result. Nothing falls back: a function that the schedule does not fit is an error, which Dynamo
-reports as ``BackendCompilerFailed`` around ours.
+inner backend runs the result. Nothing falls back silently: a function that the schedule does not fit is an error, which
+Dynamo reports as a ``BackendCompilerFailed`` around ours.
 
 Dynamo's graph shows what modules compute, not what they return. A module that returns one of its inputs beside what it
-computes (``return h, context``) has that part reused by ``l2c_compile``, but not here: whoever uses it gets today's.
+computes (``return h, context``) has that part reused by ``l2c_compile``, but not here: what uses it gets the value of
+the current evaluation.
 """
 
 from __future__ import annotations
@@ -36,15 +39,15 @@ def l2c(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Sequence[object]]:
-    """Compile a sampling function with its cache schedule; a backend for ``torch.compile``.
+    """Compile a sampling function with its cache schedule, as a backend for ``torch.compile``.
 
     Args:
-        gm: Dynamo's graph of the function.
-        example_inputs: its inputs. Every shape is compiled apart.
-        options: what ``torch.compile`` was given as such.
+        gm: the graph that Dynamo made of the function.
+        example_inputs: the inputs of the graph. Each combination of shapes is compiled by itself.
+        options: the ``options`` that ``torch.compile`` was given.
             ``router`` (required): a ``Router``, a ``CacheSchedule``, or the path of a file that holds one.
-            ``threshold``: scores above it are computed; only for a router.
-            ``backend``: what runs the graph, "inductor" unless given.
+            ``threshold``: the score above which a site is computed; only for a router.
+            ``backend``: what runs the graph; "inductor" unless given.
             ``denoiser``: the module whose calls are the evaluations, or its name in the function; needed only where
             several modules have the sites of the schedule.
             ``numerics``: "bitwise" or "rounding", as in ``l2c_compile``.
@@ -52,7 +55,7 @@ def l2c(
             ``caches``: "int8" or "fp8", as in ``l2c_compile``.
 
     Raises:
-        L2CError: an option is missing or makes no sense, or the schedule does not fit the function.
+        L2CError: if an option is missing or makes no sense, or the schedule does not fit the function.
     """
     given = dict(options or {})
     for name in given:
@@ -66,7 +69,7 @@ def l2c(
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
-    # What is folded and compiled here has nothing to do with Dynamo's own tracing.
+    # The folding and compiling done here is no part of Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
         chosen.passes.run(loop.graph)
         run = lower_to_backend(loop.graph, chosen)

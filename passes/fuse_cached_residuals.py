@@ -21,15 +21,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
-from l2c_compile.analyses.storages import cache_work
+from l2c_compile.analyses.kept import cache_work, is_kept, made_of_kept_values
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.forms import TensorForm
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import (
     arguments_of,
-    draws_random_numbers,
     emit,
     evaluation_of,
     form_of,
@@ -40,7 +39,7 @@ from l2c_compile.graphs.strides import relaid
 from l2c_compile.kernels._launch import FLOATS, MAX_DIM
 from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
-from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["FuseCachedResiduals"]
 
@@ -119,7 +118,7 @@ class _Sum:
 
 
 @dataclass(frozen=True)
-class FuseCachedResiduals(Pass):
+class FuseCachedResiduals(LoopPass):
     """Replace sums of the residual stream and kept values, and the norm that follows, by the ops of ``kernels/``."""
 
     devices: frozenset[str] = frozenset({"cuda"})
@@ -131,28 +130,25 @@ class FuseCachedResiduals(Pass):
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
     is_followed_by_proof: ClassVar[bool] = False
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, LoopGraph):
-            raise TypeError("only a loop graph has evaluations to keep values for")
-        report = PassReport()
-        matcher = _Matcher(program, self.devices)
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        if not any(_is_on(node, self.devices) for node in graph.graph.nodes):
+            first = next(iter(graph.graph.nodes))
+            kernels = ", ".join(sorted(self.devices))
+            report.leave(first, Reason("is a graph without tensors on {}, where the kernels pay", kernels))
+            return
+        matcher = _Matcher(graph, self.devices)
         # A sum may be the base of the next: first to last, so that each finds the one before in its place.
         renamed: dict[Node, Node] = {}
         for found in reversed(list(matcher.sums())):
-            reason = _why_not(found) or _replace(program, found, renamed)
-            if reason is None:
-                report.rewrites += 1
-            else:
-                report.left_alone[found.root.name] = reason
-        return report
+            report.note(found.root, _why_not(found) or _replace(graph, found, renamed))
 
 
-def _why_not(found: _Sum) -> str | None:
+def _why_not(found: _Sum) -> Reason | None:
     value: Tensor = found.root.meta["val"]
     if value.dim() not in (2, 3) or value.dtype not in FLOATS:
-        return f"is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}; the kernel takes (B, T, D) floats"
+        return Reason("is {}; the kernel takes (B, T, D) floats", TensorForm.of(value))
     if found.streams_saved < 1:
-        return "adds one kept value and no norm follows: nothing to save"
+        return Reason("adds one kept value and no norm follows: nothing to save")
     return None
 
 
@@ -163,7 +159,7 @@ class _Matcher:
         self.nodes = list(program.graph.nodes)
         self.devices = devices
         self.early = program.known_before_the_loop()
-        self.kept_work = self._made_of_kept_values()
+        self.kept_work = made_of_kept_values(self.nodes, self.early, _CASTS)
         # Left to PlanMemory, which puts it where it frees memory.
         self.ahead = cache_work(self.nodes)
 
@@ -206,25 +202,8 @@ class _Matcher:
             isinstance(a, Node) and _shape(a) == value.shape and _is_float(a) for a in node.args
         )
 
-    def _made_of_kept_values(self) -> set[Node]:
-        """Return the elementwise nodes that are made of kept values alone: they could as well be kept themselves."""
-        found: set[Node] = set()
-        for node in self.nodes:
-            if evaluation_of(node) is None or node in self.early or not isinstance(node.target, OpOverload):
-                continue
-            light = torch.Tag.pointwise in node.target.tags or node.target.is_view or node.target in _CASTS
-            if light and not draws_random_numbers(node) and node.all_input_nodes:
-                parts = (a in self.early or a in found or self._is_before(a, node) for a in node.all_input_nodes)
-                if all(parts):
-                    found.add(node)
-        return found
-
-    def _is_before(self, value: Node, reader: Node) -> bool:
-        made, read = evaluation_of(value), evaluation_of(reader)
-        return made is not None and read is not None and made < read and value not in self.early
-
     def _is_kept(self, value: Node, reader: Node) -> bool:
-        return self._is_before(value, reader) or value in self.kept_work
+        return value in self.kept_work or (value not in self.early and is_kept(value, reader))
 
     def _split(self, term: _Term, leaves: list[_Term], nodes: set[Node], root: Node) -> None:
         """Split a term into those it is a sum of, as far as nobody else reads what is in between."""
@@ -256,13 +235,12 @@ class _Matcher:
         """Tell whether a sum of kept values is better added where they are made: then one tensor waits, not two."""
         if node not in self.kept_work:
             return False
-        reader = evaluation_of(node) or 0
-        alone = [
-            value
-            for value in self._kept_leaves(node)
-            if all((evaluation_of(user) or 0) < reader or user in self.kept_work for user in value.users)
-        ]
+        alone = [value for value in self._kept_leaves(node) if all(self._is_over(user, node) for user in value.users)]
         return len(alone) > 1
+
+    def _is_over(self, user: Node, node: Node) -> bool:
+        """Return whether what a user of a kept value does could be done before the evaluation of ``node``."""
+        return user in self.kept_work or evaluation_of(user) is None or is_kept(user, node)
 
     def _kept_leaves(self, node: Node) -> set[Node]:
         stack, leaves = [node], set[Node]()
@@ -424,7 +402,7 @@ def _more_than_one(operand: Node) -> Node | None:
     return None
 
 
-def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> str | None:
+def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> Reason | None:
     """Put the op in the place of a sum, or return why that cannot be."""
     norm, graph = found.norm, program.graph
     old = [found.root] if norm is None else [found.root, norm.last]
@@ -433,7 +411,7 @@ def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> str 
     moved = {node: value for node, value in contiguous.items() if value.stride() != node.meta["val"].stride()}
     values = relaid(moved, inside) if moved else {}
     if values is None:
-        return "is read in its memory layout, which is not the contiguous one that the kernel writes"
+        return Reason("is read in its memory layout, which is not the contiguous one that the kernel writes")
     with graph.inserting_before(found.last):
         args = _arguments(program, found, renamed)
         call = emit(graph, _ADD if norm is None else _NORM, args, evaluation_of(found.root))
@@ -488,6 +466,11 @@ def _shape(node: Node) -> torch.Size | None:
 def _device(node: Node) -> torch.device:
     device: torch.device = node.meta["val"].device
     return device
+
+
+def _is_on(node: Node, devices: frozenset[str]) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.device.type in devices
 
 
 def _is_float(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Tiny denoisers, loops and graphs for tests, and what it means to be equal bit for bit."""
+"""Tiny denoisers, loops and graphs for tests, and a comparison bit for bit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_map
 
+from bench.trust.bits import own as own
+from bench.trust.bits import same_bits as same_bits
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile import compile as compile_module
 from l2c_compile.frontend.stand_in import Loop
@@ -23,7 +24,7 @@ from l2c_compile.passes.pipeline import LOOP
 
 
 class Residual(nn.Module):
-    """Two residual sublayers on (B, D) latents; the second is gated by the timestep."""
+    """A denoiser of two residual sublayers on (B, D) latents, the second of which is gated by the timestep."""
 
     def __init__(self, dim: int = 4) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Residual(nn.Module):
 
 
 def seeded(module: nn.Module, seed: int = 0, std: float = 0.3) -> Any:  # noqa: ANN401 - the module itself
-    """Give every parameter other values than its initialisation, which may be zero, and switch to eval."""
+    """Draw every parameter anew, because its initialisation may be zero, and switch to evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -67,7 +68,7 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 
 
 def at(x: Tensor, timestep: float) -> Tensor:
-    """Return the timestep for every sample of a batch."""
+    """Return a tensor of the timestep for every sample of a batch."""
     return torch.full((x.shape[0],), float(timestep), device=x.device)
 
 
@@ -81,25 +82,6 @@ def steps(count: int) -> Loop:
         return x
 
     return loop
-
-
-def same_bits(got: object, wanted: object) -> bool:
-    """Tell whether two nested results have equal structure, dtypes, layouts and bits, the sign of zero included."""
-    got_leaves, got_spec = tree_flatten(got)
-    wanted_leaves, wanted_spec = tree_flatten(wanted)
-    return got_spec == wanted_spec and all(map(_same_leaf, got_leaves, wanted_leaves))
-
-
-def _same_leaf(got: object, wanted: object) -> bool:
-    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
-        return type(got) is type(wanted) and got == wanted
-    equal = got.dtype == wanted.dtype and got.stride() == wanted.stride() and torch.equal(got, wanted)
-    return equal and (got.is_complex() or torch.equal(torch.signbit(got), torch.signbit(wanted)))
-
-
-def own(tree: Any) -> Any:  # noqa: ANN401
-    """Return a copy whose tensors a loop may write into."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def check_equals_reference(
@@ -129,7 +111,7 @@ def check_equals_reference(
 
 
 def set_passes(sampler: CompiledSampler, passes: Pipeline) -> None:
-    """Have a sampler run passes that no option asks for."""
+    """Make a sampler run passes that no option asks for."""
     sampler.options = replace(sampler.options)
     vars(sampler.options)["passes"] = passes
 
@@ -160,7 +142,7 @@ def unrolled(
 
 
 def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
-    """Run the graph and compare the strides of every value with those in its metadata: backends rely on them."""
+    """Run the graph and compare the strides of every value with those noted in its metadata, which backends rely on."""
 
     class Checked(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
@@ -173,9 +155,9 @@ def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
 
 
 def calls_in(function: Callable[[], object], within: str = "") -> int:
-    """Return how many Python functions a function calls, of modules whose name begins with ``within``.
+    """Return how many functions are called while ``function`` runs, in modules whose name begins with ``within``.
 
-    In tests it stands for time, which depends on what else the machine does.
+    In tests it is taken in place of the time, which depends on what else the machine does.
     """
     calls = 0
 

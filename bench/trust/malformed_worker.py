@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from bench.trust.file_mutations import Malformed, malformed, valid_files
+from bench.trust.file_mutations import Malformed, malformed
+from bench.trust.mutate.valid import valid_files
 from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
 from l2c_compile.errors import L2CError
 from l2c_compile.schedules.router import Router

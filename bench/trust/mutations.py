@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from bench.cases import no_arguments
+from bench.options import Options
 from bench.report import Condition, Row
 from l2c_compile.analyses.memory_plan import MemoryPlan, plan_memory
 from l2c_compile.checking.proof import Proof, prove
@@ -699,7 +699,7 @@ MUTATIONS: tuple[tuple[Callable[[str], Subject], dict[str, Mutate]], ...] = (
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return a row a mutation, 1 where the proof catches it, and the shares that the proof and numbers alone catch."""
-    no_arguments(args)
+    Options("mutations").read(args)
     rows: list[Row] = []
     task = progress.add_task("mutations", total=len(PIPELINES) * sum(len(each) for _, each in MUTATIONS))
     for pipeline in PIPELINES:

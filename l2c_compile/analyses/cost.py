@@ -1,4 +1,4 @@
-"""What the nodes of a graph cost: multiply-adds and bytes, counted without running it, and times, measured by form."""
+"""What the nodes of a graph cost: multiply-adds and bytes, which are counted, and times, which are measured by form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved", "prices_of"]
 class MultiplyAdds:
     """Counts the multiply-adds of matrix products, convolutions and attention; elementwise work counts as none.
 
-    Uses torch's own formulas on fake tensors and asks once for each form of operation.
+    It uses torch's own formulas on fake tensors and asks once for each form of operation.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ def bytes_moved(node: Node) -> int:
 
 
 def prices_of(skeleton: LoopSkeleton) -> tuple[EvaluationPrice, ...]:
-    """Return what each evaluation of a loop takes that computes everything."""
+    """Return the price of each evaluation of a loop that computes everything."""
     count = MultiplyAdds()
     prices: dict[int, EvaluationPrice] = {}
     for evaluation in skeleton.evaluations():
@@ -69,11 +69,11 @@ def prices_of(skeleton: LoopSkeleton) -> tuple[EvaluationPrice, ...]:
 
 
 class NodeTimes:
-    """Measures how long each form of operation takes in eager mode: once on tensors of that form, with random values.
+    """Measures how long each form of operation takes in eager mode, on tensors of that form with random values.
 
     Args:
-        device: where to measure; not the meta device.
-        rounds: how often each form is measured; the least disturbed round counts.
+        device: the device to measure on; not the meta device.
+        rounds: how often each form is measured; the fastest round counts.
     """
 
     def __init__(self, device: torch.device, rounds: int = 3) -> None:
@@ -97,10 +97,10 @@ class NodeTimes:
                     self._known_s[key] = min(self._time(node), self._known_s.get(key, float("inf")))
 
     def of(self, node: Node) -> float:
-        """Return the time of one node in seconds; what is no operation takes none.
+        """Return the time of one node in seconds; it is 0 for a node that is no operation.
 
         Raises:
-            KeyError: its form was not measured.
+            KeyError: if its form was not measured.
         """
         return self._known_s[_timing_key(node)] if node.op == "call_function" else 0.0
 
@@ -133,7 +133,7 @@ class NodeTimes:
             return type(value)(map(self._real, value))
         if not isinstance(value, Tensor):
             return value
-        # Zeros are indices into anything.
+        # Zeros are valid indices into anything.
         real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device).zero_()
         return real.normal_(generator=self._generator) if real.is_floating_point() else real
 
@@ -163,7 +163,7 @@ def _sizes(value: object) -> object:
 
 
 def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:
-    """Tell whether torch has a formula for an operator, or takes it apart into others that may have one."""
+    """Return whether torch has a formula for an operator, or takes it apart into others that may have one."""
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(
         target.name(),  # type: ignore[no-untyped-call]
         "CompositeImplicitAutograd",

@@ -1,4 +1,4 @@
-"""Hand the static graph to whatever runs it.
+"""Hand the static graph to the backend that runs it.
 
 ``eager``     the graph's own code, operation by operation.
 ``inductor``  the loop region by region: each distinct region (``OutlineRegions``) is compiled once, without Dynamo, and
@@ -30,11 +30,11 @@ def lower_to_backend(
 
     Args:
         graph: the finished loop graph; it is not changed.
-        options: the backend, its kernels, and whether what it made runs as one CUDA graph.
-        progress: told which region is compiled.
+        options: the backend, its kernels, and whether the result runs as one CUDA graph.
+        progress: a function that is told which region is compiled.
 
     Raises:
-        BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device; or torch cannot
+        BackendError: if a CUDA graph is asked for and not all of the loop is on one CUDA device, or if torch cannot
             write to its cache folder.
     """
     if options.mode == REDUCE_OVERHEAD:
@@ -56,7 +56,7 @@ def _lower(graph: LoopGraph, options: Options, progress: Progress) -> Callable[.
 
 
 def _with_kernels(graph: LoopGraph, kernels: Pipeline) -> LoopGraph:
-    """Return a copy: what is shown, saved and proven is the graph without the kernels of one machine."""
+    """Return a copy with kernels; what is shown, saved and proven stays the graph without those of one machine."""
     copy = graph.copy()
     kernels.run(copy)
     return copy

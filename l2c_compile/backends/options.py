@@ -29,14 +29,14 @@ class Options:
     """How a loop graph is made and run; ``l2c_compile`` says what each option means.
 
     Raises:
-        BackendError: torch.compile knows no such backend, or there is no such mode.
-        ValueError: there are no such numerics, caches or passes, a pass that stays needs one that is left out, or the
-            one that applies the schedule is left out.
+        BackendError: if ``torch.compile`` knows no such backend, or there is no such mode.
+        ValueError: if there are no such numerics, caches or passes, if a pass that stays needs one that is left out, or
+            if the pass that applies the schedule is left out.
     """
 
     backend: Backend = EAGER
     numerics: Literal["bitwise", "rounding"] | None = None
-    """None takes "bitwise" for backend "eager" and "rounding" for all others: they round in their own way anyway."""
+    """None takes "bitwise" for backend "eager" and "rounding" for all others, which round in their own way anyway."""
     without: Collection[str] = ()
     caches: Literal["int8", "fp8"] | None = None
     mode: Literal["reduce-overhead"] | None = None
@@ -69,7 +69,7 @@ class Options:
     def kernels(self) -> Pipeline:
         """The passes that put kernels for this processor into a copy of the graph, which the backend runs.
 
-        "eager" and "inductor" take them; what other backends do with a custom op is not ours to guess.
+        They are for "eager" and "inductor" only: what other backends do with a custom op is not ours to guess.
         """
         kernels = KERNELS.within(self._allowed) if self.backend in (EAGER, INDUCTOR) else Pipeline(())
         return kernels.without([name for name in self.without if name in _names(kernels)])

@@ -1,4 +1,4 @@
-"""What a loop means under a schedule: the expression of every site value and of the result."""
+"""What a loop should compute under a schedule: the expression of every site value and of the result."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ __all__ = ["ExpectedValues", "SiteValueKey", "port_suffix"]
 
 aten = torch.ops.aten
 
-# What the loop means.
 
 SiteValueKey = tuple[int, str, int]
-"""Evaluation, site, port."""
+"""The evaluation, site and port of a value."""
 
 
 class ExpectedValues:
@@ -38,7 +37,7 @@ class ExpectedValues:
         self.schedule = schedule
         self.sites: dict[str, Site] = {str(site): site for site in schedule.sites}
         self.held: dict[SiteValueKey, Value] = {}
-        """What a site holds after an evaluation: computed or read."""
+        """The value that a site holds after an evaluation, computed or read."""
         self.computed: dict[SiteValueKey, Value] = {}
         self.reads: dict[SiteValueKey, Value] = {}
         self.names: dict[Value, str] = {}

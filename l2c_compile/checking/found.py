@@ -19,8 +19,6 @@ from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, module
 
 __all__ = ["FoundValues"]
 
-# What the graph computes.
-
 
 class FoundValues:
     """The expressions of a loop graph, node by node."""
@@ -30,9 +28,9 @@ class FoundValues:
         self.leaves = leaves
         self.root = graph.root
         self.values: dict[Node, Any] = {}
-        """A value; a tuple of them for the call of a region."""
+        """The value of each node; a tuple of values for the call of a region."""
         self.made: list[tuple[Node, Value]] = []
-        """Every operation in order, those inside regions included and those that only pass on an argument left out."""
+        """Every operation in order, those inside regions included, without those that only return an argument."""
         self.draws: list[Value] = []
         self.folded: dict[str, Value] = {}
         for each in graph.folded:
@@ -82,7 +80,7 @@ class FoundValues:
             self.draws.append(self.table.draw(len(self.draws), cast(OpOverload, node.target), args, kwargs))
             return self.draws[-1]
         value = self.table.call(node.target, args, kwargs)
-        # A mark, a held value, a copy: what only passes its argument on computes nothing.
+        # A node that only passes its argument on, such as a mark, a held value or a copy, computes nothing.
         if not any(operand is value for operand in values_in(args)):
             self.made.append((node, value))
         return value

@@ -1,12 +1,12 @@
-"""Put the evaluations into the loop: skeleton + evaluation graphs -> one graph of the whole loop.
+"""Put the evaluations into the loop, which makes one graph of the skeleton and the evaluation graphs.
 
-Before, the skeleton (prediction_e stands for what evaluation e returns, as an input):
+Before, there is the skeleton, in which the input ``prediction_e`` stands for what evaluation e returns:
 
     x = mul(noise, c);  [x, t]  ->  (evaluation 0)  ->  prediction_0;  y = sub(x, prediction_0) ...
 
-After, one graph in execution order, with a copy of the evaluation graph in the place of each prediction. What does not
-depend on the latent (the noise, a random draw, or what an evaluation returned) is emitted once for all evaluations that
-share it.
+After, there is one graph in execution order, with a copy of the evaluation graph in the place of each prediction. What
+does not depend on the latent (the noise, a random draw, or what an evaluation returned) is emitted once for all
+evaluations that share it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def unroll(skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule)
     Args:
         skeleton: the traced loop.
         denoiser: the module that the weights belong to; it becomes a child of the graph's root.
-        schedule: resolved and of the skeleton's number of evaluations; kept for the passes.
+        schedule: the schedule, its patterns resolved, of as many evaluations as the skeleton; kept for the passes.
     """
-    return _Unroller(skeleton, denoiser, schedule).run()
+    return _LoopGraphBuilder(skeleton, denoiser, schedule).run()
 
 
-class _Unroller:
+class _LoopGraphBuilder:
+    """Builds the loop graph node by node, in execution order."""
+
     def __init__(self, skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule) -> None:
         self.skeleton = skeleton
         self.schedule = schedule
@@ -132,7 +134,7 @@ class _Unroller:
         name = str(node.target)
         if name.startswith("denoiser."):
             return self._attribute(name, name, node)
-        # A constant of the denoiser's own code; evaluation graphs of other signatures have their own of that name.
+        # This is a constant of the denoiser's own code; another evaluation graph may hold another one of that name.
         tensor = source.root.get_buffer(name)
         target = f"_evaluation{name}_{len(self.root._buffers)}"
         if id(tensor) not in self.attributes:
@@ -150,7 +152,7 @@ class _Unroller:
 def _latent_nodes(skeleton: LoopSkeleton) -> set[Node]:
     """Return the nodes of the loop and of its evaluation graphs that depend on the latent.
 
-    An input that several evaluations share depends on it if what any of them is given does.
+    An input of an evaluation graph that several evaluations share depends on it if the argument of any of them does.
     """
     latent = set(skeleton.input_nodes()[: skeleton.num_noise]).union(*skeleton.output_nodes())
     _add_dependent(latent, skeleton.graph)

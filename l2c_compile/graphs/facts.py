@@ -1,4 +1,4 @@
-"""The executable specification: what must hold of a graph, fact by fact.
+"""The executable specification of a graph: what must hold of it, fact by fact.
 
 A pass declares which facts it needs, gives and breaks; the pipeline runner calls ``check`` after every pass. A new
 invariant is written here first, and described in ``passes/README.md`` second.
@@ -22,7 +22,7 @@ __all__ = ["Fact", "check"]
 
 
 class Fact(enum.Enum):
-    """Something that holds of a graph between two passes."""
+    """A statement that can hold of a graph between two passes."""
 
     SITES_MARKED = "every site of every evaluation is an l2c::site node"
     READS_CACHE = "every reused site is read from the cache: its own value has no user"
@@ -40,7 +40,7 @@ def check(program: ProgramGraph, facts: Iterable[Fact]) -> None:
 
 
 def _check_form(program: ProgramGraph) -> None:
-    """Functional ATen in topological order, weights by reference."""
+    """Raise unless the graph is functional ATen in topological order, with weights by reference."""
     seen: set[Node] = set()
     for node in program.graph.nodes:
         for argument in node.all_input_nodes:

@@ -1,4 +1,4 @@
-"""The forms of tensors and of calls: all that a capture knows of its inputs."""
+"""The forms of tensors and of calls, which are all that a capture knows of its inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CallSignature", "StaticValue", "TensorForm", "form_of", "signature_o
 
 @dataclass(frozen=True)
 class TensorForm:
-    """What a tensor is besides its elements; what a static graph is specialised on."""
+    """All properties of a tensor but its elements; a static graph is specialised on them."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -23,7 +23,7 @@ class TensorForm:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorForm:
-        """Describe ``tensor``."""
+        """Return the form of ``tensor``."""
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
     def empty(self) -> Tensor:
@@ -56,11 +56,11 @@ class StaticValue:
 
     value: object = field(compare=False)
     key: object
-    """Its type and what it equals: 1, 1.0 and True are three values, and so are 0.0 and -0.0."""
+    """The type and a representation of the value: 1, 1.0 and True are three keys, and 0.0 and -0.0 are two."""
 
     @classmethod
     def of(cls, value: object) -> StaticValue:
-        """Describe ``value``, which is hashable."""
+        """Return the description of ``value``, which is hashable."""
         return cls(value, (type(value), value.hex() if type(value) is float else value))
 
 

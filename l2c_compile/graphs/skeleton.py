@@ -18,11 +18,11 @@ __all__ = ["EvaluationCall", "LoopSkeleton"]
 
 @dataclass
 class EvaluationCall:
-    """One call of the denoiser."""
+    """One call of the denoiser, with the graph of what it computes."""
 
     signature: CallSignature
     graph: EvaluationGraph
-    """Shared by all calls of equal signature."""
+    """The evaluation graph, which all calls of equal signature share."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class LoopSkeleton(ProgramGraph):
     calls: list[EvaluationCall]
     num_inputs: int
     num_noise: int
-    """How many of the inputs, the first ones, are the noise; the others are conditions."""
+    """Number of inputs that are the noise; they come first, and the others are conditions."""
     constants: dict[str, Tensor]
-    """By name; a name that begins with ``denoiser.`` is the path of a weight."""
+    """The loop's constants by name; a name that begins with ``denoiser.`` is the path of a weight."""
     out_spec: TreeSpec
     num_outputs: int
 
@@ -72,7 +72,7 @@ class LoopSkeleton(ProgramGraph):
         return list({id(call.graph): call.graph for call in self.calls}.values())
 
     def copy(self) -> LoopSkeleton:
-        """Return a skeleton to be rewritten apart from this one, evaluations included; tensors are shared."""
+        """Return a copy, evaluations included, that can be rewritten without changing this one; tensors are shared."""
         copies = {id(evaluation): evaluation.copy() for evaluation in self.evaluations()}
         calls = [replace(call, graph=copies[id(call.graph)]) for call in self.calls]
         return replace(self, graph=copy_of(self.graph), calls=calls)

@@ -1,4 +1,4 @@
-"""A compiled loop for one form of input, and whether its folded constants are still those of the weights."""
+"""A compiled loop for one form of input, and the check that its folded constants still fit the weights."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ class CompiledForm:
     """The compiled loop for one form of input."""
 
     trace: LoopSkeleton
-    """The loop as it was traced, its evaluations as they were captured: what the graph was made from."""
+    """The loop as it was traced, with its evaluations as they were captured; the graph was made from it."""
     graph: LoopGraph
     passes: list[PassRun]
     run: Callable[..., Sequence[object]]
-    """The graph, through the backend."""
+    """The function that runs the graph through the backend."""
     inputs: CallSignature
     """The form of ``(noise, conditions)``."""
     weights: object
-    """Dtypes and devices of the denoiser's parameters, and which of them are one."""
+    """The dtypes and devices of the denoiser's parameters, and which parameters are tied."""
     versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Identity, memory and version of the weights that constants were folded from, when they were folded."""
+    """Identity, memory and version that the weights had when constants were folded from them."""
 
     @cached_property
     def module(self) -> fx.GraphModule:
-        """The graph as a module, flat; made when it is first asked for, unless the backend made it."""
+        """The flat graph as a module, which is made at the first access unless the backend made it."""
         is_flat = isinstance(self.run, fx.GraphModule) and num_regions(self.run) == 0
         return self.run if is_flat else self.graph.module()  # type: ignore[return-value]
 
     @cached_property
     def module_to_trace(self) -> fx.GraphModule:
-        """The graph as a module for torch.compile; made when it is first asked for."""
+        """The graph as a module for ``torch.compile``, which is made at the first access."""
         return self.graph.module_to_trace()
 
 
@@ -55,7 +55,7 @@ def weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int, int]]:
 def _version(root: nn.Module, path: str) -> tuple[int, int, int]:
     owner, _, name = path.rpartition(".")
     weight = getattr(root.get_submodule(owner), name)
-    # Assigning to .data, as Module.to does, changes the memory only.
+    # An assignment to .data, as in Module.to, changes only the memory.
     return id(weight), int(weight.untyped_storage()._cdata), 0 if weight.is_inference() else weight._version
 
 

@@ -1,4 +1,4 @@
-"""``CompiledSampler``: what ``l2c_compile`` returns; it keeps one ``CompiledForm`` for each form of input."""
+"""``CompiledSampler``, which ``l2c_compile`` returns; it keeps one ``CompiledForm`` for each form of input."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from l2c_compile.passes.fold_constants import make_constants
 from l2c_compile.progress import Progress, silent
 from l2c_compile.sampler_file.write import save_sampler
 from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh, weight_versions
+from l2c_compile.samplers.explanation import Explanation
 from l2c_compile.schedules.schedule import CacheSchedule
 
 __all__ = ["CompiledSampler"]
@@ -39,14 +40,14 @@ __all__ = ["CompiledSampler"]
 class CompiledSampler(nn.Module):
     """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.
 
-    Holds no state between calls, so threads may sample at once. While one thread captures a new form, torch.export
-    swaps the weights of the model, and samplers in other threads wait; they run on during the rest of the compilation.
-    Only samplers wait: what uses the model itself, and what ``torch.compile`` made of a sampler, must not run while a
-    form is captured. Processes may be forked; the child calls ``torch.set_num_threads(1)`` first, as in torch's data
-    loaders.
+    It holds no state between calls, so threads may sample at once. While one thread captures a new form,
+    ``torch.export`` swaps the weights of the model, and samplers in other threads wait; they run on during the rest of
+    the compilation. Only samplers wait: code that uses the model itself, and code that ``torch.compile`` made of a
+    sampler, must not run while a form is captured. Processes may be forked; the child calls
+    ``torch.set_num_threads(1)`` first, as in torch's data loaders.
 
-    Runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and
-    ``load_state_dict`` reach its weights; after changing weights in place call ``refresh``.
+    It runs under ``torch.no_grad``. ``model`` is a submodule, so ``state_dict``, ``to`` and ``load_state_dict`` reach
+    its weights; after changing weights in place, call ``refresh``.
 
     ``torch.compile(sampler, fullgraph=True)`` takes the static graph into its own, for every form that was captured
     before; weights are then checked for changes when it traces, not in every call.
@@ -75,24 +76,26 @@ class CompiledSampler(nn.Module):
         self._latest: CompiledForm | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out what belongs to this process: a copy captures anew."""
+        """Leave out what belongs to this process, so that a copy captures anew."""
         return {name: value for name, value in self.__dict__.items() if name not in _PER_PROCESS}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Restore, with nothing captured."""
+        """Restore the sampler with nothing captured."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._begin_empty()
 
     def forward(self, noise: object, **conditions: object) -> object:
-        """Sample.
+        """Sample a batch of latents.
 
         Args:
-            noise: what the loop takes as its first argument: a tensor, or nested containers of tensors.
-            **conditions: the loop's keyword arguments. Tensors are inputs of the graph; anything else is static.
+            noise: the first argument of the loop: a tensor, or nested containers of tensors.
+            **conditions: the keyword arguments of the loop. Tensors are inputs of the graph; anything else is static.
 
         Raises:
-            StaleConstantsError: weights changed since constants were folded from them.
-            CaptureError, LoopTraceError, ScheduleError: see ``capture``.
+            StaleConstantsError: if weights changed since constants were folded from them.
+            CaptureError: if the denoiser cannot be captured.
+            LoopTraceError: if the loop cannot be traced.
+            ScheduleError: if the schedule is for another number of evaluations.
         """
         if torch.compiler.is_dynamo_compiling():
             # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
@@ -107,7 +110,7 @@ class CompiledSampler(nn.Module):
         return tree_unflatten(list(leaves), form.graph.out_spec)
 
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
-        """Return what is compiled for this form of input, compiling it if that is not done yet; nothing is sampled."""
+        """Return the compiled form for these inputs, which is compiled if there is none yet; nothing is sampled."""
         inputs = signature_of(noise, dict(conditions))
         with weights_in_use():
             key = self._key_of(inputs)
@@ -123,7 +126,7 @@ class CompiledSampler(nn.Module):
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The static graph of the latest form of input: flat tensors in, flat list of results out."""
+        """The static graph of the latest form of input, which takes flat tensors and returns a flat list of results."""
         return self._current().module
 
     def print_readable(self) -> str:
@@ -131,14 +134,18 @@ class CompiledSampler(nn.Module):
         return self.graph_module.print_readable()
 
     def summary(self) -> Summary:
-        """Return what is computed, read and kept in each evaluation of the latest static graph; printable."""
+        """Return what each evaluation of the latest static graph computes, reads and keeps; ``print`` shows it."""
         return summarize(self._current().graph)
 
-    def predict(self, noise: object, **conditions: object) -> Prediction:
-        """Price the schedule for this form of input before anything is compiled: work, memory and time; printable.
+    def explain(self) -> Explanation:
+        """Return what each pass did to the latest static graph, and why it left the rest alone; printable."""
+        return Explanation(tuple(self._current().passes))
 
-        Nothing is sampled. Times are measured on the device of the weights, form by form, in eager mode; with weights
-        on the meta device there are none.
+    def predict(self, noise: object, **conditions: object) -> Prediction:
+        """Predict what the schedule saves for this form of input, before anything is compiled; ``print`` shows it.
+
+        Nothing is sampled. The prediction has work, memory and time. Times are measured on the device of the weights,
+        form by form, in eager mode; with weights on the meta device there are none.
         """
         self._check_devices(noise, conditions)
         trace = self._trace(noise, conditions)
@@ -158,7 +165,7 @@ class CompiledSampler(nn.Module):
     def _graph(
         self, trace: LoopSkeleton, schedule: CacheSchedule | None = None, passes: Pipeline | None = None
     ) -> tuple[LoopGraph, list[PassRun]]:
-        """Return the static graph of a trace; by default under the sampler's schedule, with its passes."""
+        """Return the static graph of a trace, by default under the sampler's schedule and with its passes."""
         # Constants made under inference_mode could not be refreshed outside it.
         with one_capture(), torch.inference_mode(False):
             return graph_of(trace, self.model, schedule or self.schedule, passes or self.options.passes, self._progress)
@@ -166,20 +173,20 @@ class CompiledSampler(nn.Module):
     def prove(self, noise: object, **conditions: object) -> Proof:
         """Prove the structure of the static graph for this form of input; nothing is sampled, and no backend compiles.
 
-        The static graph is shown to be what the loop as it was traced, its evaluations as they were captured, and the
-        schedule say (``checking/proof.py``), bit for bit or up to rounding as ``numerics`` allows. The proof has no
-        rules for kernels of ours and for packed caches: what is proven then is the graph without the passes that put
-        them in, and the report names those. Packed weights are never part of it: they go into a copy, which the
-        backend runs. The trace is the one that the graph was made from; ``copy.copy(sampler).prove(...)`` takes a
-        fresh one, because a copy has captured nothing yet.
+        The proof (``checking/proof.py``) shows that the static graph computes what the traced loop, the captured
+        evaluations and the schedule say, bit for bit or up to rounding as ``numerics`` allows. It has no rules for
+        kernels of ours and for packed caches: what is proven then is the graph without the passes that insert them,
+        and the report names these passes. Packed weights are never part of the proof: they go into a copy, which the
+        backend runs. The trace is the one that the graph was made from; ``copy.copy(sampler).prove(...)`` takes a new
+        one, because a copy has captured nothing yet.
 
-        Weights may be on the meta device: constants then have no values, and are not compared.
+        Weights may be on the meta device; constants then have no values and are not compared.
 
         Returns:
-            The proof; printable. ``proof.holds`` says whether the graph is right.
+            The proof, which ``print`` shows; ``proof.holds`` says whether the graph is right.
 
         Raises:
-            StaleConstantsError: weights changed since constants were folded from them.
+            StaleConstantsError: if weights changed since constants were folded from them.
         """
         self._check_devices(noise, conditions)
         with weights_in_use():
@@ -197,21 +204,21 @@ class CompiledSampler(nn.Module):
         return replace(proof, not_covered=not_covered)
 
     def _not_covered(self, runs: Sequence[PassRun]) -> tuple[str, ...]:
-        """Return the passes that put something into a graph which the proof cannot follow."""
+        """Return the passes that insert something that the proof cannot follow."""
         opaque = {each.name for each in self.options.passes.passes if not each.is_followed_by_proof}
         return tuple(run.name for run in runs if run.name in opaque and run.report.rewrites)
 
     def verify(self, noise: object, **conditions: object) -> VerifyReport:
         """Prove the structure of the static graph, and compare a run of it with a run of the reference.
 
-        After the proof (see ``prove``) both run once, on equal inputs and equal random numbers; where the results
-        differ, every site of every evaluation is compared.
+        After the proof (see ``prove``), both run once on equal inputs and equal random numbers. If the results differ,
+        every site of every evaluation is compared.
 
         Returns:
-            The report; printable. ``report.holds`` says whether all is as it should be.
+            The report, which ``print`` shows; ``report.holds`` says whether proof and numbers are right.
 
         Raises:
-            StaleConstantsError: weights changed since constants were folded from them.
+            StaleConstantsError: if weights changed since constants were folded from them.
         """
         form = self.capture(noise, **conditions)
         proof = self.prove(noise, **conditions)
@@ -229,11 +236,11 @@ class CompiledSampler(nn.Module):
             )
 
     def refresh(self) -> None:
-        """Follow the weights after they changed: constants are folded, and weights packed, again.
+        """Fold constants and pack weights again after the weights changed.
 
-        Forms that the weights no longer have are forgotten.
+        What was compiled for other dtypes, devices or ties of the weights is forgotten.
         """
-        # Writing through ``weight.data`` is not counted; whoever keeps something made of a weight goes by the count.
+        # A write through ``weight.data`` leaves the version of the weight, by which others know that it changed.
         torch.autograd.graph.increment_version(list(self.model.parameters()))
         weights = self._weights()
         self._forms = {key: form for key, form in self._forms.items() if form.weights == weights}
@@ -252,32 +259,33 @@ class CompiledSampler(nn.Module):
         aot_inductor: bool = False,
         **conditions: object,
     ) -> None:
-        """Write what is compiled for one form of input, weights included, as one ``.pt2`` file; ``load`` reads it.
+        """Write the compiled form of one input, weights included, as one ``.pt2`` file, which ``load`` reads.
 
         The file needs neither the model's class nor this sampler's backend: it holds the static graph, and ``load``
         takes a backend. It is replaced at once, or not at all.
 
         Args:
-            path: where to; ends in ``.pt2``.
-            noise: with ``conditions``, the form of input, captured if it is not yet; None takes the latest.
-            aot_inductor: also compile the flat graph ahead of time into ``<stem>.aoti.pt2``, which
-                ``torch._inductor.aoti_load_package`` runs: native code for this machine, flat tensors in and out. Takes
-                a minute for a handful of blocks and hours for 50 evaluations of 28; loading the ``.pt2`` with
-                ``backend="inductor"`` compiles each region once.
-            **conditions: see ``noise``.
+            path: the file to write; its name ends in ``.pt2``.
+            noise: with ``conditions``, an input of the form to save, which is captured if it is not yet; None takes the
+                latest form.
+            aot_inductor: whether the flat graph is also compiled ahead of time into ``<stem>.aoti.pt2``, which
+                ``torch._inductor.aoti_load_package`` runs: native code for this machine, which takes and returns flat
+                tensors. This takes a minute for a handful of blocks, and hours for 50 evaluations of 28; loading the
+                ``.pt2`` with ``backend="inductor"`` compiles each region once.
+            **conditions: the keyword arguments of the loop that belong to ``noise``.
 
         Raises:
-            SaveError: the graph holds what a file cannot, for example an operator of another library.
-            StaleConstantsError: weights changed since constants were folded from them.
-            L2CError: nothing is compiled yet and no input is given.
-            OSError: the folder cannot be written to.
+            SaveError: if the graph holds what a file cannot, for example an operator of another library.
+            StaleConstantsError: if weights changed since constants were folded from them.
+            L2CError: if nothing is compiled yet and no input is given.
+            OSError: if the folder cannot be written to.
         """
         if noise is None and conditions:
             raise L2CError("save wants the noise with the conditions: save(path, noise, **conditions)")
         form = self._current() if noise is None else self.capture(noise, **conditions)
         if form.weights != self._weights():
             raise StaleConstantsError(
-                "since the latest program was compiled, weights moved, changed their dtype or were untied; give save"
+                "since the latest form was compiled, weights moved, changed their dtype or were untied; give save"
                 " the inputs: save(path, noise, **conditions)"
             )
         check_fresh(form)
@@ -299,7 +307,7 @@ class CompiledSampler(nn.Module):
         return CompiledForm(trace, graph, passes, run, inputs, self._weights(), weight_versions(graph))
 
     def _key_of(self, inputs: CallSignature) -> object:
-        """Return what a compiled form is specialised on."""
+        """Return all that a compiled form is specialised on: the form of the inputs and of the weights."""
         key = (inputs, self._weights(), self.model.training)
         try:
             hash(key)
@@ -308,7 +316,7 @@ class CompiledSampler(nn.Module):
         return key
 
     def _captured(self, inputs: CallSignature) -> CompiledForm:
-        """Return the latest compiled form for these inputs, in code that Dynamo can trace: it hashes nothing."""
+        """Return the latest compiled form for these inputs; Dynamo can trace this, because nothing is hashed."""
         self._check_all_fresh()
         for form in self._known:
             if form.inputs.spec == inputs.spec and form.inputs.leaves == inputs.leaves:
@@ -318,20 +326,20 @@ class CompiledSampler(nn.Module):
             " inputs of this form first"
         )
 
-    # Runs when Dynamo traces, not in every call of what it traced.
+    # This runs when Dynamo traces, not in every call of the code that it traced.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _check_all_fresh(self) -> None:
         weights = self._weights()
         self._known = [form for form in self._known if form.weights == weights]
         for form in self._known:
             check_fresh(form)
-            _ = form.module_to_trace  # made here: Dynamo could not trace how
+            _ = form.module_to_trace  # made here, because Dynamo cannot trace how it is made
 
     def _weights(self) -> object:
         names: dict[nn.Parameter, list[str]] = {}
         for name, weight in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(weight, []).append(name)
-        # The graph knows a tied weight by one of its names, so untying it makes another one.
+        # The graph refers to a tied weight by one of its names, so once it is untied another graph is needed.
         tied = frozenset(tuple(each) for each in names.values() if len(each) > 1)
         return frozenset((w.dtype, w.device) for w in names), tied
 

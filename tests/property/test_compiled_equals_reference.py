@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bench.trust.programs.rules import Combination, Decay
 from l2c_compile import CacheSchedule, Rule, run_reference
 from l2c_compile.compile import build_loop_graph
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -23,7 +24,6 @@ from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.schedules.rules import HOLD
-from tests.behaviour.test_site_forms import Combination, Decay
 from tests.tiny import draw, run, same_bits, seeded, steps
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from bench.trust.programs.rules import Combination, FollowInput
 from l2c_compile import CacheSchedule
 from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.compile import graph_of, trace_and_capture
@@ -19,7 +20,6 @@ from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.pipeline import BITWISE, LOOP
-from tests.behaviour.test_site_forms import Combination, FollowInput
 from tests.tiny import calls_in, draw, residual, steps, tiny_dit
 
 aten = torch.ops.aten

@@ -19,7 +19,12 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from bench.trust.bits import own, same_bits
+from bench.trust.programs.denoisers import Description, build_denoiser, draw_denoiser
+from bench.trust.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
+from bench.trust.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from
 from l2c_compile import CacheSchedule, Site, run_reference
+from l2c_compile.analyses.cost import prices_of
 from l2c_compile.analyses.summary import summarize
 from l2c_compile.errors import L2CError
 from l2c_compile.frontend.capture import capture
@@ -33,10 +38,6 @@ from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, REGIONS, SKELETON
 from l2c_compile.torch_backend import l2c
-from tests.programs.denoisers import Description, build_denoiser, draw_denoiser
-from tests.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
-from tests.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from
-from tests.tiny import own, same_bits
 
 __all__ = ["Checker", "Mismatch", "Outcome", "Program", "draw_programs", "evaluations_of"]
 
@@ -200,8 +201,8 @@ class Checker:
         """Compile ``program`` and compare it with the reference.
 
         Raises:
-            Mismatch: it is not equal, changes its inputs or weights, keeps state, or is not as its metadata says.
-            Exception: whatever the compiler raises that is no refusal in words of its own.
+            Mismatch: if it is not equal, changes its inputs or weights, keeps state, or is not as its metadata says.
+            Exception: if whatever the compiler raises that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
@@ -228,8 +229,8 @@ class Checker:
         """Compile the loop of ``program`` with ``torch.compile(..., backend="l2c")``; it must equal the reference.
 
         Raises:
-            Mismatch: it does not, bit for bit, or it changes its inputs or weights.
-            Exception: whatever the backend raises that is no refusal in words of its own.
+            Mismatch: if it does not, bit for bit, or it changes its inputs or weights.
+            Exception: if whatever the backend raises that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
@@ -265,7 +266,9 @@ class Checker:
         """Return the graph after the passes."""
         pipeline = _pipeline(names)
         assert pipeline is not None
-        graph = unroll(self._skeleton(program, schedule.sites), self.denoiser, schedule)
+        skeleton = self._skeleton(program, schedule.sites)
+        graph = unroll(skeleton, self.denoiser, schedule)
+        graph.prices = prices_of(skeleton)
         pipeline.run(graph)
         return graph
 
@@ -390,7 +393,7 @@ class _Checked(fx.Interpreter):
         return value
 
     def _is_torchs(self, node: fx.Node) -> bool:
-        """Tell whether torch itself expects what the node notes, from what its arguments note.
+        """Return whether torch itself expects what the node notes, from what its arguments note.
 
         For expanded arguments torch's operators without values give other strides than those with (torch 2.13).
         """
