@@ -1,57 +1,43 @@
-"""The body of ``l2c inspect``: what a schedule or router file says, in numbers and as a picture."""
+"""``l2c inspect``: what a schedule or router file says, in numbers and as a picture."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 from rich.table import Table
-from rich.text import Text
 
-from l2c_compile.cli.plots import LEGEND, save_heat_map, terminal_heat_map
-from l2c_compile.schedules.importers import Family, load_schedule_file
-from l2c_compile.schedules.router import Router
+from l2c_compile.cli.files import output_path, read_schedule
+from l2c_compile.cli.options import Force, Picture, ScheduleFile, Threshold
+from l2c_compile.cli.plots import save_heat_map, show_heat_map
+from l2c_compile.cli.terminal import say, show
+from l2c_compile.schedules.importers import Family
+from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["inspect_file"]
+__all__ = ["command"]
 
 
-def inspect_file(
-    path: str | os.PathLike[str],
-    console: Console,
-    *,
-    threshold: float | None = None,
-    family: Family | None = None,
-    png: str | os.PathLike[str] | None = None,
-    evaluations: bool = False,
+def command(
+    file: ScheduleFile,
+    threshold: Threshold = None,
+    family: Annotated[Family | None, typer.Option(help="For pickles: which project wrote it.")] = None,
+    png: Picture = None,
+    evaluations: Annotated[bool, typer.Option("--evaluations", help="List the evaluations one by one.")] = False,
+    force: Force = False,
 ) -> None:
-    """Print what a schedule or router file says.
-
-    Args:
-        path: A file that ``load_schedule_file`` reads.
-        console: Where to print.
-        threshold: For routers, in place of the usual one.
-        family: For pickles, which project wrote it.
-        png: If given, also write the picture there.
-        evaluations: Whether to print the number of computed sites of each evaluation.
-
-    Raises:
-        L2CError: If the file cannot be read as a schedule or router.
-        OSError: If a file cannot be read or written.
-    """
-    content = load_schedule_file(path, threshold=threshold, family=family)
+    """Show what a schedule or router file computes and reuses."""
+    png = png and output_path(png, ".png", force=force, reads=file)
+    content = read_schedule(file, threshold, family)
     router = content if isinstance(content, Router) else None
-    schedule = content.schedule() if isinstance(content, Router) else content
-    _print(console, Path(path).name, _facts(schedule, router))
-    for line in terminal_heat_map(schedule, width=console.width):
-        console.print(line, no_wrap=True, overflow="ignore", crop=False)
-    console.print(Text(LEGEND, style="dim"), soft_wrap=True)
+    schedule = schedule_of(content)
+    _print(file.name, _facts(schedule, router))
+    show_heat_map(schedule)
     if evaluations:
-        console.print(_evaluation_table(schedule))
+        show(_evaluation_table(schedule))
     if png is not None:
         save_heat_map(schedule, png, router=router)
-        console.print(Text(f"picture written to {os.fspath(png)}"), soft_wrap=True)
+        say(f"picture written to {png}")
 
 
 def _facts(schedule: CacheSchedule, router: Router | None) -> dict[str, str]:
@@ -77,12 +63,12 @@ def _facts(schedule: CacheSchedule, router: Router | None) -> dict[str, str]:
     return facts
 
 
-def _print(console: Console, name: str, facts: dict[str, str]) -> None:
-    console.print(Text(name, style="bold"))
+def _print(name: str, facts: dict[str, str]) -> None:
+    say(name, style="bold")
     width = max(map(len, facts))
     for key, value in facts.items():
-        console.print(Text(f"  {key:<{width}}  {_printable(value)}"), soft_wrap=True)
-    console.print()
+        say(f"  {key:<{width}}  {_printable(value)}")
+    say()
 
 
 def _printable(text: str) -> str:
