@@ -104,5 +104,5 @@ def _middle_cut(message: str) -> str:
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Return ``did you mean 'a', 'b'?`` for the known names closest to ``name``, or ``""`` if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
     return f"did you mean {', '.join(map(repr, close))}?" if close else ""

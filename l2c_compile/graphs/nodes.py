@@ -12,6 +12,8 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument, Node
 
+from l2c_compile.files.torch_cache import cache_folder_named
+
 __all__ = [
     "Expression",
     "argument_key",
@@ -33,7 +35,9 @@ __all__ = [
     "root_tensor",
 ]
 
-_INFERENCE = FakeTensorMode()
+# Imports Dynamo, which makes torch's cache folder.
+with cache_folder_named():
+    _INFERENCE = FakeTensorMode()
 
 
 def emit(
