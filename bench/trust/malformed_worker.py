@@ -20,16 +20,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.trust.file_mutations import Malformed, malformed, valid_files
+from bench.trust import file_mutations, finder_files
+from bench.trust.file_mutations import Malformed
 from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
 from l2c_compile.errors import L2CError
 from l2c_compile.schedules.router import Router
 
-__all__ = ["MAX_MESSAGE_CHARACTERS", "MEMORY_BYTES", "SECONDS", "Outcome"]
+__all__ = ["KINDS", "MAX_MESSAGE_CHARACTERS", "MEMORY_BYTES", "SECONDS", "Outcome"]
+
+KINDS = (*file_mutations.KINDS, *finder_files.KINDS)
+"""What the package reads."""
 
 SECONDS = 1.0
 """Processor time that a file may take."""
@@ -37,7 +42,7 @@ MEMORY_BYTES = 256 * 2**20
 """Address space that a file may take beyond what the process has before it is read."""
 MAX_MESSAGE_CHARACTERS = 1000
 
-_Read = Router | CacheSchedule | LoadedSampler
+_Read = Router | CacheSchedule | LoadedSampler | finder_files.FinderFile
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ class _Watch:
 
 
 def _reader(kind: str) -> Callable[[Path], _Read]:
+    if kind in finder_files.KINDS:
+        return partial(finder_files.read, kind)
     return load if kind == "sampler" else load_schedule_file
 
 
@@ -152,7 +159,7 @@ def _digest(kind: str, result: _Read) -> object:
     return result
 
 
-def _check_consistent(result: _Read, folder: Path) -> None:
+def _check_consistent(kind: str, result: _Read, folder: Path) -> None:
     """Raise an error if something that was read cannot be written and read again."""
     if isinstance(result, LoadedSampler):
         repr(result)
@@ -160,7 +167,7 @@ def _check_consistent(result: _Read, folder: Path) -> None:
         return
     again = folder / "again"
     result.save(again)
-    assert load_schedule_file(again) == result, "is another after it was saved and read again"
+    assert _reader(kind)(again) == result, "is another after it was saved and read again"
     again.unlink()
 
 
@@ -171,7 +178,7 @@ class _Reading:
         self.folder = folder / "files"
         self.canary = folder / "canary"
         (folder / "valid").mkdir()
-        self.valid = valid_files(folder / "valid")
+        self.valid = {**file_mutations.valid_files(folder / "valid"), **finder_files.valid_files(folder / "valid")}
         self.watch = _Watch()
         self.wanted: dict[str, object] = {}
         for kind, content in self.valid.items():
@@ -186,6 +193,8 @@ class _Reading:
     def outcome(self, index: int, seed: int) -> Outcome:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
+        is_finders = index % len(KINDS) >= len(file_mutations.KINDS)
+        malformed = finder_files.malformed if is_finders else file_mutations.malformed
         file = malformed(index, seed, self.valid, self.folder, self.canary)
         there = sorted(path.name for path in self.folder.iterdir())
         gc.collect()
@@ -226,7 +235,7 @@ class _Reading:
                 same = _digest(file.kind, result) == self.wanted[file.kind]
                 if not same:
                     return "WRONG RESULT", "a damaged file was read as another"
-            _check_consistent(result, self.folder)
+            _check_consistent(file.kind, result, self.folder)
         except Exception as error:
             return "INCONSISTENT", f"{type(error).__name__}: {error!s:.200}"
         return ("read as before" if same else "read as another"), ""

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import l2c_compile.cli.learn
-import l2c_compile.finders.training
+import l2c_compile.files.tensors
 from l2c_compile import Router, load_schedule_file
 from l2c_compile.cli.main import app
 from l2c_compile.errors import ScheduleError
@@ -48,7 +48,7 @@ def test_an_interrupted_run_is_resumed_only_when_asked(tmp_path: Path, monkeypat
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(l2c_compile.finders.training, "write_atomically", write_and_stop)
+        patch.setattr(l2c_compile.files.tensors, "write_atomically", write_and_stop)
         assert isinstance(learn("--out", out, "--budget", "0.98").exception, Stop)
     refused = learn("--out", out, "--budget", "0.98")
     assert isinstance(refused.exception, ScheduleError)
