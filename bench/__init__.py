@@ -1,1 +1,1 @@
-"""The bench harness: ``python -m bench NAME``. To add a case, read ``cases.py``."""
+"""The bench harness, which ``python -m bench NAME`` starts. To add a case, read ``cases.py``."""

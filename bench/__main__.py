@@ -1,4 +1,4 @@
-"""``python -m bench NAME [ARGS]... [--json FILE] [--check]``."""
+"""The command line of the bench harness: ``python -m bench NAME [ARGS]... [--json FILE] [--check]``."""
 
 from __future__ import annotations
 

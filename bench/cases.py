@@ -1,8 +1,8 @@
-"""What can be run, as data: a name and the function behind it.
+"""The cases that can be run, as data: the name of each and its module.
 
 To add a case, write ``bench/my_case.py`` and one line in ``CASES``. The first line of the module docstring is what
 ``python -m bench --help`` shows. The module is imported only when its case runs, so it may import anything, and a
-broken one stops nobody else::
+broken one does not stop the others::
 
     '''Time the compiled loop against the eager one.'''
 
@@ -18,8 +18,8 @@ broken one stops nobody else::
         ]
 
 - ``args`` is whatever follows the name on the command line and is no option of the harness, options of the case
-  included: ``python -m bench golden a.pt b.pt --threads 2`` gives ``["a.pt", "b.pt", "--threads", "2"]``. A case that
-  takes none refuses any with ``no_arguments(args)``.
+  included: ``python -m bench golden a.pt b.pt --threads 2`` gives ``["a.pt", "b.pt", "--threads", "2"]``.
+  ``Options("my-case")`` in ``options.py`` parses them and refuses what it does not know.
 - ``progress`` is running; add a task and advance it. Print nothing: the table comes from the rows.
 - A ``Row`` says what was measured and under which conditions. The harness adds the name of the case, the machine, the
   versions, the commit and the date. A target in ``targets.toml`` finds a row by case, metric and conditions.
@@ -41,12 +41,13 @@ from rich.progress import Progress
 from bench.report import Row
 from l2c_compile.errors import L2CError, nearest
 
-__all__ = ["ALWAYS_CHECKED", "CASES", "BenchError", "Run", "load", "no_arguments", "summary"]
+__all__ = ["ALWAYS_CHECKED", "CASES", "BenchError", "Run", "load", "summary"]
 
 Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 
 CASES: dict[str, str] = {
     "compile-time": "bench.speed.compile_time:run",
+    "equality": "bench.trust.equality:run",
     "fuzz": "bench.trust.fuzz:run",
     "golden": "bench.trust.golden:run",
     "gpu-all": "bench.speed.gpu_all:run",
@@ -65,7 +66,7 @@ CASES: dict[str, str] = {
 }
 
 
-ALWAYS_CHECKED = frozenset({"fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
+ALWAYS_CHECKED = frozenset({"equality", "fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
 """Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
 
 
@@ -77,7 +78,7 @@ def load(name: str) -> Run:
     """Import the module of a case and return its function.
 
     Raises:
-        BenchError: The name is unknown, the module is missing, or something it imports is.
+        BenchError: if the name is unknown, the module is missing, or something it imports is.
     """
     if name not in CASES:
         raise BenchError(f"no bench named {name!r}: {nearest(name, CASES) or 'known: ' + ', '.join(sorted(CASES))}")
@@ -104,13 +105,3 @@ def summary(name: str) -> str:
     except SyntaxError:
         return f"({module_name} does not parse)"
     return docstring.splitlines()[0] if docstring else ""
-
-
-def no_arguments(args: Sequence[str]) -> None:
-    """Refuse arguments on behalf of a case that takes none.
-
-    Raises:
-        BenchError: There are some.
-    """
-    if args:
-        raise BenchError(f"this bench takes no arguments, got {' '.join(args)}")

@@ -1,4 +1,4 @@
-"""The one timer: all sides in turn in one process, medians, spread."""
+"""The one timer, which runs all sides in turn in one process and reports medians and their spread."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ class MeasureError(L2CError, ValueError):
 
 @dataclass(frozen=True)
 class Timing:
-    """What one side took, one sample a round, in the order of the rounds."""
+    """The times of one side, a sample for each round, in the order of the rounds."""
 
     samples_ms: tuple[float, ...]
 
     @property
     def median_ms(self) -> float:
-        """Return the median over the rounds."""
+        """The median over the rounds."""
         return statistics.median(self.samples_ms)
 
     @property
     def p20_ms(self) -> float:
-        """Return the 20th percentile over the rounds."""
+        """The 20th percentile over the rounds."""
         return quantile(self.samples_ms, 0.2)
 
     @property
     def p80_ms(self) -> float:
-        """Return the 80th percentile over the rounds."""
+        """The 80th percentile over the rounds."""
         return quantile(self.samples_ms, 0.8)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer one side takes than another."""
+    """The time of one side over that of another, with its spread."""
 
     value: float
-    """Ratio of the medians."""
+    """The ratio of the medians."""
     p20: float
-    """20th percentile of the ratios within one round."""
+    """The 20th percentile of the ratios within one round."""
     p80: float
-    """80th percentile of the ratios within one round."""
+    """The 80th percentile of the ratios within one round."""
 
 
 def quantile(samples: tuple[float, ...], share: float) -> float:
@@ -61,7 +61,7 @@ def quantile(samples: tuple[float, ...], share: float) -> float:
 
 
 def synchronizer(device: str) -> Callable[[], None]:
-    """Return what waits for the device to finish: ``torch.cuda.synchronize`` on CUDA, nothing on a CPU."""
+    """Return a function that waits for the device: ``torch.cuda.synchronize`` on CUDA; on a CPU it does nothing."""
     if not device.startswith("cuda"):
         return lambda: None
     import torch
@@ -78,24 +78,25 @@ def compare(
     clock_s: Callable[[], float] = time.perf_counter,
     on_round: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time the sides against each other.
+    """Measure how long each side takes, all in turn.
 
-    Every round runs every side once, and each round starts one side later than the one before. A machine that slows
-    down therefore slows all sides alike, and none profits from always running after the same other one.
+    Every round runs every side once, and each round starts one side later than the round before. A machine that slows
+    down therefore slows all sides alike, and no side profits from always running after the same other one.
 
     Args:
-        sides: What to time, by name. What they return is thrown away.
-        rounds: Timed rounds.
-        warmup: Untimed rounds before them.
-        sync: Waits for the device; called before each start and before each stop. ``synchronizer(device)`` makes one.
-        clock_s: A clock in seconds.
-        on_round: Called after every timed round, to advance a progress bar.
+        sides: the functions to time, by name. Their results are thrown away.
+        rounds: the number of timed rounds.
+        warmup: the number of untimed rounds before them.
+        sync: a function that waits for the device, as ``synchronizer(device)`` returns it. It is called before each
+            start and before each stop.
+        clock_s: a function that returns the time in seconds.
+        on_round: a function that is called after every timed round, to advance a progress bar.
 
     Returns:
         The timing of each side, in the order of ``sides``.
 
     Raises:
-        MeasureError: There is no side or no round.
+        MeasureError: if there is no side or no round.
     """
     if not sides or rounds < 1 or warmup < 0:
         got = f"{len(sides)} sides, rounds={rounds}, warmup={warmup}"
@@ -130,12 +131,12 @@ def compare(
 
 
 def ratio(numerator: Timing, denominator: Timing) -> Ratio:
-    """Return how many times longer ``numerator`` takes than ``denominator``; a speed-up is ``ratio(baseline, ours)``.
+    """Return the time of ``numerator`` over that of ``denominator``; a speed-up is ``ratio(baseline, ours)``.
 
-    The spread is paired: it comes from the ratios within each round, so what slows a whole round cancels.
+    The spread is paired: it comes from the ratios within each round, so that what slows a whole round cancels out.
 
     Raises:
-        MeasureError: The two do not come from one ``compare``.
+        MeasureError: if the two do not come from one ``compare``.
     """
     if len(numerator.samples_ms) != len(denominator.samples_ms):
         counts = f"{len(numerator.samples_ms)} and {len(denominator.samples_ms)}"

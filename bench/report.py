@@ -1,4 +1,4 @@
-"""Rows: what a case measured, what the harness adds to it, the table and the JSON file."""
+"""The rows of a run: what a case measured and what the harness adds to it, as a table and as a JSON file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +18,22 @@ from rich.table import Table
 
 from bench.measure import Ratio, Timing
 from l2c_compile.errors import L2CError
+from l2c_compile.files.documents import write_atomically
 
-__all__ = ["Condition", "Record", "ReportError", "Row", "Surroundings", "records", "results_table", "write_json"]
+__all__ = [
+    "ROOT",
+    "Condition",
+    "Record",
+    "ReportError",
+    "Row",
+    "Surroundings",
+    "records",
+    "results_table",
+    "write_json",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
+"""The checkout that this file is in."""
 RESULTS = ROOT / "bench" / "results"
 
 Condition: TypeAlias = str | int | float | bool
@@ -38,19 +48,19 @@ class Row:
     """One measured number, as a case returns it."""
 
     metric: str
-    """What was measured; with the conditions, what a target is looked up by."""
+    """The name of what was measured; a target finds the row by it and the conditions."""
     value: float
-    """The number; the median where there are several."""
+    """The measured number, or the median where there are several measurements."""
     unit: str = ""
-    """Unit of value, p20 and p80; empty for a plain number."""
+    """The unit of value, p20 and p80; empty for a plain number."""
     conditions: Mapping[str, Condition] = field(default_factory=dict)
-    """What it was measured under: model, steps, dtype, batch, file."""
+    """The conditions of the measurement: model, steps, dtype, batch, file."""
     p20: float | None = None
-    """20th percentile, where there are several measurements."""
+    """The 20th percentile, where there are several measurements."""
     p80: float | None = None
-    """80th percentile, where there are several measurements."""
+    """The 80th percentile, where there are several measurements."""
     device: str = "cpu"
-    """The torch device it was measured on."""
+    """The torch device of the measurement."""
 
     @classmethod
     def timed(
@@ -69,19 +79,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What holds for every row of one run."""
+    """The versions, commit and date of a run, which hold for all of its rows."""
 
     torch: str
     triton: str
     python: str
     commit: str
-    """Short hash, with ``-dirty`` behind it when the tree had changes."""
+    """The short hash, with ``-dirty`` behind it if the tree had changes."""
     date: str
-    """Start of the run, UTC, ISO 8601."""
+    """The start of the run in UTC, as ISO 8601."""
 
     @classmethod
     def here_and_now(cls) -> Surroundings:
-        """Ask the machine, the installed packages, git and the clock."""
+        """Return the surroundings of this run: the installed packages, the commit that git names, and the time."""
         return cls(
             torch=_version("torch"),
             triton=_version("triton"),
@@ -93,7 +103,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Record:
-    """A row with everything needed to compare it with another day's."""
+    """A row with all that is needed to compare it with a row of another day."""
 
     bench: str
     metric: str
@@ -103,7 +113,7 @@ class Record:
     p80: float | None
     conditions: dict[str, Condition]
     device: str
-    """Name of the CPU or GPU model."""
+    """The name of the CPU or GPU model."""
     torch: str
     triton: str
     python: str
@@ -112,7 +122,7 @@ class Record:
 
 
 def records(bench: str, rows: Sequence[Row], surroundings: Surroundings) -> list[Record]:
-    """Return the rows of one bench with the surroundings written into each."""
+    """Return a record for each row of one bench, with the surroundings in it."""
     return [
         Record(
             bench=bench,
@@ -130,7 +140,7 @@ def records(bench: str, rows: Sequence[Row], surroundings: Surroundings) -> list
 
 
 def results_table(rows: Sequence[Record]) -> Table:
-    """Return the table printed at the end of a run; what all rows share stands below it."""
+    """Return the table that is printed at the end of a run; what all rows share stands below it."""
     table = Table(title=rows[0].bench if rows else None, title_justify="left", caption_justify="left")
     table.add_column("metric", overflow="fold")
     table.add_column("conditions", overflow="fold")
@@ -150,25 +160,16 @@ def results_table(rows: Sequence[Record]) -> Table:
 
 
 def write_json(path: Path, rows: Sequence[Record]) -> None:
-    """Write the rows as a JSON list, all or nothing. A number that is not finite is written as null.
+    """Write the rows as a JSON list, at once or not at all. A number that is not finite is written as null.
 
     Raises:
-        ReportError: The file is a kept result; those are never edited.
+        ReportError: if the file is a kept result, because those are never edited.
     """
     if path.exists() and RESULTS in path.resolve().parents:
         raise ReportError(f"{path.name} in bench/results is kept as it was measured; choose a new dated name")
     text = json.dumps([_finite(dataclasses.asdict(row)) for row in rows], indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files that only their owner can read.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, text.encode())
 
 
 def _finite(record: dict[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Hold the rows of a run against ``targets.toml``."""
+"""Compare the rows of a run with the targets in ``targets.toml``."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _OPTIONAL = {"conditions", "decimals"}
 
 @dataclass(frozen=True)
 class Target:
-    """One number a bench must reach."""
+    """A number that a bench must reach."""
 
     bench: str
     metric: str
     comparison: str
-    """``<=``, ``>=`` or ``==``, with the measured value on the left."""
+    """The comparison ``<=``, ``>=`` or ``==``, with the measured value on the left."""
     value: float
     reason: str
-    """Why this number and no other."""
+    """The reason for this number."""
     conditions: Mapping[str, Condition]
-    """Only rows measured under these are meant; a row may have more."""
+    """The conditions that a row must have; it may have others beside them."""
     decimals: int | None
-    """Round the measured value to so many decimals first."""
+    """The number of decimals that the measured value is rounded to first; None does not round."""
 
     def __str__(self) -> str:
         conditions = ", ".join(f"{name}={value}" for name, value in self.conditions.items())
@@ -47,29 +47,29 @@ class Target:
         return f"{self.bench} {self.metric}{where} {self.comparison} {self.value:.10g}"
 
     def is_about(self, record: Record) -> bool:
-        """Say whether the record measures what the target asks for."""
+        """Return whether the record measures what the target asks for."""
         same = (record.bench, record.metric) == (self.bench, self.metric)
         return same and self.conditions.items() <= record.conditions.items()
 
     def holds_for(self, record: Record) -> bool:
-        """Say whether the measured value is good enough; NaN never is."""
+        """Return whether the measured value is good enough; NaN never is."""
         value = record.value if self.decimals is None else round(record.value, self.decimals)
         return _HOLDS[self.comparison](value, self.value)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target against a run."""
+    """What a run says of a target: whether it is met, and by which records it is not."""
 
     target: Target
     short: tuple[Record, ...]
     """The records that fall short."""
     num_measured: int
-    """How many records the target is about."""
+    """The number of records that the target is about."""
 
     @property
     def met(self) -> bool:
-        """Say whether the target was measured, and met by every record it is about."""
+        """Whether the target was measured, and met by every record that it is about."""
         return self.num_measured > 0 and not self.short
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Verdict:
 
 
 def check(bench: str, targets: Iterable[Target], rows: Sequence[Record]) -> list[Verdict]:
-    """Return one verdict for each target of the bench. A target must hold for every row it is about, at least one."""
+    """Return a verdict for each target of the bench; a target needs a row, and must hold for every row it is about."""
     verdicts = []
     for target in targets:
         if target.bench != bench:
@@ -94,10 +94,10 @@ def check(bench: str, targets: Iterable[Target], rows: Sequence[Record]) -> list
 
 
 def read_targets(path: Path = TARGETS_FILE) -> list[Target]:
-    """Read a targets file: a ``[[target]]`` table for each number.
+    """Read a targets file, which has a ``[[target]]`` table for each number.
 
     Raises:
-        FileFormatError: The file is no TOML, or a target lacks a key, has one too many, or an unknown comparison.
+        FileFormatError: if the file is no TOML, or a target lacks a key, has an unknown one, or an unknown comparison.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

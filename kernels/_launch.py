@@ -12,9 +12,9 @@ is absent costs nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ __all__ = [
     "Launch",
     "Layout",
     "Operand",
+    "Term",
     "Terms",
+    "Tile",
     "accumulator",
     "add_terms",
     "add_terms_reference",
@@ -47,6 +49,9 @@ __all__ = [
     "jit",
     "load_tile",
     "next_power_of_2",
+    "no_gradient",
+    "plan_sum",
+    "refuse_backward",
     "runs_triton",
     "store_tile",
     "tile_position",
@@ -54,7 +59,7 @@ __all__ = [
 ]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels read and write; float64 is for checking gradients and runs the reference."""
+"""What the kernels read and write; float64 is for tests and runs the reference."""
 
 PACKED = (torch.float8_e4m3fn, torch.int8)
 """How ``pack_cache`` stores a cache."""
@@ -86,7 +91,7 @@ def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - Triton is untype
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Say whether the Triton body runs on ``x``: on a GPU, or on a CPU under the interpreter; never in float64."""
+    """Return whether the Triton body runs on ``x``: on a GPU, or on a CPU under the interpreter; never in float64."""
     if x.dtype == torch.float64:
         return False
     if x.is_cuda and triton is None:
@@ -104,9 +109,42 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def no_gradient(op: str) -> str:
+    """Return what is said where a gradient of a sum is asked for."""
+    return (
+        f"l2c::{op} has no gradient: run it under torch.no_grad() or detach its operands; to train through it, call "
+        f"decompose_{op}, which is plain torch"
+    )
+
+
+def refuse_backward(message: str) -> Callable[..., None]:
+    """Return the backward of an op that has none: it raises a KernelError that says ``message``."""
+
+    def backward(*_: object) -> None:
+        raise KernelError(message)
+
+    return backward
+
+
+class Term(NamedTuple):
+    """``weight * gate * (scale * cache + shift)``; a factor that is None is absent."""
+
+    cache: Tensor
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: float | None
+    token_scale: Tensor | None
+
+
 @dataclass(frozen=True)
 class Terms:
     """What is added to the stream. Each list has one entry a term, or is empty: absent everywhere."""
+
+    SCHEMA: ClassVar[str] = (
+        "Tensor[] caches, Tensor?[] gates, Tensor?[] scales, Tensor?[] shifts, float[] weights, Tensor?[] token_scales"
+    )
+    """The fields as arguments of an op, in their order."""
 
     caches: Sequence[Tensor]
     """The cached values, each of the shape of the stream."""
@@ -119,30 +157,29 @@ class Terms:
     weights: Sequence[float] = ()
     """One number a term: the coefficients of a linear combination."""
     token_scales: Sequence[Tensor | None] = ()
-    """Of a packed cache: what a token of it is multiplied with."""
+    """What each token of a packed cache is multiplied with."""
+
+    @classmethod
+    def of(cls, *lists: Sequence[Any] | None) -> Terms:
+        """Return the terms that the arguments of an op describe, in the order of ``SCHEMA``; None is an empty list."""
+        return cls(*(list(entries or ()) for entries in lists))
+
+    @property
+    def lists(self) -> tuple[Sequence[Any], ...]:
+        """Return the arguments of an op that describe the terms."""
+        return (self.caches, self.gates, self.scales, self.shifts, self.weights, self.token_scales)
 
     def __len__(self) -> int:
         return len(self.caches)
 
-    def tensors(self) -> list[Tensor]:
-        """Return every tensor, in the order of the fields."""
-        lists = (self.caches, self.gates, self.scales, self.shifts, self.token_scales)
-        return [tensor for entries in lists for tensor in entries if tensor is not None]
+    def __iter__(self) -> Iterator[Term]:
+        absent = [None] * len(self)
+        return (Term(*entries) for entries in zip(*(each or absent for each in self.lists), strict=True))
 
     def chunks(self) -> list[Terms]:
         """Split into pieces of at most ``MAX_TERMS``; one empty piece if there are no terms."""
-        pieces = [slice(start, start + MAX_TERMS) for start in range(0, max(len(self), 1), MAX_TERMS)]
-        return [
-            Terms(
-                self.caches[piece],
-                self.gates[piece],
-                self.scales[piece],
-                self.shifts[piece],
-                self.weights[piece],
-                self.token_scales[piece],
-            )
-            for piece in pieces
-        ]
+        starts = range(0, max(len(self), 1), MAX_TERMS)
+        return [Terms(*(entries[start : start + MAX_TERMS] for entries in self.lists)) for start in starts]
 
     def group(self) -> int:
         """Return how many terms may have their loads in flight at once.
@@ -153,22 +190,24 @@ class Terms:
         return 2 if any(cache.element_size() > 2 for cache in self.caches) else 4
 
     def check(self, op: str, x: Tensor) -> None:
-        """Check the terms against the stream ``x``.
+        """Check the stream ``x``, and the terms against it.
 
         Raises:
-            KernelError: A list is neither empty nor as long as ``caches``, or a tensor does not fit.
+            KernelError: if a list is neither empty nor as long as ``caches``, a tensor does not fit, or one requires a
+                gradient.
         """
-        for name in ("gates", "scales", "shifts", "weights", "token_scales"):
-            length = len(getattr(self, name))
-            if length not in (0, len(self)):
-                raise KernelError(f"{op} wants as many {name} as caches ({len(self)}) or none, got {length}")
-        for index, cache in enumerate(self.caches):
-            what = f"caches[{index}]"
+        check_stream(op, x)
+        for field, entries in zip(fields(self), self.lists, strict=True):
+            if len(entries) not in (0, len(self)):
+                raise KernelError(
+                    f"{op} wants as many {field.name} as caches ({len(self)}) or none, got {len(entries)}"
+                )
+        for index, term in enumerate(self):
+            what, cache, token_scale = f"caches[{index}]", term.cache, term.token_scale
             if cache.shape != x.shape:
                 raise KernelError(f"{op} wants {what} of shape {_shape(x)}, that of x, got {_shape(cache)}")
             if cache.device != x.device:
                 raise KernelError(f"{op} wants {what} on {x.device}, where x is, got {cache.device}")
-            token_scale = self.token_scales[index] if self.token_scales else None
             if (cache.dtype in PACKED) != (token_scale is not None):
                 raise KernelError(
                     f"{op} wants token_scales[{index}] for a packed cache and for no other, got "
@@ -179,16 +218,19 @@ class Terms:
             if token_scale is not None and token_scale.shape != x.shape[:-1]:
                 wanted = tuple(x.shape[:-1])
                 raise KernelError(f"{op} wants token_scales[{index}] of shape {wanted}, got {_shape(token_scale)}")
-        for name in ("gates", "scales", "shifts"):
-            for index, tensor in enumerate(getattr(self, name)):
-                check_operand(op, f"{name}[{index}]", tensor, x)
+            for name in ("gate", "scale", "shift"):
+                check_operand(op, f"{name}s[{index}]", getattr(term, name), x)
+        # torch.library does not look for tensors that require gradients in a list that also has a None.
+        entries = [entry for each in self.lists for entry in each if isinstance(entry, Tensor)]
+        if torch.is_grad_enabled() and any(entry.requires_grad for entry in entries):
+            raise KernelError(no_gradient(op))
 
 
 def check_stream(op: str, x: Tensor) -> None:
     """Check that ``x`` is something the kernels work on.
 
     Raises:
-        KernelError: It is not.
+        KernelError: if it is not.
     """
     if x.dim() not in (2, 3):
         raise KernelError(
@@ -203,7 +245,7 @@ def check_operand(op: str, name: str, tensor: Tensor | None, x: Tensor) -> None:
     """Check that a gate, scale or shift fits ``x``.
 
     Raises:
-        KernelError: It does not.
+        KernelError: if it does not.
     """
     if tensor is None:
         return
@@ -231,20 +273,32 @@ def add_terms_reference(x: Tensor, terms: Terms) -> Tensor:
     """Return ``x`` plus the terms in plain torch, unrounded: in float32, or float64 if ``x`` is."""
     dtype = accumulator(x.dtype)
     total = x.to(dtype)
-    for index, cache in enumerate(terms.caches):
-        value = cache.to(dtype)
-        if terms.token_scales and (token_scale := terms.token_scales[index]) is not None:
-            value = value * token_scale.to(dtype).unsqueeze(-1)
-        if terms.scales and (scale := terms.scales[index]) is not None:
-            value = value * align(scale, x).to(dtype)
-        if terms.shifts and (shift := terms.shifts[index]) is not None:
-            value = value + align(shift, x).to(dtype)
-        if terms.gates and (gate := terms.gates[index]) is not None:
-            value = value * align(gate, x).to(dtype)
-        if terms.weights:
-            value = value * terms.weights[index]
+    for term in terms:
+        value = term.cache.to(dtype)
+        if term.token_scale is not None:
+            value = value * term.token_scale.to(dtype).unsqueeze(-1)
+        if term.scale is not None:
+            value = value * align(term.scale, x).to(dtype)
+        if term.shift is not None:
+            value = value + align(term.shift, x).to(dtype)
+        if term.gate is not None:
+            value = value * align(term.gate, x).to(dtype)
+        if term.weight is not None:
+            value = value * term.weight
         total = total + value
     return total
+
+
+class Tile(NamedTuple):
+    """How many tokens and channels one program computes."""
+
+    tokens: int
+    channels: int
+
+    @property
+    def num_warps(self) -> int:
+        """Return the warps for 16 elements a thread; a small tile still gets 4."""
+        return min(max(self.tokens * self.channels // 512, 4), 16)
 
 
 @dataclass(frozen=True)
@@ -286,22 +340,24 @@ class Layout:
         Flat, because Triton 3.6 cannot index a tuple of tuples that have None in them: for each term the operands
         cache, token_scale, scale, shift and gate, four entries each, and the weight.
         """
-        absent: list[None] = [None] * len(terms)
         flat: list[Tensor | int | float | None] = []
-        for cache, token_scale, scale, shift, gate, weight in zip(
-            terms.caches,
-            terms.token_scales or absent,
-            terms.scales or absent,
-            terms.shifts or absent,
-            terms.gates or absent,
-            terms.weights or absent,
-            strict=True,
-        ):
-            row_scale = None if token_scale is None else token_scale.unsqueeze(-1)
-            for operand in (cache, row_scale, scale, shift, gate):
+        for term in terms:
+            row_scale = None if term.token_scale is None else term.token_scale.unsqueeze(-1)
+            for operand in (term.cache, row_scale, term.scale, term.shift, term.gate):
                 flat += self.operand(operand, x)
-            flat.append(weight)
+            flat.append(term.weight)
         return tuple(flat)
+
+    def launch(self, kernel: object, tile: Tile, arguments: Mapping[str, Argument]) -> Launch:
+        """Return the launch of ``kernel`` over all tiles of the stream; the sizes are added to its arguments."""
+        programs = self.num_batches * -(-self.num_tokens // tile.tokens) * -(-self.dim // tile.channels)
+        sizes: dict[str, Argument] = {
+            "num_tokens": self.num_tokens,
+            "dim": self.dim,
+            "BLOCK_T": tile.tokens,
+            "BLOCK_D": tile.channels,
+        }
+        return Launch(kernel, programs, {**arguments, **sizes}, tile.num_warps)
 
 
 @dataclass(frozen=True)
@@ -320,6 +376,35 @@ class Launch:
         """Launch on the device."""
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[(self.num_programs,)](**self.arguments, num_warps=self.num_warps)
+
+
+def plan_sum(
+    kernel: object, tile: Tile, x: Tensor, terms: Terms, out: Tensor, epilogue: Mapping[str, Argument] = {}
+) -> list[Launch]:
+    """Return the launches of ``kernel`` that write ``x`` plus the terms to ``out`` (contiguous), in order.
+
+    ``epilogue`` is what the kernel takes besides. The last launch, which has the whole sum, gets it; those before get
+    None for each part of it. There is no launch if ``out`` is empty.
+    """
+    layout = Layout.of(x)
+    chunks = terms.chunks() if out.numel() else []
+    launches, source = [], x
+    for number, chunk in enumerate(chunks, start=1):
+        # A sum that further launches go on with stays in float32, so that it is rounded once.
+        is_last = number == len(chunks)
+        target = out if is_last else torch.empty_like(out, dtype=torch.float32)
+        arguments: dict[str, Argument] = {
+            "x": layout.operand(source, x),
+            "terms": layout.terms(chunk, x),
+            "num_terms": len(chunk),
+            "out_ptr": target,
+            "NUM_TERMS": len(chunk),
+            "GROUP": chunk.group(),
+            **(epilogue if is_last else dict.fromkeys(epilogue)),
+        }
+        launches.append(layout.launch(kernel, tile, arguments))
+        source = target
+    return launches
 
 
 @jit

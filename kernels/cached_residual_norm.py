@@ -14,7 +14,8 @@ once, h and y are written once. D is at most 8192.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,61 +27,69 @@ from l2c_compile.kernels._launch import (
     Launch,
     Layout,
     Terms,
+    Tile,
     accumulator,
     add_terms,
     add_terms_reference,
     align,
     check_operand,
-    check_stream,
     jit,
     load_tile,
     next_power_of_2,
+    no_gradient,
+    plan_sum,
+    refuse_backward,
     runs_triton,
     store_tile,
     tile_position,
     tl,
 )
 
-__all__ = ["cached_residual_norm", "cached_residual_norm_op", "decompose_cached_residual_norm", "plan_norm"]
-
-NORMS = ("layer", "rms")
-NO_GRADIENT = "l2c::cached_residual_norm has no gradient; to train through it, call cached_residual and a norm of torch"
+__all__ = ["Norm", "cached_residual_norm", "cached_residual_norm_op", "decompose_cached_residual_norm", "plan_norm"]
 
 
-def decompose_cached_residual_norm(
-    x: Tensor,
-    caches: Sequence[Tensor],
-    gates: Sequence[Tensor | None],
-    scales: Sequence[Tensor | None],
-    shifts: Sequence[Tensor | None],
-    weights: Sequence[float],
-    token_scales: Sequence[Tensor | None],
-    norm: str,
-    eps: float,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    mod_scale: Tensor | None = None,
-    mod_shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute both in plain torch: the reference, and what a pass puts in the place of the op for Inductor on a CPU.
+class Norm(NamedTuple):
+    """What follows the sum, as the op takes it. What is None is absent."""
+
+    kind: str
+    eps: float
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    mod_scale: Tensor | None = None
+    mod_shift: Tensor | None = None
+
+    @property
+    def affine(self) -> dict[str, Tensor | None]:
+        """Return what the normalised values are multiplied with and what is added, by name."""
+        return dict(zip(self._fields[2:], self[2:], strict=True))
+
+
+def _read(arguments: Sequence[Any]) -> tuple[Terms, Norm]:
+    """Return what the arguments of the op behind ``x`` describe."""
+    num_lists = len(fields(Terms))
+    return Terms.of(*arguments[:num_lists]), Norm(*arguments[num_lists:])
+
+
+def decompose_cached_residual_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - the schema's
+    """Compute both in plain torch: the reference. It has a gradient.
 
     The arguments are those of ``torch.ops.l2c.cached_residual_norm``.
     """
-    terms = Terms(caches, gates, scales, shifts, weights, token_scales)
+    terms, norm = _read(arguments)
     dtype = accumulator(x.dtype)
     stream = add_terms_reference(x, terms).to(x.dtype)
     centered = stream.to(dtype)
-    if norm == "layer":
+    if norm.kind == "layer":
         centered = centered - centered.mean(-1, keepdim=True)
-    normed = centered * torch.rsqrt((centered * centered).mean(-1, keepdim=True) + eps)
-    if norm_weight is not None:
-        normed = normed * align(norm_weight, x).to(dtype)
-    if norm_bias is not None:
-        normed = normed + align(norm_bias, x).to(dtype)
-    if mod_scale is not None:
-        normed = normed * (1 + align(mod_scale, x).to(dtype))
-    if mod_shift is not None:
-        normed = normed + align(mod_shift, x).to(dtype)
+    normed = centered * torch.rsqrt((centered * centered).mean(-1, keepdim=True) + norm.eps)
+    if norm.norm_weight is not None:
+        normed = normed * align(norm.norm_weight, x).to(dtype)
+    if norm.norm_bias is not None:
+        normed = normed + align(norm.norm_bias, x).to(dtype)
+    if norm.mod_scale is not None:
+        normed = normed * (1 + align(norm.mod_scale, x).to(dtype))
+    if norm.mod_shift is not None:
+        normed = normed + align(norm.mod_shift, x).to(dtype)
     return stream, normed.to(x.dtype)
 
 
@@ -90,7 +99,7 @@ def _cached_residual_norm_kernel(
     terms,
     num_terms,
     affine,
-    stream_ptr,
+    out_ptr,
     normed_ptr,
     num_tokens,
     dim,
@@ -105,10 +114,10 @@ def _cached_residual_norm_kernel(
     # [BLOCK_T, BLOCK_D]
     total = load_tile(x, place, BLOCK_T, BLOCK_D)
     total = add_terms(total, terms, num_terms, place, NUM_TERMS, GROUP, BLOCK_T, BLOCK_D)
-    store_tile(stream_ptr, total, place)
+    store_tile(out_ptr, total, place)
     # A launch that further terms follow has no norm.
     if normed_ptr is not None:
-        normed = total.to(stream_ptr.dtype.element_ty).to(tl.float32)
+        normed = total.to(out_ptr.dtype.element_ty).to(tl.float32)
         size = tl.cast(dim, tl.float32)
         if LAYER:
             mean = tl.sum(normed, axis=1) / size
@@ -126,51 +135,19 @@ def _cached_residual_norm_kernel(
         store_tile(normed_ptr, normed, place)
 
 
-def plan_norm(
-    x: Tensor,
-    terms: Terms,
-    norm: str,
-    eps: float,
-    affine: Sequence[Tensor | None],
-    stream: Tensor,
-    normed: Tensor,
-) -> list[Launch]:
-    """Return the launches that write ``stream`` and ``normed`` (contiguous, of the shape of ``x``), in order.
-
-    ``affine`` is norm_weight, norm_bias, mod_scale, mod_shift.
-    """
+def plan_norm(x: Tensor, terms: Terms, norm: Norm, stream: Tensor, normed: Tensor) -> list[Launch]:
+    """Return the launches that write ``stream`` and ``normed`` (contiguous, of the shape of ``x``), in order."""
     layout = Layout.of(x)
-    block_tokens, block_dim, num_warps = _tile(layout)
-    programs = layout.num_batches * -(-layout.num_tokens // block_tokens)
-    chunks = terms.chunks()
-    launches, source = [], x
-    for chunk in chunks:
-        # A sum that further launches go on with stays in float32, so that it is rounded once.
-        last = chunk is chunks[-1]
-        target = stream if last else torch.empty_like(stream, dtype=torch.float32)
-        arguments: dict[str, Argument] = {
-            "x": layout.operand(source, x),
-            "terms": layout.terms(chunk, x),
-            "num_terms": len(chunk),
-            "affine": tuple(entry for tensor in affine for entry in layout.operand(tensor, x)),
-            "stream_ptr": target,
-            "normed_ptr": normed if last else None,
-            "num_tokens": layout.num_tokens,
-            "dim": layout.dim,
-            "eps": eps,
-            "NUM_TERMS": len(chunk),
-            "GROUP": chunk.group(),
-            "LAYER": norm == "layer",
-            "BLOCK_T": block_tokens,
-            "BLOCK_D": block_dim,
-        }
-        launches.append(Launch(_cached_residual_norm_kernel, programs, arguments, num_warps))
-        source = target
-    return launches
+    epilogue: dict[str, Argument] = {
+        "affine": tuple(entry for tensor in norm.affine.values() for entry in layout.operand(tensor, x)),
+        "normed_ptr": normed,
+        "eps": norm.eps,
+        "LAYER": norm.kind == "layer",
+    }
+    return plan_sum(_cached_residual_norm_kernel, _tile(layout), x, terms, stream, epilogue)
 
 
-def _tile(layout: Layout) -> tuple[int, int, int]:
-    """Return tokens and channels of a tile, and warps."""
+def _tile(layout: Layout) -> Tile:
     # Channels: all of them, because the norm needs the whole row; what is beyond the width moves no memory.
     block_dim = max(next_power_of_2(layout.dim), 16)
     # Tokens: up to 4096 elements a tile, for which a gate comes from beyond the L1 cache once; fewer where the stream
@@ -178,71 +155,50 @@ def _tile(layout: Layout) -> tuple[int, int, int]:
     block_tokens = max(4096 // block_dim, 1)
     while block_tokens > 1 and layout.num_rows < 1024 * block_tokens:
         block_tokens //= 2
-    # Warps: 16 elements a thread, as in cached_residual; a small tile still gets 4.
-    return block_tokens, block_dim, min(max(block_tokens * block_dim // 512, 4), 16)
+    return Tile(block_tokens, block_dim)
 
 
 @torch.library.custom_op(
     "l2c::cached_residual_norm",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor[] caches, Tensor?[] gates, Tensor?[] scales, Tensor?[] shifts, float[] weights, "
-        "Tensor?[] token_scales, str norm, float eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? mod_scale, "
+        f"(Tensor x, {Terms.SCHEMA}, str norm, float eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? mod_scale, "
         "Tensor? mod_shift) -> (Tensor, Tensor)"
     ),
 )
-def cached_residual_norm_op(
-    x: Tensor,
-    caches: Sequence[Tensor],
-    gates: Sequence[Tensor | None],
-    scales: Sequence[Tensor | None],
-    shifts: Sequence[Tensor | None],
-    weights: Sequence[float],
-    token_scales: Sequence[Tensor | None],
-    norm: str,
-    eps: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mod_scale: Tensor | None,
-    mod_shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def cached_residual_norm_op(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - the schema's
     """Compute both; what a pass emits. Each list has one entry a term or is empty. The results are contiguous."""
-    terms = Terms(caches, gates, scales, shifts, weights, token_scales)
-    affine = (norm_weight, norm_bias, mod_scale, mod_shift)
-    _check(x, terms, norm, affine)
+    terms, norm = _read(arguments)
+    _check(x, terms, norm)
     if not runs_triton(x):
-        stream, normed = decompose_cached_residual_norm(
-            x, caches, gates, scales, shifts, weights, token_scales, norm, eps, *affine
-        )
+        stream, normed = decompose_cached_residual_norm(x, *arguments)
         # Without terms the reference returns x itself, which an op must not.
         return torch.clone(stream, memory_format=torch.contiguous_format), normed.contiguous()
     stream, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    if stream.numel():
-        for launch in plan_norm(x, terms, norm, eps, affine, stream, normed):
-            launch.run(x.device)
+    for launch in plan_norm(x, terms, norm, stream, normed):
+        launch.run(x.device)
     return stream, normed
 
 
 @cached_residual_norm_op.register_fake
-def _(
-    x: Tensor,
-    caches: Sequence[Tensor],
-    gates: Sequence[Tensor | None],
-    scales: Sequence[Tensor | None],
-    shifts: Sequence[Tensor | None],
-    weights: Sequence[float],
-    token_scales: Sequence[Tensor | None],
-    norm: str,
-    eps: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mod_scale: Tensor | None,
-    mod_shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    terms = Terms(caches, gates, scales, shifts, weights, token_scales)
-    _check(x, terms, norm, (norm_weight, norm_bias, mod_scale, mod_shift))
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - the schema's
+    _check(x, *_read(arguments))
     stream, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     return stream, normed
+
+
+cached_residual_norm_op.register_autograd(refuse_backward(no_gradient("cached_residual_norm")))
+
+
+def _check(x: Tensor, terms: Terms, norm: Norm) -> None:
+    op = "cached_residual_norm"
+    terms.check(op, x)
+    if x.shape[-1] > MAX_DIM:
+        raise KernelError(f"{op} wants at most {MAX_DIM} channels, got {x.shape[-1]}; norm the sum of cached_residual")
+    if norm.kind not in ("layer", "rms"):
+        raise KernelError(f"{op} wants norm 'layer' or 'rms', got {norm.kind!r}")
+    for name, tensor in norm.affine.items():
+        check_operand(op, name, tensor, x)
 
 
 def cached_residual_norm(
@@ -282,33 +238,10 @@ def cached_residual_norm(
         Two new contiguous tensors with the shape and dtype of ``x``.
 
     Raises:
-        KernelError: Something does not fit; or, in the backward, because there is none.
+        KernelError: if something does not fit; or, in the backward, because there is none.
     """
-    terms = Terms(caches, gates or (), scales or (), shifts or (), weights or (), token_scales or ())
-    lists = (terms.gates, terms.scales, terms.shifts, terms.weights, terms.token_scales)
+    terms = Terms.of(caches, gates, scales, shifts, weights, token_scales)
     result: tuple[Tensor, Tensor] = cached_residual_norm_op(
-        x, list(terms.caches), *map(list, lists), norm, eps, norm_weight, norm_bias, mod_scale, mod_shift
+        x, *terms.lists, norm, eps, norm_weight, norm_bias, mod_scale, mod_shift
     )
     return result
-
-
-def _no_backward(*_: Any) -> None:  # noqa: ANN401
-    raise KernelError(NO_GRADIENT)
-
-
-cached_residual_norm_op.register_autograd(_no_backward)
-
-
-def _check(x: Tensor, terms: Terms, norm: str, affine: Sequence[Tensor | None]) -> None:
-    op = "cached_residual_norm"
-    check_stream(op, x)
-    terms.check(op, x)
-    if x.shape[-1] > MAX_DIM:
-        raise KernelError(f"{op} wants at most {MAX_DIM} channels, got {x.shape[-1]}; norm the sum of cached_residual")
-    # torch.library does not look for tensors that require gradients in a list that also has a None.
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in terms.tensors()):
-        raise KernelError(NO_GRADIENT)
-    if norm not in NORMS:
-        raise KernelError(f"{op} wants norm 'layer' or 'rms', got {norm!r}")
-    for name, tensor in zip(("norm_weight", "norm_bias", "mod_scale", "mod_shift"), affine, strict=True):
-        check_operand(op, name, tensor, x)

@@ -11,8 +11,6 @@ x must be finite. D is at most 8192.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,17 +22,19 @@ from l2c_compile.kernels._launch import (
     Argument,
     Launch,
     Layout,
+    Tile,
     check_stream,
     jit,
     load_tile,
     next_power_of_2,
+    refuse_backward,
     runs_triton,
     store_tile,
     tile_position,
     tl,
 )
 
-__all__ = ["decompose_pack_cache", "pack_cache", "plan_pack_cache", "unpack_cache"]
+__all__ = ["decompose_pack_cache", "pack_cache", "plan_pack_cache"]
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest value of each dtype; -128 is not used."""
@@ -44,17 +44,12 @@ SMALLEST_SCALE = 2.0**-126
 
 
 def decompose_pack_cache(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute both in plain torch: the reference, and what a pass puts in the place of the op."""
+    """Compute both in plain torch: the reference."""
     largest = LARGEST[dtype]
     values = x.to(torch.float32)
     scale = (values.abs().amax(-1) * (1.0 / largest)).clamp(min=SMALLEST_SCALE)
     quotient = (values / scale.unsqueeze(-1)).clamp(-largest, largest)
     return (quotient.round() if dtype == torch.int8 else quotient).to(dtype), scale
-
-
-def unpack_cache(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values that the other kernels see when they read a packed cache, in ``dtype``."""
-    return (q.to(torch.float32) * scale.unsqueeze(-1)).to(dtype)
 
 
 @jit
@@ -105,25 +100,18 @@ def _encode_e4m3(value):
 
 def plan_pack_cache(x: Tensor, q: Tensor, scale: Tensor) -> list[Launch]:
     """Return the one launch that writes ``q`` and ``scale``, both contiguous."""
-    layout = Layout.of(x)
     # As for cached_residual_norm, which has a reduction over the row as well; there are no gates to share.
-    block_dim = max(next_power_of_2(layout.dim), 16)
-    block_tokens = max(2048 // block_dim, 1)
+    layout, block_dim = Layout.of(x), max(next_power_of_2(x.shape[-1]), 16)
     fp8 = q.dtype == torch.float8_e4m3fn
     arguments: dict[str, Argument] = {
         "x": layout.operand(x, x),
         "q_ptr": q.view(torch.uint8) if fp8 else q,
         "scale_ptr": scale,
-        "num_tokens": layout.num_tokens,
-        "dim": layout.dim,
         "LARGEST_VALUE": LARGEST[q.dtype],
         "SMALLEST": SMALLEST_SCALE,
         "FP8": fp8,
-        "BLOCK_T": block_tokens,
-        "BLOCK_D": block_dim,
     }
-    programs = layout.num_batches * -(-layout.num_tokens // block_tokens)
-    return [Launch(_pack_cache_kernel, programs, arguments, min(max(block_tokens * block_dim // 512, 4), 16))]
+    return [layout.launch(_pack_cache_kernel, Tile(max(2048 // block_dim, 1), block_dim), arguments)]
 
 
 @torch.library.custom_op("l2c::pack_cache", mutates_args=())
@@ -131,7 +119,7 @@ def pack_cache(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ``x`` (B, T, D) or (N, D) packed as ``dtype`` (float8_e4m3fn or int8), and its scale a token, float32.
 
     Raises:
-        KernelError: ``x`` or ``dtype`` does not fit; or, in the backward, because there is none.
+        KernelError: if ``x`` or ``dtype`` does not fit; or, in the backward, because there is none.
     """
     _check(x, dtype)
     if not runs_triton(x):
@@ -150,11 +138,9 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _empty(x, dtype)
 
 
-def _no_backward(*_: Any) -> None:  # noqa: ANN401
-    raise KernelError("l2c::pack_cache has no gradient, because rounding has none; train with unpacked caches")
-
-
-pack_cache.register_autograd(_no_backward)
+pack_cache.register_autograd(
+    refuse_backward("l2c::pack_cache has no gradient, because rounding has none; train with unpacked caches")
+)
 
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from l2c_compile.backends.choice import EAGER, Backend, check_backend, check_mode, kernels_for, passes_for
+from l2c_compile.backends.options import EAGER, Backend, Options
 from l2c_compile.errors import ScheduleError
 from l2c_compile.frontend.capture import check_sites_exist
 from l2c_compile.frontend.stand_in import Loop
@@ -42,27 +42,29 @@ def l2c_compile(
         model: the denoiser. Its weights are shared, not copied.
         router: which sites are reused in which evaluations.
         loop: ``loop(denoiser, noise, **conditions) -> latent``; None takes the loop that the router was made for.
-        backend: what runs the graph: "eager", "aot_eager", "inductor" or any other that ``torch.compile`` takes.
+        backend: what runs the graph: "eager", "aot_eager", "inductor" or any other backend that ``torch.compile``
+            takes.
         numerics: "bitwise" runs only the passes that change no bit in eager mode; "rounding" also those that compute
             the same formula in another order, and faster kernels for linear layers on CPUs. None takes "bitwise" for
-            backend "eager", "rounding" for all others: they round in their own way anyway.
+            backend "eager" and "rounding" for all others, which round in their own way anyway.
         without: names of passes to leave out, as ``passes/pipeline.py`` lists them.
-        threshold: scores above it are computed; None takes the router's own. Only for a ``Router``.
-        caches: "int8" or "fp8" keeps values for later evaluations in one byte an element, with a scale for each token:
-            less memory, and another result (``kernels/README.md`` says how far off). None keeps them as they are.
+        threshold: the score above which a site is computed; None takes the router's own. Only for a ``Router``.
+        caches: "int8" or "fp8" keeps values for later evaluations in one byte an element, with a scale for each token.
+            That takes less memory and changes the result (``kernels/README.md`` says by how much). None keeps the
+            values as they are.
         mode: "reduce-overhead" records the whole loop as one CUDA graph in the first call of each form and replays it,
             so that nothing is launched from Python. Inputs are copied in and results copied out. CUDA only.
-        progress: told each stage of a capture before it begins.
+        progress: a function that is told each stage of a capture before it begins.
 
     Returns:
         An ``nn.Module`` to be called as ``sampler(noise, **conditions)``.
 
     Raises:
-        UnknownSiteError: the schedule names a module that ``model`` does not have.
-        ScheduleError: there is no loop, or a threshold for a schedule that needs none.
-        BackendError: torch.compile knows no such backend, or there is no such mode.
-        ValueError: ``without`` names an unknown pass, one that another pass needs, or the one that applies the
-            schedule; or no such ``caches``.
+        UnknownSiteError: if the schedule names a module that ``model`` does not have.
+        ScheduleError: if there is no loop, or a threshold is given for a schedule, which needs none.
+        BackendError: if ``torch.compile`` knows no such backend, or there is no such mode.
+        ValueError: if ``without`` names an unknown pass, one that another pass needs, or the one that applies the
+            schedule, or if there are no such ``caches`` or ``numerics``.
     """
     schedule = schedule_of(router, threshold)
     if loop is None:
@@ -71,9 +73,7 @@ def l2c_compile(
                 "the schedule does not say which loop it was made for; give one: l2c_compile(model, s, loop)"
             )
         loop = loop_from_dict(schedule.loop)
-    check_backend(backend)
-    check_mode(mode)
+    options = Options(backend, numerics, without, caches, mode)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    passes, kernels = passes_for(backend, numerics, without, caches), kernels_for(backend, numerics, without)
-    return CompiledSampler(model, schedule, loop, backend, passes, kernels, progress, mode)
+    return CompiledSampler(model, schedule, loop, options, progress)

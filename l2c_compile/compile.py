@@ -1,6 +1,7 @@
-"""The flow of the compiler, one line a stage; start here.
+"""The flow of the compiler, one line for each stage; start here.
 
-``build_loop_graph`` captures the denoiser, traces the loop, unrolls both into a loop graph and runs the passes on it.
+``build_loop_graph`` is all of it: ``trace_and_capture`` runs the loop once and captures each form of call to the
+denoiser, ``graph_of`` unrolls both into a loop graph and runs the passes on it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from l2c_compile.analyses.cost import prices_of
 from l2c_compile.errors import ScheduleError
 from l2c_compile.frontend.capture import capture
 from l2c_compile.frontend.stand_in import Loop
@@ -23,7 +25,7 @@ from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
 from l2c_compile.progress import Progress, silent
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["build_loop_graph", "trace_and_capture"]
+__all__ = ["build_loop_graph", "graph_of", "trace_and_capture"]
 
 
 def build_loop_graph(
@@ -33,20 +35,11 @@ def build_loop_graph(
     noise: object,
     conditions: Mapping[str, object],
     passes: Pipeline = BITWISE,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> tuple[LoopGraph, list[PassRun]]:
     """Return the loop as one static graph, and what the passes did."""
-    say = progress or silent
-    skeleton = trace_and_capture(denoiser, loop, schedule, noise, conditions, progress)
-    say("simplify")
-    SKELETON.run(skeleton)
-    skeleton.note_dependencies()
-    for evaluation in {id(call.graph): call.graph for call in skeleton.calls}.values():
-        EVALUATION.run(evaluation)
-    say(f"unroll {len(skeleton.calls)} evaluations")
-    graph = unroll(skeleton, denoiser, schedule)
-    runs = passes.run(graph, on_pass=lambda name: say(f"pass {name}"))
-    return graph, runs
+    trace = trace_and_capture(denoiser, loop, schedule, noise, conditions, progress)
+    return graph_of(trace, denoiser, schedule, passes, progress)
 
 
 def trace_and_capture(
@@ -55,25 +48,58 @@ def trace_and_capture(
     schedule: CacheSchedule,
     noise: object,
     conditions: Mapping[str, object],
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> LoopSkeleton:
-    """Return the loop as it is traced, with its evaluations as they are captured: no pass has run."""
-    say = progress or silent
+    """Return the loop as it was traced, with its evaluations as they were captured: no pass has run, and none will.
+
+    Raises:
+        CaptureError: if the denoiser cannot be captured.
+        LoopTraceError: if the loop cannot be traced.
+        ScheduleError: if the schedule is for another number of evaluations.
+    """
     evaluations: dict[CallSignature, EvaluationGraph] = {}
     read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
 
     def capture_call(signature: CallSignature) -> EvaluationGraph:
         if signature not in evaluations:
-            say(f"capture form {len(evaluations)} of an evaluation")
+            progress(f"capture form {len(evaluations)} of an evaluation")
             evaluations[signature] = capture(denoiser, signature, schedule.sites, read_inputs_of)
         return evaluations[signature]
 
-    say("trace the loop")
-    # Torch's flag that somebody traces is one for all threads: code that torch.compile made would refuse to run.
+    progress("trace the loop")
+    # Torch's flag for tracing is one for all threads, and code that torch.compile made refuses to run while it is set.
     with weights_swapped():
-        skeleton = trace_loop(loop, denoiser, noise, conditions, capture_call)
-    _check_num_evaluations(schedule, len(skeleton.calls))
-    return skeleton
+        trace = trace_loop(loop, denoiser, noise, conditions, capture_call)
+    _check_num_evaluations(schedule, len(trace.calls))
+    return trace
+
+
+def graph_of(
+    trace: LoopSkeleton,
+    denoiser: nn.Module,
+    schedule: CacheSchedule,
+    passes: Pipeline = BITWISE,
+    progress: Progress = silent,
+) -> tuple[LoopGraph, list[PassRun]]:
+    """Return the static graph of a traced loop under a schedule, and what the passes did; the trace stays as it is.
+
+    Args:
+        trace: what ``trace_and_capture`` returned for a schedule of the same sites.
+        denoiser: the module that the weights belong to.
+        schedule: the schedule, its patterns resolved.
+        passes: the passes to run over the loop graph.
+        progress: a function that is told each stage before it begins.
+    """
+    skeleton = trace.copy()
+    progress("simplify")
+    SKELETON.run(skeleton)
+    for evaluation in skeleton.evaluations():
+        EVALUATION.run(evaluation)
+    progress(f"unroll {len(skeleton.calls)} evaluations")
+    graph = unroll(skeleton, denoiser, schedule)
+    graph.prices = prices_of(skeleton)
+    runs = passes.run(graph, on_pass=lambda name: progress(f"pass {name}"))
+    return graph, runs
 
 
 def _check_num_evaluations(schedule: CacheSchedule, performed: int) -> None:

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose. A message says what was wanted, what was got and what to do."""
+"""Every error that this package raises on purpose. A message says what was wanted, what was got and what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class L2CError(Exception):
-    """Base of all errors of l2c_compile."""
+    """The base of all errors of l2c_compile."""
 
 
 class ScheduleError(L2CError, ValueError):
@@ -39,9 +39,9 @@ class UnknownSiteError(ScheduleError):
 
 
 class FileFormatError(L2CError, ValueError):
-    """A file that is truncated, malicious, of a newer schema, or not of the form its reader knows.
+    """A file that is truncated, malicious, of a newer schema, or not of the form that its reader knows.
 
-    The message may quote the file, so it is kept short, and what a terminal would obey is escaped.
+    The message may quote the file, so it is kept short, and characters that a terminal would obey are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -86,7 +86,7 @@ class StaleConstantsError(L2CError, RuntimeError):
 
 
 class KernelError(L2CError, ValueError):
-    """A kernel got tensors that do not fit together, or was asked for a gradient it does not have."""
+    """A kernel got tensors that do not fit together, or was asked for a gradient that it does not have."""
 
 
 class PassFailed(L2CError, RuntimeError):
@@ -98,7 +98,7 @@ class VerificationError(L2CError, RuntimeError):
 
 
 def _middle_cut(message: str) -> str:
-    # The way out stands at the end.
+    # What the user can do stands at the end of a message, so the end is kept.
     return message if len(message) <= 600 else f"{message[:350]} ... {message[-200:]}"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 __all__ = ["Progress", "silent"]
 
 Progress = Callable[[str], None]
-"""Told what the compiler is about to do, in a few words."""
+"""A function that is told, in a few words, what the compiler is about to do."""
 
 
 def silent(what: str) -> None:
-    """Tell nobody: the progress of who wants none."""
+    """Do nothing with the message; the default where the caller wants no progress."""

@@ -1,11 +1,14 @@
-"""``torch.compile(sample, backend="l2c", options={"router": router})``: a schedule for a user's own sampling function.
+"""The backend "l2c" of ``torch.compile``, which applies a schedule to a user's own sampling function.
+
+It is called as ``torch.compile(sample, backend="l2c", options={"router": router})``.
 
 Dynamo unrolls the function, ``dynamo_graph`` finds the evaluations and sites in its graph, the passes run on it, and an
-inner backend runs the result. Nothing falls back: a function that the schedule does not fit is an error, which Dynamo
-reports as ``BackendCompilerFailed`` around ours.
+inner backend runs the result. Nothing falls back silently: a function that the schedule does not fit is an error, which
+Dynamo reports as a ``BackendCompilerFailed`` around ours.
 
 Dynamo's graph shows what modules compute, not what they return. A module that returns one of its inputs beside what it
-computes (``return h, context``) has that part reused by ``l2c_compile``, but not here: whoever uses it gets today's.
+computes (``return h, context``) has that part reused by ``l2c_compile``, but not here: what uses it gets the value of
+the current evaluation.
 """
 
 from __future__ import annotations
@@ -17,11 +20,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from l2c_compile.backends.choice import INDUCTOR, Backend, check_backend, kernels_for, passes_for
 from l2c_compile.backends.lower import lower_to_backend
+from l2c_compile.backends.options import INDUCTOR, Options
 from l2c_compile.errors import L2CError, ScheduleError, nearest
 from l2c_compile.frontend.dynamo import loop_graph_of
-from l2c_compile.progress import silent
 from l2c_compile.schedules.importers import load_schedule_file
 from l2c_compile.schedules.router import schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
@@ -37,15 +39,15 @@ def l2c(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Sequence[object]]:
-    """Compile a sampling function with its cache schedule; a backend for ``torch.compile``.
+    """Compile a sampling function with its cache schedule, as a backend for ``torch.compile``.
 
     Args:
-        gm: Dynamo's graph of the function.
-        example_inputs: its inputs. Every shape is compiled apart.
-        options: what ``torch.compile`` was given as such.
+        gm: the graph that Dynamo made of the function.
+        example_inputs: the inputs of the graph. Each combination of shapes is compiled by itself.
+        options: the ``options`` that ``torch.compile`` was given.
             ``router`` (required): a ``Router``, a ``CacheSchedule``, or the path of a file that holds one.
-            ``threshold``: scores above it are computed; only for a router.
-            ``backend``: what runs the graph, "inductor" unless given.
+            ``threshold``: the score above which a site is computed; only for a router.
+            ``backend``: what runs the graph; "inductor" unless given.
             ``denoiser``: the module whose calls are the evaluations, or its name in the function; needed only where
             several modules have the sites of the schedule.
             ``numerics``: "bitwise" or "rounding", as in ``l2c_compile``.
@@ -53,7 +55,7 @@ def l2c(
             ``caches``: "int8" or "fp8", as in ``l2c_compile``.
 
     Raises:
-        L2CError: an option is missing or makes no sense, or the schedule does not fit the function.
+        L2CError: if an option is missing or makes no sense, or the schedule does not fit the function.
     """
     given = dict(options or {})
     for name in given:
@@ -61,17 +63,16 @@ def l2c(
             hint = nearest(name, _OPTIONS) or f"there are {', '.join(_OPTIONS)}"
             raise L2CError(f"backend 'l2c' has no option '{name}'; {hint}")
     schedule = _schedule(given.get("router"), given.get("threshold"))
-    backend: Backend = given.get("backend", INDUCTOR)
-    check_backend(backend)
-    passes = passes_for(backend, given.get("numerics"), given.get("without", ()), given.get("caches"))
-    kernels = kernels_for(backend, given.get("numerics"), given.get("without", ()))
+    chosen = Options(
+        given.get("backend", INDUCTOR), given.get("numerics"), given.get("without", ()), given.get("caches")
+    )
     denoiser: nn.Module | str | None = given.get("denoiser")
 
     loop = loop_graph_of(gm, example_inputs, schedule, denoiser)
-    # What is folded and compiled here has nothing to do with Dynamo's own tracing.
+    # The folding and compiling done here is no part of Dynamo's own tracing.
     with torch._guards.tracing(None), torch.inference_mode(False):
-        passes.run(loop.graph)
-        run = lower_to_backend(loop.graph, backend, silent, kernels)
+        chosen.passes.run(loop.graph)
+        run = lower_to_backend(loop.graph, chosen)
     positions = loop.positions
 
     @torch.no_grad()

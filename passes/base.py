@@ -7,13 +7,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch.fx.node import Node
 
 from l2c_compile.errors import L2CError, PassFailed
 from l2c_compile.graphs.facts import Fact, check
-from l2c_compile.graphs.loop_graph import ProgramGraph
+from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGraph
+from l2c_compile.graphs.strides import addresses_memory, follow
 
-__all__ = ["Numerics", "Pass", "PassReport", "PassRun", "Pipeline"]
+__all__ = ["EvaluationPass", "LoopPass", "Numerics", "Pass", "PassReport", "PassRun", "Pipeline"]
 
 
 class Numerics(enum.Enum):
@@ -34,11 +37,24 @@ class PassReport:
     rewrites: int = 0
     left_alone: dict[str, str] = field(default_factory=dict)
     """Node name -> why this candidate was not rewritten."""
+    other_strides: set[Node] = field(default_factory=set)
+    """The nodes that took the place of nodes with other strides."""
+
+    def leave(self, candidate: Node, reason: str) -> None:
+        """Note why a candidate is not rewritten."""
+        self.left_alone[candidate.name] = reason
+
+    def note(self, candidate: Node, reason: str | None) -> None:
+        """Count a rewrite, or note why there is none."""
+        if reason is None:
+            self.rewrites += 1
+        else:
+            self.leave(candidate, reason)
 
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One change to a graph. Fields of a subclass are its options, class constants are its contract."""
+    """One change to a graph of any kind. Fields of a subclass are its options, class constants are its contract."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Fact]] = frozenset()
@@ -46,11 +62,60 @@ class Pass(ABC):
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     numerics: ClassVar[Numerics] = Numerics.BITWISE
     is_followed_by_proof: ClassVar[bool] = True
-    """Whether ``l2c_compile/values.py`` has the rules by which what it makes is equal to what was there."""
+    """Whether ``l2c_compile/checking/values.py`` has the rules by which what it makes is equal to what was there."""
+
+    changes_strides: ClassVar[bool] = False
+    """Whether it chooses other strides than the program has. It then does not see a graph that addresses memory by
+    strides, and what the graph returns is given the strides that it had."""
+    graph_kind: ClassVar[type[ProgramGraph]] = ProgramGraph
 
     @abstractmethod
-    def run(self, program: ProgramGraph) -> PassReport:
-        """Edit ``program`` in place. Removes no work itself: it redirects users, ``DropDead`` removes."""
+    def rewrite(self, graph: Any, report: PassReport) -> None:  # noqa: ANN401 - what ``graph_kind`` says
+        """Edit ``graph`` in place. Removes no work itself: it redirects users, ``DropDead`` removes.
+
+        Args:
+            graph: what to edit.
+            report: told of each rewrite, of why a candidate is left alone, and of values that have other strides than
+                those in whose place they are.
+        """
+
+    def run(self, graph: ProgramGraph) -> PassReport:
+        """Edit ``graph`` in place, find the strides of all that is computed from what changed, and say what was done.
+
+        Raises:
+            TypeError: if the pass is for another kind of graph.
+        """
+        if not isinstance(graph, self.graph_kind):
+            wanted, got = self.graph_kind.__name__, type(graph).__name__
+            raise TypeError(f"pass '{self.name}' wants a graph of kind {wanted}, got {got}")
+        report = PassReport()
+        by_strides = addresses_memory(graph.graph) if self.changes_strides else None
+        if by_strides is not None:
+            report.leave(by_strides, "addresses memory by strides, so none may change")
+            return report
+        self.rewrite(graph, report)
+        follow(graph.graph, report.other_strides, restore_results=self.changes_strides)
+        return report
+
+
+class LoopPass(Pass):
+    """A change to a whole loop."""
+
+    graph_kind: ClassVar[type[ProgramGraph]] = LoopGraph
+
+    @abstractmethod
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:
+        """See ``Pass``."""
+
+
+class EvaluationPass(Pass):
+    """A change to a single evaluation."""
+
+    graph_kind: ClassVar[type[ProgramGraph]] = EvaluationGraph
+
+    @abstractmethod
+    def rewrite(self, graph: EvaluationGraph, report: PassReport) -> None:
+        """See ``Pass``."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +134,7 @@ class Pipeline:
     """Passes in order. The order is checked here, before any graph exists.
 
     Raises:
-        ValueError: a pass needs a fact that no earlier pass gives.
+        ValueError: if a pass needs a fact that no earlier pass gives, or two passes want graphs of different kinds.
     """
 
     passes: tuple[Pass, ...]
@@ -82,6 +147,10 @@ class Pipeline:
             for fact in each.needs - facts:
                 raise ValueError(f"pass '{each.name}' needs {fact.name}, which no earlier pass gives")
             facts = (facts - each.breaks) | each.gives
+        kinds = {each.graph_kind.__name__: each.name for each in self.passes if each.graph_kind is not ProgramGraph}
+        if len(kinds) > 1:
+            wanted = " and ".join(f"pass '{name}' a graph of kind {kind}" for kind, name in kinds.items())
+            raise ValueError(f"no graph suits all passes: {wanted}")
 
     @property
     def facts(self) -> frozenset[Fact]:

@@ -21,10 +21,10 @@ from torch.fx.node import Node
 
 from l2c_compile.analyses.columns import Piece, pieces_of
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
-from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes
-from l2c_compile.graphs.strides import addresses_memory, follow, same_strides
-from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, own_evaluation
+from l2c_compile.graphs.strides import same_strides
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 
 __all__ = ["BatchConditioning"]
 
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class BatchConditioning(Pass):
+class BatchConditioning(LoopPass):
     """Batch equal projections of what is known before the loop."""
 
     budget_bytes: int = 256 * 2**20
@@ -42,27 +42,19 @@ class BatchConditioning(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
+    changes_strides: ClassVar[bool] = True
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        assert isinstance(program, LoopGraph)
-        report = PassReport()
-        by_strides = addresses_memory(program.graph)
-        if by_strides is not None:
-            report.left_alone[by_strides.name] = "addresses memory by strides, so none may change"
-            return report
-        early = program.known_before_the_loop()
-        projections = [node for node in program.graph.nodes if _is_projection(node, early)]
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        early = graph.known_before_the_loop()
+        projections = [node for node in graph.graph.nodes if _is_projection(node, early)]
         for chunk in self._chunks(projections):
-            batcher = _Batcher(program, chunk)
-            report.rewrites += batcher.run(report)
-            follow(program.graph, batcher.moved_in_memory)
-        return report
+            _Batcher(graph, chunk, report).run()
 
     def _chunks(self, projections: Sequence[Node]) -> Iterator[list[Node]]:
         """Yield the projections of consecutive evaluations that fit into the budget together."""
         by_evaluation: dict[int, list[Node]] = {}
         for node in projections:
-            by_evaluation.setdefault(evaluation_of(node) or 0, []).append(node)
+            by_evaluation.setdefault(own_evaluation(node), []).append(node)
         chunk: list[Node] = []
         size = 0
         for evaluation in sorted(by_evaluation):
@@ -79,16 +71,15 @@ class BatchConditioning(Pass):
 class _Batcher:
     """Moves one chunk of projections, and what they need, in front of the first evaluation of the chunk."""
 
-    def __init__(self, program: LoopGraph, projections: list[Node]) -> None:
-        self.graph = program.graph
+    def __init__(self, graph: LoopGraph, projections: list[Node], report: PassReport) -> None:
+        self.graph = graph.graph
+        self.report = report
         self.order = {node: index for index, node in enumerate(self.graph.nodes)}
         self.projections = set(projections)
         self.levels = self._levels(_ancestors(projections))
-        self.moved_in_memory: set[Node] = set()
-        self.anchor = self._anchor(min(evaluation_of(node) or 0 for node in projections))
+        self.anchor = self._anchor(min(map(own_evaluation, projections)))
 
-    def run(self, report: PassReport) -> int:
-        rewrites = 0
+    def run(self) -> None:
         for level in range(max(self.levels.values(), default=0) + 1):
             groups: dict[object, list[Node]] = {}
             for node in [n for n in self.levels if self.levels[n] == level]:
@@ -97,11 +88,10 @@ class _Batcher:
                     groups.setdefault(_group_key(node), []).append(node)
             for group in groups.values():
                 if len(group) == 1:
-                    report.left_alone[group[0].name] = "no other evaluation projects with these weights"
+                    self.report.leave(group[0], "no other evaluation projects with these weights")
                     self._deal(group[0], group)
                 else:
-                    rewrites += self._batch(group)
-        return rewrites
+                    self._batch(group)
 
     def _levels(self, needed: set[Node]) -> dict[Node, int]:
         """Return how many projections come before each node: a projection of a projection waits for it."""
@@ -130,14 +120,14 @@ class _Batcher:
             self.anchor.prepend(node)
         node.meta["evaluation"] = None
 
-    def _batch(self, group: list[Node]) -> int:
+    def _batch(self, group: list[Node]) -> None:
         inputs = [node.args[0] for node in group]
         rest = group[0].args[1:]
         with self.graph.inserting_before(self.anchor):
-            stacked = emit(self.graph, aten.cat.default, (inputs, 0), None)
-            product = emit(self.graph, aten.linear.default, (stacked, *rest), None)
+            stacked = emit(self.graph, aten.cat.default, (inputs, 0))
+            product = emit(self.graph, aten.linear.default, (stacked, *rest))
         self._deal(product, group)
-        return len(group)
+        self.report.rewrites += len(group)
 
     def _deal(self, product: Node, group: list[Node]) -> None:
         """Give each user its columns, and each evaluation its rows of them, in memory of their own.
@@ -153,21 +143,21 @@ class _Batcher:
                         self._replace(node, own)
                 return
             for number, piece in enumerate(taken[0]):
-                value = emit(self.graph, aten.slice.Tensor, (product, -1, piece.low, piece.high), None)
-                value = emit(self.graph, aten.contiguous.default, (value,), None)
+                value = emit(self.graph, aten.slice.Tensor, (product, -1, piece.low, piece.high))
+                value = emit(self.graph, aten.contiguous.default, (value,))
                 for dim in piece.unsqueezed:
-                    value = emit(self.graph, aten.unsqueeze.default, (value, dim), None)
+                    value = emit(self.graph, aten.unsqueeze.default, (value, dim))
                 for pieces, own in zip(taken, self._split(value, batches), strict=True):
                     self._replace(pieces[number].node, own)
 
     def _replace(self, node: Node, own: Node) -> None:
         if not same_strides(node, own):
-            self.moved_in_memory.add(own)
+            self.report.other_strides.add(own)
         node.replace_all_uses_with(own)
 
     def _split(self, value: Node, batches: list[int]) -> list[Node]:
         """Return the rows of each evaluation."""
-        parts = emit(self.graph, aten.split_with_sizes.default, (value, batches), None)
+        parts = emit(self.graph, aten.split_with_sizes.default, (value, batches))
         return [self._get(parts, index) for index in range(len(batches))]
 
     def _get(self, parts: Node, index: int) -> Node:

@@ -17,14 +17,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx.node import Node
+from torch.fx.node import Argument, Node
 
 from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
-from l2c_compile.graphs.nodes import evaluation_of, infer, is_pointwise
-from l2c_compile.graphs.strides import addresses_memory, follow, permutation
-from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import emit, is_pointwise
+from l2c_compile.graphs.strides import permutation
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 
 __all__ = ["ContiguousLayout"]
 
@@ -32,47 +32,32 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ContiguousLayout(Pass):
+class ContiguousLayout(LoopPass):
     """Copy the permuted views that pointwise operators read, and follow the new strides through the graph."""
 
     name: ClassVar[str] = "contiguous-layout"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED})
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
+    changes_strides: ClassVar[bool] = True
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        assert isinstance(program, LoopGraph)
-        report = PassReport()
-        by_strides = addresses_memory(program.graph)
-        if by_strides is not None:
-            report.left_alone[by_strides.name] = "addresses memory by strides, so none may change"
-            return report
-        storages = Storages(program.graph.nodes)
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        storages = Storages(graph.graph.nodes)
         copies: dict[Node, Node] = {}
-        for node in list(program.graph.nodes):
+        for node in list(graph.graph.nodes):
             if not is_pointwise(node) or not _is_permuted(node):
                 continue
             for view in node.all_input_nodes:
                 if storages.base(view) is not view and _is_permuted(view):
                     if view not in copies:
-                        copies[view] = _copy(program, view)
+                        with graph.graph.inserting_after(view):
+                            form: dict[str, Argument] = {"memory_format": torch.contiguous_format}
+                            copies[view] = emit(graph.graph, aten.clone.default, (view,), kwargs=form, like=view)
                     node.replace_input_with(view, copies[view])
                     report.rewrites += 1
-        follow(program.graph, copies.values())
-        return report
+        report.other_strides.update(copies.values())
 
 
 def _is_permuted(node: Node) -> bool:
     """Tell whether the value fills its memory, but in another order than that of its dimensions."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and not value.is_contiguous() and permutation(value) is not None
-
-
-def _copy(program: LoopGraph, view: Node) -> Node:
-    with program.graph.inserting_after(view):
-        copy = program.graph.call_function(aten.clone.default, (view,), {"memory_format": torch.contiguous_format})
-    copy.meta.update(
-        val=infer(copy.target, copy.args, copy.kwargs),
-        evaluation=evaluation_of(view),
-        nn_module_stack=view.meta.get("nn_module_stack", {}),
-    )
-    return copy

@@ -28,17 +28,15 @@ class DropDead(Pass):
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        report = PassReport()
-        for node in reversed(list(program.graph.nodes)):
+    def rewrite(self, graph: ProgramGraph, report: PassReport) -> None:  # noqa: D102
+        for node in reversed(list(graph.graph.nodes)):
             if node.users or node.op in ("placeholder", "output"):
                 continue
-            if node.target is SITE and isinstance(program, EvaluationGraph):
-                report.left_alone[node.name] = "marks a site that the loop may read"
+            if node.target is SITE and isinstance(graph, EvaluationGraph):
+                report.leave(node, "marks a site that the loop may read")
                 continue
             if draws_random_numbers(node):
-                report.left_alone[node.name] = "draws random numbers: later draws depend on it"
+                report.leave(node, "draws random numbers: later draws depend on it")
                 continue
-            program.graph.erase_node(node)
+            graph.graph.erase_node(node)
             report.rewrites += 1
-        return report

@@ -46,9 +46,8 @@ class DropNoOps(Pass):
     name: ClassVar[str] = "drop-no-ops"
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        report = PassReport()
-        for node in list(program.graph.nodes):
+    def rewrite(self, graph: ProgramGraph, report: PassReport) -> None:  # noqa: D102
+        for node in list(graph.graph.nodes):
             packet = packet_of(node)
             if packet in _COPIES or packet in _VIEWS:
                 source = node.args[0]
@@ -56,10 +55,7 @@ class DropNoOps(Pass):
                 reason = self._why_not(node, source)
                 if reason is None:
                     node.replace_all_uses_with(source)
-                    report.rewrites += 1
-                else:
-                    report.left_alone[node.name] = reason
-        return report
+                report.note(node, reason)
 
     def _why_not(self, node: Node, source: Node) -> str | None:
         before, after = source.meta.get("val"), node.meta.get("val")

@@ -25,14 +25,12 @@ class DropSiteMarks(Pass):
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        report = PassReport()
-        for node in program.graph.find_nodes(op="call_function", target=SITE):
+    def rewrite(self, graph: ProgramGraph, report: PassReport) -> None:  # noqa: D102
+        for node in graph.graph.find_nodes(op="call_function", target=SITE):
             # Read only now: the value of a mark may have been another mark (a module that ends with another).
             mark = SiteMark.of(node)
             held = mark.value.meta.get("sites", ())
             mark.value.meta["sites"] = (*held, (mark.evaluation, mark.site, mark.port))
             mark.node.replace_all_uses_with(mark.value)
-            program.graph.erase_node(mark.node)
+            graph.graph.erase_node(mark.node)
             report.rewrites += 1
-        return report

@@ -16,11 +16,10 @@ from torch import Tensor, fx
 from torch.fx.node import Argument, Node
 
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import FoldedConstants, LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import FoldedConstants, LoopGraph
 from l2c_compile.graphs.marks import strided_copy
 from l2c_compile.graphs.nodes import draws_random_numbers, infer, num_bytes
-from l2c_compile.graphs.strides import follow
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import LoopPass, PassReport
 
 __all__ = ["FoldConstants"]
 
@@ -28,7 +27,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class FoldConstants(Pass):
+class FoldConstants(LoopPass):
     """Replace small values that depend on no input by buffers."""
 
     max_bytes: int = 2**20
@@ -38,42 +37,35 @@ class FoldConstants(Pass):
     # A site may be a constant: its users then read the folded value, not the mark.
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.READS_CACHE, Fact.NO_DEAD_NODES})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, LoopGraph):
-            raise TypeError("constants are folded in the loop graph")
-        report = PassReport()
-        constant = _constant_nodes(program.graph)
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        constant = _constant_nodes(graph.graph)
         chosen = []
-        for node in program.graph.nodes:
+        for node in graph.graph.nodes:
             if node not in constant or node.op == "get_attr" or all(user in constant for user in node.users):
                 continue
             reason = self._why_not(node, constant)
+            report.note(node, reason)
             if reason is None:
                 chosen.append(node)
-            else:
-                report.left_alone[node.name] = reason
-        if chosen:
-            recipe = _recipe(chosen)
-            values = make_constants(program, recipe)
-            names = [program.new_constant(value, "_folded") for value in values]
-            other_strides: set[Node] = set()
-            for node, name, value in zip(chosen, names, values, strict=True):
-                with program.graph.inserting_before(node):
-                    folded = program.graph.create_node("get_attr", name)
-                folded.meta = {"val": node.meta["val"]}
-                if not _has_strides(value, node.meta["val"]):
-                    # Operators without values expect others where arguments are expanded (torch 2.13).
-                    form: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
-                    folded.meta["val"] = infer(aten.empty_strided.default, (value.shape, value.stride()), form)
-                    other_strides.add(folded)
-                node.replace_all_uses_with(folded)
-            follow(program.graph, other_strides, restore_results=False)
-            weights = tuple(
-                str(n.target) for n in recipe.find_nodes(op="get_attr") if str(n.target).startswith("denoiser.")
-            )
-            program.folded.append(FoldedConstants(recipe, tuple(names), weights))
-            report.rewrites = len(chosen)
-        return report
+        if not chosen:
+            return
+        recipe = _recipe(chosen)
+        values = make_constants(graph, recipe)
+        names = [graph.new_constant(value, "_folded") for value in values]
+        for node, name, value in zip(chosen, names, values, strict=True):
+            with graph.graph.inserting_before(node):
+                folded = graph.graph.create_node("get_attr", name)
+            folded.meta = {"val": node.meta["val"]}
+            if not _has_strides(value, node.meta["val"]):
+                # Operators without values expect others where arguments are expanded (torch 2.13).
+                form: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
+                folded.meta["val"] = infer(aten.empty_strided.default, (value.shape, value.stride()), form)
+                report.other_strides.add(folded)
+            node.replace_all_uses_with(folded)
+        weights = tuple(
+            str(n.target) for n in recipe.find_nodes(op="get_attr") if str(n.target).startswith("denoiser.")
+        )
+        graph.folded.append(FoldedConstants(recipe, tuple(names), weights))
 
     def _why_not(self, node: Node, constant: set[Node]) -> str | None:
         if not isinstance(node.meta.get("val"), Tensor):

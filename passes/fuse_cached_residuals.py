@@ -21,15 +21,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
-from l2c_compile.analyses.storages import cache_work
+from l2c_compile.analyses.kept import cache_work, is_kept, made_of_kept_values
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import (
     arguments_of,
-    draws_random_numbers,
     emit,
     evaluation_of,
     form_of,
@@ -40,7 +38,7 @@ from l2c_compile.graphs.strides import relaid
 from l2c_compile.kernels._launch import FLOATS, MAX_DIM
 from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
-from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 
 __all__ = ["FuseCachedResiduals"]
 
@@ -119,7 +117,7 @@ class _Sum:
 
 
 @dataclass(frozen=True)
-class FuseCachedResiduals(Pass):
+class FuseCachedResiduals(LoopPass):
     """Replace sums of the residual stream and kept values, and the norm that follows, by the ops of ``kernels/``."""
 
     devices: frozenset[str] = frozenset({"cuda"})
@@ -131,20 +129,12 @@ class FuseCachedResiduals(Pass):
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
     is_followed_by_proof: ClassVar[bool] = False
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, LoopGraph):
-            raise TypeError("only a loop graph has evaluations to keep values for")
-        report = PassReport()
-        matcher = _Matcher(program, self.devices)
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        matcher = _Matcher(graph, self.devices)
         # A sum may be the base of the next: first to last, so that each finds the one before in its place.
         renamed: dict[Node, Node] = {}
         for found in reversed(list(matcher.sums())):
-            reason = _why_not(found) or _replace(program, found, renamed)
-            if reason is None:
-                report.rewrites += 1
-            else:
-                report.left_alone[found.root.name] = reason
-        return report
+            report.note(found.root, _why_not(found) or _replace(graph, found, renamed))
 
 
 def _why_not(found: _Sum) -> str | None:
@@ -163,7 +153,7 @@ class _Matcher:
         self.nodes = list(program.graph.nodes)
         self.devices = devices
         self.early = program.known_before_the_loop()
-        self.kept_work = self._made_of_kept_values()
+        self.kept_work = made_of_kept_values(self.nodes, self.early, _CASTS)
         # Left to PlanMemory, which puts it where it frees memory.
         self.ahead = cache_work(self.nodes)
 
@@ -206,25 +196,8 @@ class _Matcher:
             isinstance(a, Node) and _shape(a) == value.shape and _is_float(a) for a in node.args
         )
 
-    def _made_of_kept_values(self) -> set[Node]:
-        """Return the elementwise nodes that are made of kept values alone: they could as well be kept themselves."""
-        found: set[Node] = set()
-        for node in self.nodes:
-            if evaluation_of(node) is None or node in self.early or not isinstance(node.target, OpOverload):
-                continue
-            light = torch.Tag.pointwise in node.target.tags or node.target.is_view or node.target in _CASTS
-            if light and not draws_random_numbers(node) and node.all_input_nodes:
-                parts = (a in self.early or a in found or self._is_before(a, node) for a in node.all_input_nodes)
-                if all(parts):
-                    found.add(node)
-        return found
-
-    def _is_before(self, value: Node, reader: Node) -> bool:
-        made, read = evaluation_of(value), evaluation_of(reader)
-        return made is not None and read is not None and made < read and value not in self.early
-
     def _is_kept(self, value: Node, reader: Node) -> bool:
-        return self._is_before(value, reader) or value in self.kept_work
+        return value in self.kept_work or (value not in self.early and is_kept(value, reader))
 
     def _split(self, term: _Term, leaves: list[_Term], nodes: set[Node], root: Node) -> None:
         """Split a term into those it is a sum of, as far as nobody else reads what is in between."""
@@ -256,13 +229,12 @@ class _Matcher:
         """Tell whether a sum of kept values is better added where they are made: then one tensor waits, not two."""
         if node not in self.kept_work:
             return False
-        reader = evaluation_of(node) or 0
-        alone = [
-            value
-            for value in self._kept_leaves(node)
-            if all((evaluation_of(user) or 0) < reader or user in self.kept_work for user in value.users)
-        ]
+        alone = [value for value in self._kept_leaves(node) if all(self._is_over(user, node) for user in value.users)]
         return len(alone) > 1
+
+    def _is_over(self, user: Node, node: Node) -> bool:
+        """Return whether what a user of a kept value does could be done before the evaluation of ``node``."""
+        return user in self.kept_work or evaluation_of(user) is None or is_kept(user, node)
 
     def _kept_leaves(self, node: Node) -> set[Node]:
         stack, leaves = [node], set[Node]()

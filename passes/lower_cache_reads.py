@@ -15,17 +15,17 @@ from torch._ops import OpOverload
 from torch.fx.node import Node, Target
 
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import CACHE_READ, CacheRead
 from l2c_compile.graphs.nodes import emit, evaluation_of
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import LoopPass, PassReport
 from l2c_compile.schedules.rules import Reading
 
 __all__ = ["LowerCacheReads"]
 
 
 @dataclass(frozen=True)
-class LowerCacheReads(Pass):
+class LowerCacheReads(LoopPass):
     """Trace each rule on the nodes that its read names."""
 
     name: ClassVar[str] = "lower-cache-reads"
@@ -33,13 +33,11 @@ class LowerCacheReads(Pass):
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.READS_LOWERED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        graph, report = program.graph, PassReport()
-        for node in graph.find_nodes(op="call_function", target=CACHE_READ):
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        for node in graph.graph.find_nodes(op="call_function", target=CACHE_READ):
             # Read only now: a read that is made from another names what that one was replaced by.
-            _lower(graph, CacheRead.of(node))
+            _lower(graph.graph, CacheRead.of(node))
             report.rewrites += 1
-        return report
 
 
 def _lower(graph: fx.Graph, read: CacheRead) -> None:

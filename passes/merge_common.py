@@ -25,14 +25,13 @@ class MergeCommon(Pass):
     name: ClassVar[str] = "merge-common"
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        report = PassReport()
+    def rewrite(self, graph: ProgramGraph, report: PassReport) -> None:  # noqa: D102
         first: dict[Expression, Node] = {}
-        for node in list(program.graph.nodes):
+        for node in list(graph.graph.nodes):
             if node.op not in ("call_function", "get_attr"):
                 continue
             if draws_random_numbers(node):
-                report.left_alone[node.name] = "draws random numbers: each draw is another"
+                report.leave(node, "draws random numbers: each draw is another")
                 continue
             # Earlier nodes have been redirected already, so equal arguments are equal nodes by now.
             original = first.setdefault(expression(node), node)
@@ -41,4 +40,3 @@ class MergeCommon(Pass):
                     original.meta["sites"] = (*original.meta.get("sites", ()), *node.meta["sites"])
                 node.replace_all_uses_with(original)
                 report.rewrites += 1
-        return report

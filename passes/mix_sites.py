@@ -20,10 +20,10 @@ from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, SiteMark, site_marks
 from l2c_compile.graphs.nodes import emit
-from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.passes.base import EvaluationPass, Numerics, PassReport
 
 __all__ = ["MixSites"]
 
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class MixSites(Pass):
+class MixSites(EvaluationPass):
     """Give the users of every site ``score * computed + (1 - score) * cached``."""
 
     name: ClassVar[str] = "mix-sites"
@@ -39,28 +39,24 @@ class MixSites(Pass):
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.NO_DEAD_NODES})
     numerics: ClassVar[Numerics] = Numerics.APPROXIMATE
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, EvaluationGraph):
-            raise TypeError("only an evaluation graph is mixed with cached values")
-        return _Mixer(program).run()
+    def rewrite(self, graph: EvaluationGraph, report: PassReport) -> None:  # noqa: D102
+        _Mixer(graph).run(report)
 
 
 class _Mixer:
-    def __init__(self, program: EvaluationGraph) -> None:
-        self.program = program
-        self.graph: fx.Graph = program.graph
+    def __init__(self, graph: EvaluationGraph) -> None:
+        self.graph: fx.Graph = graph.graph
         marks = site_marks(self.graph)
         self.inputs = {mark.site: mark.node for mark in marks if mark.port == INPUT_PORT}
-        column = {str(site): index for index, site in enumerate(program.sites)}
+        column = {str(site): index for index, site in enumerate(graph.sites)}
         outputs = (mark for mark in marks if mark.port != INPUT_PORT)
         self.outputs = sorted(outputs, key=lambda mark: (column[mark.site], mark.port))
         self.column = column
-        self.is_delta = {str(site) for site in program.sites if site.kind == "delta"}
+        self.is_delta = {str(site) for site in graph.sites if site.kind == "delta"}
 
-    def run(self) -> PassReport:
-        report = PassReport()
+    def run(self, report: PassReport) -> None:
         if not self.outputs:
-            return report
+            return
         like = self.outputs[0].node.meta["val"]
         scores = self._input("scores", torch.empty(len(self.column), dtype=torch.float32, device="meta"), like)
         cached = [
@@ -69,7 +65,6 @@ class _Mixer:
         for mark, value in zip(self.outputs, cached, strict=True):
             self._mix(mark, scores, value)
             report.rewrites += 1
-        return report
 
     def _input(self, name: str, form: Tensor, like: Tensor) -> Node:
         last = list(self.graph.find_nodes(op="placeholder"))[-1]
@@ -92,11 +87,11 @@ class _Mixer:
             mixed = self.graph.call_function(aten.lerp.Tensor)
         with self.graph.inserting_before(mixed):
             if mark.site in self.is_delta:
-                cached = emit(self.graph, aten.add.Tensor, (self.inputs[mark.site], cached), None)
+                cached = emit(self.graph, aten.add.Tensor, (self.inputs[mark.site], cached))
             # As autocast may have it: what is computed decides the dtype.
-            cached = emit(self.graph, aten.type_as.default, (cached, mark.value), None)
-            score = emit(self.graph, aten.select.int, (scores, 0, self.column[mark.site]), None)
-            score = emit(self.graph, aten.type_as.default, (score, mark.value), None)
+            cached = emit(self.graph, aten.type_as.default, (cached, mark.value))
+            score = emit(self.graph, aten.select.int, (scores, 0, self.column[mark.site]))
+            score = emit(self.graph, aten.type_as.default, (score, mark.value))
         mixed.args = (cached, mark.value, score)
         mixed.meta["val"] = form
         for user in users:

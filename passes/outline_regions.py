@@ -25,9 +25,10 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
-from l2c_compile.analyses.storages import Storages, cache_work
+from l2c_compile.analyses.kept import cache_work
+from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import (
     argument_key,
     draws_random_numbers,
@@ -38,7 +39,7 @@ from l2c_compile.graphs.nodes import (
     packet_of,
 )
 from l2c_compile.kernels.packed_linear import packed_linear_op
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import LoopPass, PassReport
 
 __all__ = ["OutlineRegions"]
 
@@ -53,7 +54,7 @@ _HEAVY = frozenset(
 
 
 @dataclass(frozen=True)
-class OutlineRegions(Pass):
+class OutlineRegions(LoopPass):
     """Move repeated parts into submodules of the root, one for each distinct structure."""
 
     max_light_parts: int = 8
@@ -64,19 +65,17 @@ class OutlineRegions(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.OUTLINED})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        assert isinstance(program, LoopGraph)
-        report = PassReport()
-        early = program.known_before_the_loop()
-        _hoist_views(program, early)
-        _sink(program.graph, early)
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        early = graph.known_before_the_loop()
+        _hoist_views(graph, early)
+        _sink(graph.graph, early)
         forms: list[_Form] = []
-        for part in list(self._parts(program.graph, early, cache_work(program.graph.nodes))):
+        for part in list(self._parts(graph.graph, early, cache_work(graph.graph.nodes))):
             form = _Form(part)
             if form.outputs:
                 forms.append(form)
             else:
-                report.left_alone[part[0].name] = "computes nothing that anybody uses"
+                report.leave(part[0], "computes nothing that anybody uses")
         outputs: dict[object, set[int]] = {}
         for form in forms:
             outputs.setdefault(form.key, set()).update(form.outputs)
@@ -86,10 +85,9 @@ class OutlineRegions(Pass):
             form.operands = [moved.get(operand, operand) for operand in form.operands]
             returned = sorted(outputs[form.key])
             if form.key not in bodies:
-                bodies[form.key] = program.new_region(form.body(returned))
-            moved.update(_replace(program.graph, form, returned, bodies[form.key]))
+                bodies[form.key] = graph.new_region(form.body(returned))
+            moved.update(_replace(graph.graph, form, returned, bodies[form.key]))
             report.rewrites += 1
-        return report
 
     def _parts(self, graph: fx.Graph, early: set[Node], ahead: set[Node]) -> Iterator[list[Node]]:
         """Yield the runs of nodes to outline, in order."""
@@ -186,10 +184,10 @@ def _replace(graph: fx.Graph, form: _Form, returned: Sequence[int], name: str) -
     return moved
 
 
-def _hoist_views(program: LoopGraph, early: set[Node]) -> None:
+def _hoist_views(graph: LoopGraph, early: set[Node]) -> None:
     """Take views of what was made before the loop out of the evaluations: no region then depends on what was viewed."""
-    storages = Storages(program.graph.nodes)
-    for node in list(program.graph.nodes):
+    storages = Storages(graph.graph.nodes)
+    for node in list(graph.graph.nodes):
         if node in early and node.op == "call_function" and evaluation_of(node) is not None:
             is_view = storages.base(node) is not node
             if is_view and all(evaluation_of(source) is None for source in node.all_input_nodes):
@@ -207,8 +205,7 @@ def _sink(graph: fx.Graph, early: set[Node]) -> None:
             continue
         for getitem in list(split.users):
             with graph.inserting_before(getitem):
-                piece = emit(graph, *_piece(split, cast(int, getitem.args[1])), evaluation_of(split))
-            piece.meta["nn_module_stack"] = getitem.meta.get("nn_module_stack", {})
+                piece = emit(graph, *_piece(split, cast(int, getitem.args[1])), like=getitem)
             early.add(piece)
             getitem.replace_all_uses_with(piece)
             graph.erase_node(getitem)

@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.node import Argument, Node
 
+from l2c_compile.analyses.kept import later_readers
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, outputs_of
 from l2c_compile.graphs.strides import relaid
 from l2c_compile.kernels._launch import FLOATS, MAX_DIM
 from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
 from l2c_compile.kernels.packed_cache import pack_cache
-from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 
 __all__ = ["PackCaches"]
 
@@ -39,7 +40,7 @@ _TOKEN_SCALES = 6
 
 
 @dataclass(frozen=True)
-class PackCaches(Pass):
+class PackCaches(LoopPass):
     """Store what is kept for later evaluations packed, and let them read it unpacked."""
 
     dtype: torch.dtype
@@ -52,21 +53,14 @@ class PackCaches(Pass):
     numerics: ClassVar[Numerics] = Numerics.APPROXIMATE
     is_followed_by_proof: ClassVar[bool] = False
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, LoopGraph):
-            raise TypeError("only a loop graph has evaluations to keep values for")
-        report = PassReport()
-        early = program.known_before_the_loop()
-        for node in list(program.graph.nodes):
-            readers = _later_readers(node)
-            if not readers or node in early or node.op != "call_function":
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        early = graph.known_before_the_loop()
+        for node in list(graph.graph.nodes):
+            if node in early or node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
                 continue
-            reason = self._why_not(node) or _pack(program, node, readers, self.dtype)
-            if reason is None:
-                report.rewrites += 1
-            else:
-                report.left_alone[node.name] = reason
-        return report
+            readers = later_readers(node)
+            if readers:
+                report.note(node, self._why_not(node) or _pack(graph.graph, node, readers, self.dtype))
 
     def _why_not(self, node: Node) -> str | None:
         value = node.meta["val"]
@@ -81,16 +75,8 @@ class PackCaches(Pass):
         return None
 
 
-def _later_readers(node: Node) -> list[Node]:
-    made = evaluation_of(node)
-    if made is None or not isinstance(node.meta.get("val"), Tensor):
-        return []
-    return sorted(user for user in node.users if (evaluation_of(user) or 0) > made)
-
-
-def _pack(program: LoopGraph, node: Node, readers: list[Node], dtype: torch.dtype) -> str | None:
+def _pack(graph: fx.Graph, node: Node, readers: list[Node], dtype: torch.dtype) -> str | None:
     """Let ``readers`` read a packed copy, or return why they cannot."""
-    graph = program.graph
     by_value = [reader for reader in readers if not _takes_packed(reader, node)]
     contiguous = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
     moved = contiguous.stride() != node.meta["val"].stride()
@@ -98,16 +84,14 @@ def _pack(program: LoopGraph, node: Node, readers: list[Node], dtype: torch.dtyp
     if values is None:
         return "is read in its memory layout, which a packed copy does not have"
     with graph.inserting_after(node):
-        packed = emit(graph, _PACK, (node, dtype), evaluation_of(node))
-    if "nn_module_stack" in node.meta:
-        packed.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+        packed = emit(graph, _PACK, (node, dtype), like=node)
     q, scale = outputs_of(packed)
     for reader in readers:
         if reader not in by_value:
             _give_packed(reader, node, q, scale)
     for group in _by_evaluation(by_value):
         with graph.inserting_before(group[0]):
-            value = _unpacked(program, q, scale, node, evaluation_of(group[0]))
+            value = _unpacked(graph, q, scale, node, evaluation_of(group[0]))
         for reader in group:
             reader.replace_input_with(node, value)
     for each, new in values.items():
@@ -145,9 +129,9 @@ def _by_evaluation(readers: list[Node]) -> list[list[Node]]:
     return list(groups.values())
 
 
-def _unpacked(program: LoopGraph, q: Node, scale: Node, node: Node, evaluation: int | None) -> Node:
+def _unpacked(graph: fx.Graph, q: Node, scale: Node, node: Node, evaluation: int | None) -> Node:
     """Return what the kernels see of a packed value, in plain aten and in the dtype that it had."""
-    graph, dtype = program.graph, node.meta["val"].dtype
+    dtype = node.meta["val"].dtype
     wide = emit(graph, aten._to_copy.default, (q,), evaluation, {"dtype": torch.float32})
     column = emit(graph, aten.unsqueeze.default, (scale, -1), evaluation)
     value = emit(graph, aten.mul.Tensor, (wide, column), evaluation)

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
-from l2c_compile.passes.base import Numerics, Pass, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 
 __all__ = ["PackWeights"]
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class PackWeights(Pass):
+class PackWeights(LoopPass):
     """Let linear layers of the denoiser use packed weights, and apply the activation that follows."""
 
     min_rows: int = 16
@@ -37,19 +37,14 @@ class PackWeights(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED})
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        assert isinstance(program, LoopGraph)
-        report = PassReport()
-        for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        for node in graph.graph.find_nodes(op="call_function", target=aten.linear.default):
             reason = self._why_not(node)
             if reason is None:
                 node.target = packed_linear_op
                 node.args = (*node.args, *([None] * (3 - len(node.args))))
                 _apply_activation(node)
-                report.rewrites += 1
-            else:
-                report.left_alone[node.name] = reason
-        return report
+            report.note(node, reason)
 
     def _why_not(self, node: Node) -> str | None:
         x, weight, *_ = node.args

@@ -7,7 +7,6 @@ import torch
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.batch_conditioning import BatchConditioning
-from l2c_compile.passes.bind_times import BindTimes
 from l2c_compile.passes.contiguous_layout import ContiguousLayout
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
@@ -54,7 +53,6 @@ EVALUATION = Pipeline(
         DropNoOps(),  # first: fewer nodes for everything after, here once instead of once an evaluation
         MergeCommon(),  # copies are gone, so equal computations look equal
         DropDead(),
-        BindTimes(),  # last: unroll reads the notes
     ),
     assumes=frozenset({Fact.SITES_MARKED}),
 )

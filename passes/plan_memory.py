@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch._ops import OpOverload
+from torch import Tensor, fx
 from torch.fx.node import Node
 
-from l2c_compile.analyses.storages import Storages, cache_work
+from l2c_compile.analyses.kept import cache_work, is_kept, is_light, made_of_kept_values
+from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
-from l2c_compile.graphs.nodes import draws_random_numbers, emit, evaluation_of, num_bytes
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.graphs.loop_graph import LoopGraph
+from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, put_with
+from l2c_compile.passes.base import LoopPass, PassReport
 
 __all__ = ["PlanMemory"]
 
@@ -35,33 +35,20 @@ _SAME_IN_ANY_LAYOUT = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tens
 
 
 @dataclass(frozen=True)
-class PlanMemory(Pass):
+class PlanMemory(LoopPass):
     """Move work on kept values to where it frees them, and copy the kept part of a larger tensor."""
 
     name: ClassVar[str] = "plan-memory"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, LoopGraph):
-            raise TypeError("only a loop graph has evaluations to keep values for")
-        report = PassReport()
-        early = program.known_before_the_loop()
-        nodes = list(program.graph.nodes)
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        early = graph.known_before_the_loop()
+        nodes = list(graph.graph.nodes)
         storages = Storages(nodes)
         for group in list(_groups(nodes, early)):
-            reason = _move(group, early, storages)
-            _note(report, group.root, reason)
-        for base, kept in _kept_views(program.graph.nodes, early, storages):
-            reason = _copy_parts(program, base, kept, storages)
-            _note(report, base, reason)
-        return report
-
-
-def _note(report: PassReport, candidate: Node, reason: str | None) -> None:
-    if reason is None:
-        report.rewrites += 1
-    else:
-        report.left_alone[candidate.name] = reason
+            report.note(group.root, _move(group, early, storages))
+        for base, kept in _kept_views(graph.graph.nodes, early, storages):
+            report.note(base, _copy_parts(graph.graph, base, kept, storages))
 
 
 @dataclass(frozen=True)
@@ -85,30 +72,13 @@ class _Group:
 def _groups(nodes: list[Node], early: set[Node]) -> Iterator[_Group]:
     """Yield what could run earlier: work for later evaluations, and work on nothing but kept values."""
     ahead = cache_work(nodes)
-    ready: set[Node] = set()
-    for node in nodes:
-        evaluation = evaluation_of(node)
-        if evaluation is None or node in early or not _is_light(node):
-            continue
-        if all(a in early or a in ready or _is_before(a, evaluation) for a in node.all_input_nodes):
-            ready.add(node)
+    # Light work alone: a product is done in the evaluation it belongs to.
+    ready = made_of_kept_values(nodes, early)
     for node in nodes:
         if node in ready and not all(user in ready for user in node.users):
             yield _Group(tuple(sorted(_tree(node, ready))))
-        elif node in ahead and node not in ready and node not in early and _is_light(node):
+        elif node in ahead and node not in ready and node not in early and is_light(node):
             yield _Group((node,))
-
-
-def _is_light(node: Node) -> bool:
-    """Tell whether a node is elementwise arithmetic or a view; a product is done in the evaluation it belongs to."""
-    if not isinstance(node.target, OpOverload) or draws_random_numbers(node):
-        return False
-    return node.target.is_view or torch.Tag.pointwise in node.target.tags
-
-
-def _is_before(argument: Node, evaluation: int) -> bool:
-    made = evaluation_of(argument)
-    return made is not None and made < evaluation
 
 
 def _tree(root: Node, ready: set[Node]) -> set[Node]:
@@ -146,8 +116,7 @@ def _move(group: _Group, early: set[Node], storages: Storages) -> str | None:
     for node in group.nodes:
         after.append(node)
         after = node
-        node.meta["evaluation"] = evaluation_of(target)
-        node.meta["nn_module_stack"] = target.meta.get("nn_module_stack", {})
+        put_with(node, target)
     return None
 
 
@@ -173,32 +142,28 @@ def _kept_views(nodes: Iterable[Node], early: set[Node], storages: Storages) -> 
     whole: set[Node] = set()
     for node in nodes:
         base = storages.base(node) if storages.knows(node) else node
-        made = evaluation_of(base)
-        if base in early or made is None or base.op != "call_function":
+        if base in early or base.op != "call_function":
             continue
-        if any((evaluation_of(user) or 0) > made for user in node.users):
+        if any(is_kept(base, user) for user in node.users):
             kept.setdefault(base, []).append(node)
             if node is base:
                 whole.add(base)
     return [(base, views) for base, views in kept.items() if base not in whole]
 
 
-def _copy_parts(program: LoopGraph, base: Node, views: list[Node], storages: Storages) -> str | None:
+def _copy_parts(graph: fx.Graph, base: Node, views: list[Node], storages: Storages) -> str | None:
     """Let later evaluations read copies of the parts, or return why that would not do."""
     copied, kept = sum(map(num_bytes, views)), storages.num_bytes(base)
     if copied >= kept:
         return f"copies of {copied} bytes save nothing, {kept} is what keeping it whole takes"
-    made = evaluation_of(base)
-    assert made is not None
-    later = {view: [user for user in view.users if (evaluation_of(user) or 0) > made] for view in views}
+    later = {view: [user for user in view.users if is_kept(base, user)] for view in views}
     for view, users in later.items():
         for user in users:
             if not _reads_any_layout(user, view):
                 return f"'{user.name}' could round differently on a copy of '{view.name}' with another memory layout"
     for view, users in later.items():
-        with program.graph.inserting_after(view):
-            copy = emit(program.graph, aten.clone.default, (view,), made)
-        copy.meta["nn_module_stack"] = view.meta.get("nn_module_stack", {})
+        with graph.inserting_after(view):
+            copy = emit(graph, aten.clone.default, (view,), like=view)
         for user in users:
             user.replace_input_with(view, copy)
     return None

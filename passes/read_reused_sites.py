@@ -19,11 +19,11 @@ from torch.fx.node import Node
 
 from l2c_compile.errors import ScheduleError
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import CACHE_READ, INPUT_PORT, CacheRead, site_marks
 from l2c_compile.graphs.nodes import emit, infer
-from l2c_compile.graphs.strides import follow, same_strides
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.graphs.strides import same_strides
+from l2c_compile.passes.base import LoopPass, PassReport
 from l2c_compile.schedules.rules import HOLD
 from l2c_compile.schedules.schedule import Reuse
 from l2c_compile.schedules.sites import Site
@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ReadReusedSites(Pass):
+class ReadReusedSites(LoopPass):
     """Redirect the users of every site that the schedule reuses to a ``l2c::cache_read``."""
 
     name: ClassVar[str] = "read-reused-sites"
@@ -42,36 +42,30 @@ class ReadReusedSites(Pass):
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.READS_CACHE})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.NO_DEAD_NODES})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, LoopGraph):
-            raise TypeError("only a loop graph has evaluations to read from")
-        return _Cutter(program).run()
+    def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        _Cutter(graph, report).run()
 
 
 class _Cutter:
-    def __init__(self, program: LoopGraph) -> None:
-        self.graph: fx.Graph = program.graph
-        self.program = program
+    def __init__(self, graph: LoopGraph, report: PassReport) -> None:
+        self.graph: fx.Graph = graph.graph
+        self.reads = graph.reads()
+        self.report = report
         # What the site holds after each evaluation: its own value, or the value that was read in its place.
         self.held: dict[tuple[int, str, int], Node] = {}
         self.ports: dict[tuple[int, str], list[int]] = {}
         self.deltas: dict[Node, Node] = {}
-        self.other_strides: set[Node] = set()
         for mark in site_marks(self.graph):
             self.held[mark.evaluation, mark.site, mark.port] = mark.node
             if mark.port != INPUT_PORT:
                 self.ports.setdefault((mark.evaluation, mark.site), []).append(mark.port)
 
-    def run(self) -> PassReport:
-        report = PassReport()
+    def run(self) -> None:
         # In execution order, so that a rule which reads an earlier read finds it in place.
-        for evaluation, site, reuse in self.program.reads():
+        for evaluation, site, reuse in self.reads:
             for port in self.ports[evaluation, str(site)]:
                 self._cut(evaluation, site, port, reuse)
-                report.rewrites += 1
-        # As in the reference: a module that is reused may return other strides than when it ran.
-        follow(self.graph, self.other_strides, restore_results=False)
-        return report
+                self.report.rewrites += 1
 
     def _cut(self, evaluation: int, site: Site, port: int, reuse: Reuse) -> None:
         own = self.held[evaluation, str(site), port]
@@ -95,7 +89,8 @@ class _Cutter:
             if site.kind == "delta":
                 value = emit(self.graph, aten.add.Tensor, (current, value), evaluation)
         if not same_strides(value, own):
-            self.other_strides.add(value)
+            # As in the reference: a module that is reused may return other strides than when it ran.
+            self.report.other_strides.add(value)
         own.replace_all_uses_with(value)
         self.held[evaluation, str(site), port] = value
 

@@ -15,10 +15,10 @@ import torch
 
 from l2c_compile.errors import ScheduleError
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, SiteMark, site_marks
 from l2c_compile.graphs.nodes import emit, output_list
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import EvaluationPass, PassReport
 from l2c_compile.schedules.sites import Site
 
 __all__ = ["ReturnSites"]
@@ -27,31 +27,27 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ReturnSites(Pass):
+class ReturnSites(EvaluationPass):
     """Append the value of every site and port to the outputs of an evaluation graph."""
 
     name: ClassVar[str] = "return-sites"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED})
 
-    def run(self, program: ProgramGraph) -> PassReport:  # noqa: D102
-        if not isinstance(program, EvaluationGraph):
-            raise TypeError("only an evaluation graph returns its sites")
-        graph, report = program.graph, PassReport()
-        marks = site_marks(graph)
+    def rewrite(self, graph: EvaluationGraph, report: PassReport) -> None:  # noqa: D102
+        marks = site_marks(graph.graph)
         inputs = {mark.site: mark for mark in marks if mark.port == INPUT_PORT}
-        results = output_list(graph)
-        for site in program.sites:
+        results = output_list(graph.graph)
+        for site in graph.sites:
             outputs = sorted((m for m in marks if m.site == str(site) and m.port != INPUT_PORT), key=lambda m: m.port)
             _check_form(site, outputs)
             for mark in outputs:
                 value = mark.value
                 if site.kind == "delta":
-                    with graph.inserting_after(mark.node):
-                        value = emit(graph, aten.sub.Tensor, (mark.value, inputs[mark.site].node), None)
+                    with graph.graph.inserting_after(mark.node):
+                        value = emit(graph.graph, aten.sub.Tensor, (mark.value, inputs[mark.site].node))
                 results.append(value)
                 report.rewrites += 1
-        graph.output_node().args = (results,)
-        return report
+        graph.graph.output_node().args = (results,)
 
 
 def _check_form(site: Site, outputs: list[SiteMark]) -> None:

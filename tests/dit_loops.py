@@ -17,7 +17,7 @@ DIM = 16
 INPUTS = (draw(2, 4, 4, 4), torch.tensor([1, 3]))
 
 
-# Each sublayer of a DiT projects its modulation from timestep and label; 6 of DIM columns a block.
+# The two sublayers of a DiT block project their modulation, 6 times DIM columns, from timestep and label.
 ROWS = {
     "blocks.0.attn": [1, 0, 1, 0],
     "blocks.0.mlp": [1, 1, 1, 0],
@@ -51,5 +51,5 @@ def projections(graph: LoopGraph) -> list[tuple[int, int]]:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    # A product of other shape may sum its 16 terms in another order; four evaluations of two blocks pass it on.
+    # A product of another shape may sum its 16 terms in another order; four evaluations of two blocks pass that on.
     return torch.allclose(a, b, rtol=0, atol=64 * torch.finfo(a.dtype).eps * float(b.abs().max()))

@@ -1,7 +1,7 @@
-"""What the kernels compute, in float64 and without their code, and how far a float32 sum may be from it.
+"""The results of the kernels in float64 and without their code, and how far a float32 sum may be from them.
 
-u is half the eps of float32, the most by which one operation is off. m operations in a row are off by at most
-gamma(m) = m u / (1 - m u) of what the same sum is over absolute values.
+u is half the eps of float32, the largest relative error of one operation. The error of m operations in a row is at most
+gamma(m) = m u / (1 - m u) times the same sum over absolute values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def spread(operand: Tensor, x: Tensor) -> Tensor:
 
 
 def exact_sum(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """Return the sum, and the same over absolute values."""
+    """Return the sum of the terms, and the sum of their absolute values."""
     total, magnitude = x.double(), x.double().abs()
     for index, cache in enumerate(terms.caches):
         value = cache.to(torch.float32).double()
@@ -50,7 +50,7 @@ def exact_sum(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
 def rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return how far the one rounding to ``dtype`` may move a value: one eps of it, or the smallest subnormal.
 
-    To the nearest would be half an eps; Triton's interpreter truncates to bfloat16.
+    Rounding to the nearest would move it by half an eps, but Triton's interpreter truncates to bfloat16.
     """
     return torch.finfo(dtype).eps * value.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
@@ -66,7 +66,7 @@ def sum_bound(total: Tensor, magnitude: Tensor, num_terms: int, dtype: torch.dty
 
 
 def exact_norm(stream: Tensor, norm: str, eps: float, affine: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    """Return the modulated norm of a stream as it is, and how far a float32 one, rounded, may be from it.
+    """Return the exact modulated norm of a stream, and how far a float32 one, rounded, may be from it.
 
     A row is summed by a tree: numpy adds blocks of 128 in 8 lanes and then pairs, torch and Triton split at least as
     finely. A value is in at most 32 + log2(D) additions.
@@ -82,17 +82,17 @@ def exact_norm(stream: Tensor, norm: str, eps: float, affine: tuple[Tensor | Non
         centered = h - h.mean(-1, keepdim=True)
         mean_off = gamma(depth + 1) * h.abs().mean(-1, keepdim=True)
     square = (centered**2).mean(-1, keepdim=True)
-    # Of the square: each centered value is off by mean_off + u |centered|, and the mean of |centered| is at most its
-    # root; then the sum itself.
+    # The error of the square: each centered value is off by mean_off + u |centered|, and the mean of |centered| is at
+    # most its root; then comes the error of the sum itself.
     square_off = 2 * mean_off * square.sqrt() + mean_off**2 + gamma(depth + 5) * square
     root = 1 / (square + eps).sqrt()
-    # Of 1 / sqrt: half of that; and adding eps, the root (two units in torch) and the division.
+    # The error of 1 / sqrt: half of that, and those of adding eps, of the root (two units in torch) and the division.
     root_off = 0.5 * square_off / (square + eps) + gamma(4)
     normed = centered * root
     normed_off = root * mean_off + normed.abs() * (root_off + 2 * U)
     y = (normed * weight + bias) * (1 + mod_scale) + mod_shift
     size = (normed.abs() * weight.abs() + bias.abs()) * (1 + mod_scale.abs()) + mod_shift.abs()
-    # The last five operations, and a hundredth for products of errors.
+    # The error of the last five operations, and a hundredth for products of errors.
     off = 1.01 * (normed_off * weight.abs() * (1 + mod_scale).abs() + gamma(5) * size)
     return y, off + rounding(y.abs() + off, stream.dtype)
 

@@ -1,4 +1,4 @@
-"""Loops over a stack of residual branches, compiled, and what they keep."""
+"""Compiled loops over a stack of residual branches, and functions that return what they keep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VALUE_BYTES = 2 * DIM * 8
 
 
 class Residuals(nn.Module):
-    """``depth`` residual sublayers, gated by timestep and condition or not at all."""
+    """A denoiser of ``depth`` residual sublayers, gated by timestep and condition or not at all."""
 
     def __init__(self, depth: int, *, gated: bool) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def compiled(
     assert isinstance(wanted, Tensor)
     if numerics == "bitwise":
         assert torch.equal(got, wanted)
-    # A dozen values are added up in another order, each of them rounded once.
+    # A dozen values are summed in another order, each of them rounded once.
     torch.testing.assert_close(got, wanted, rtol=64 * torch.finfo(torch.float64).eps, atol=0)
     return sampler
 

@@ -1,4 +1,4 @@
-"""A small model and loop whose sampler is saved, and what tests do with the file."""
+"""A small model and loop whose sampler is saved, and functions that change the file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def inputs(batch: int = 2, dim: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def flat(sampler: nn.Module) -> list[Tensor]:
-    """Sample from one seed and return all of the result."""
+    """Sample from one seed and return all tensors of the result."""
     noise, y = inputs()
     torch.manual_seed(2)
     result = sampler(noise, y=y, scale=0.5)
@@ -95,7 +95,7 @@ def rewritten(
     extra: Mapping[str, bytes] | None = None,
     compression: int = zipfile.ZIP_STORED,
 ) -> Path:
-    """Copy an archive with some records edited or added and the hash of the graph put right."""
+    """Copy an archive with some records edited or added, and with the hash of the graph corrected."""
     records = {}
     with zipfile.ZipFile(source) as archive:
         for name in archive.namelist():

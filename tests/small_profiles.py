@@ -1,4 +1,4 @@
-"""Profiles with a few numbers that were chosen, not measured."""
+"""Profiles of a few numbers that are chosen, not measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l2c_compile.schedules.sites import Site
 def profile_of(
     values: Tensor, sites: tuple[str, ...] = ("blocks.0.attn",), *, lags: int = 3, branches: int = 1
 ) -> Profile:
-    """Return the profile of sites that hold one number each: values (R, E, S)."""
+    """Return the profile of sites that hold one number each, with values of shape (R, E, S)."""
     values = values.float()
     num_runs, num_evaluations, num_sites = values.shape
     change = torch.zeros(num_runs, lags, num_evaluations, num_sites)

@@ -1,35 +1,30 @@
-"""Tiny denoisers, loops and graphs for tests, and what it means to be equal bit for bit."""
+"""Tiny denoisers, loops and graphs for tests, and a comparison bit for bit."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_map
 
+from bench.trust.bits import own as own
+from bench.trust.bits import same_bits as same_bits
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile import compile as compile_module
-from l2c_compile.frontend.capture import capture
 from l2c_compile.frontend.stand_in import Loop
-from l2c_compile.frontend.trace import trace_loop
-from l2c_compile.frontend.unroll import unroll
-from l2c_compile.graphs.forms import CallSignature
-from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import LoopGraph, ProgramGraph
 from l2c_compile.models import DiT, UViT
-from l2c_compile.passes.pipeline import EVALUATION, SKELETON
-from l2c_compile.schedules.sites import Site
+from l2c_compile.passes.base import Pipeline
+from l2c_compile.passes.pipeline import LOOP
 
 
 class Residual(nn.Module):
-    """Two residual sublayers on (B, D) latents; the second is gated by the timestep."""
+    """A denoiser of two residual sublayers on (B, D) latents, the second of which is gated by the timestep."""
 
     def __init__(self, dim: int = 4) -> None:
         super().__init__()
@@ -46,7 +41,7 @@ class Residual(nn.Module):
 
 
 def seeded(module: nn.Module, seed: int = 0, std: float = 0.3) -> Any:  # noqa: ANN401 - the module itself
-    """Give every parameter other values than its initialisation, which may be zero, and switch to eval."""
+    """Draw every parameter anew, because its initialisation may be zero, and switch to evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -73,7 +68,7 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 
 
 def at(x: Tensor, timestep: float) -> Tensor:
-    """Return the timestep for every sample of a batch."""
+    """Return a tensor of the timestep for every sample of a batch."""
     return torch.full((x.shape[0],), float(timestep), device=x.device)
 
 
@@ -89,25 +84,6 @@ def steps(count: int) -> Loop:
     return loop
 
 
-def same_bits(got: object, wanted: object) -> bool:
-    """Tell whether two nested results have equal structure, dtypes, layouts and bits, the sign of zero included."""
-    got_leaves, got_spec = tree_flatten(got)
-    wanted_leaves, wanted_spec = tree_flatten(wanted)
-    return got_spec == wanted_spec and all(map(_same_leaf, got_leaves, wanted_leaves))
-
-
-def _same_leaf(got: object, wanted: object) -> bool:
-    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
-        return type(got) is type(wanted) and got == wanted
-    equal = got.dtype == wanted.dtype and got.stride() == wanted.stride() and torch.equal(got, wanted)
-    return equal and (got.is_complex() or torch.equal(torch.signbit(got), torch.signbit(wanted)))
-
-
-def own(tree: Any) -> Any:  # noqa: ANN401
-    """Return a copy whose tensors a loop may write into."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
-
-
 def check_equals_reference(
     model: nn.Module,
     schedule: CacheSchedule,
@@ -116,48 +92,28 @@ def check_equals_reference(
     **conditions: object,
 ) -> CompiledSampler:
     """Compile, compare with the reference, and with the plain loop where nothing is reused, bit for bit; and prove."""
-    with captured_once():
-        sampler = l2c_compile(model, schedule, loop)
-        sampler.capture(own(noise), **own(conditions))
-        # Another seed than the capture ran under, so that nothing drawn then can be right.
+    sampler = l2c_compile(model, schedule, loop)
+    sampler.capture(own(noise), **own(conditions))
+    # Another seed than the capture ran under, so that nothing drawn then can be right.
+    torch.manual_seed(11)
+    got = sampler(own(noise), **own(conditions))
+    torch.manual_seed(11)
+    wanted = run_reference(model, loop, sampler.schedule, own(noise), own(conditions))
+    assert same_bits(got, wanted), (got, wanted)
+    if not schedule.reuses:
         torch.manual_seed(11)
-        got = sampler(own(noise), **own(conditions))
-        torch.manual_seed(11)
-        wanted = run_reference(model, loop, sampler.schedule, own(noise), own(conditions))
-        assert same_bits(got, wanted), (got, wanted)
-        if not schedule.reuses:
-            torch.manual_seed(11)
-            with torch.no_grad():
-                assert same_bits(got, loop(model, own(noise), **own(conditions)))
-        assert str(sampler.summary())
-        report = sampler.verify(own(noise), **own(conditions))
-        assert report.holds, str(report)
+        with torch.no_grad():
+            assert same_bits(got, loop(model, own(noise), **own(conditions)))
+    assert str(sampler.summary())
+    report = sampler.verify(own(noise), **own(conditions))
+    assert report.holds, str(report)
     return sampler
 
 
-@contextmanager
-def captured_once() -> Iterator[None]:
-    """Let compilations share the captures of equal calls of one denoiser, for tests of what comes after."""
-    known: dict[object, EvaluationGraph] = {}
-    kept: list[nn.Module] = []
-
-    def capture_once(
-        denoiser: nn.Module, signature: CallSignature, sites: tuple[Site, ...], read_inputs_of: set[Site]
-    ) -> EvaluationGraph:
-        key = id(denoiser), signature, sites, frozenset(read_inputs_of)
-        if key not in known:
-            kept.append(denoiser)
-            known[key] = capture(denoiser, signature, sites, read_inputs_of)
-        # A copy: passes run on it, and the proof wants it as it was captured.
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in known[key].graph.nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        return replace(known[key], graph=graph)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_module, "capture", capture_once)
-        yield
+def set_passes(sampler: CompiledSampler, passes: Pipeline) -> None:
+    """Make a sampler run passes that no option asks for."""
+    sampler.options = replace(sampler.options)
+    vars(sampler.options)["passes"] = passes
 
 
 def program(function: Callable[..., object], *inputs: Tensor) -> ProgramGraph:
@@ -180,23 +136,13 @@ def unrolled(
     model: nn.Module, schedule: CacheSchedule, loop: Loop, noise: object, conditions: Mapping[str, object] | None = None
 ) -> LoopGraph:
     """Return the loop graph before its pipeline runs."""
-    forms: dict[CallSignature, EvaluationGraph] = {}
-
-    def capture_call(signature: CallSignature) -> EvaluationGraph:
-        if signature not in forms:
-            forms[signature] = capture(model, signature, schedule.sites)
-        return forms[signature]
-
-    skeleton = trace_loop(loop, model, noise, conditions or {}, capture_call)
-    SKELETON.run(skeleton)
-    skeleton.note_dependencies()
-    for evaluation in forms.values():
-        EVALUATION.run(evaluation)
-    return unroll(skeleton, model, schedule)
+    none = Pipeline((), LOOP.assumes)
+    graph, _ = compile_module.build_loop_graph(model, loop, schedule, noise, conditions or {}, none)
+    return graph
 
 
 def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
-    """Run the graph and compare the strides of every value with those in its metadata: backends rely on them."""
+    """Run the graph and compare the strides of every value with those noted in its metadata, which backends rely on."""
 
     class Checked(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
@@ -209,9 +155,9 @@ def assert_strides_as_noted(graph: LoopGraph, *inputs: Tensor) -> None:
 
 
 def calls_in(function: Callable[[], object], within: str = "") -> int:
-    """Return how many Python functions a function calls, of modules whose name begins with ``within``.
+    """Return how many functions are called while ``function`` runs, in modules whose name begins with ``within``.
 
-    In tests it stands for time, which depends on what else the machine does.
+    In tests it is taken in place of the time, which depends on what else the machine does.
     """
     calls = 0
 

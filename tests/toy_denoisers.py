@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def toy(x: Tensor, t_B: Tensor, y: Tensor) -> Tensor:
-    """Predict something that depends on everything, with a learned variance behind it."""
+    """Return a prediction that depends on all inputs, with a learned variance in the channels behind it."""
     shift = (t_B.to(x.dtype) / 1000.0 + 0.1 * y.to(x.dtype))[:, None, None, None]
     return torch.cat([torch.tanh(0.7 * x + shift), x * shift], dim=1)
 
@@ -23,7 +23,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
-# closed forms: Gaussian data, for which the exact noise prediction and the exact trajectory are known
+# These are closed forms for Gaussian data, whose exact noise prediction and exact trajectory are known.
 
 
 MEAN, STD = torch.tensor([-1.5, 0.3, 0.8])[None, :, None].double(), 0.4
@@ -35,6 +35,6 @@ def gaussian_noise(x: Tensor, alpha: float, sigma: float) -> Tensor:
 
 
 def gaussian_flow(x: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
-    """Carry x along the probability flow from (alpha, sigma) to another: it keeps its number of deviations."""
+    """Return x after the probability flow from one (alpha, sigma) to another, on which it keeps its standard score."""
     deviations = (x - start[0] * MEAN) / math.hypot(start[0] * STD, start[1])
     return end[0] * MEAN + math.hypot(end[0] * STD, end[1]) * deviations

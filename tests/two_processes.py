@@ -1,4 +1,4 @@
-"""Learn a tiny router in one of several processes; ``tests/unit/test_learn_scale.py`` starts them.
+"""Learn a tiny router in one of several processes; ``tests/unit/finders/test_processes.py`` starts them.
 
 python -m tests.two_processes FOLDER SECONDS_A_ROUND
 """
@@ -24,7 +24,7 @@ ROUNDS = 12
 def learn(
     method: str, checkpoint: Path | None, accelerator: Accelerator | None = None, seconds_a_round: float = 0.0
 ) -> Router:
-    """Return the router; every call with the same method learns the same one."""
+    """Return the learned router; every call with the same method learns the same one."""
 
     def pause(report: RoundReport) -> None:
         time.sleep(seconds_a_round)

@@ -1,1 +1,1 @@
-"""The trained digits model: how it was made, and how well every finder does on it."""
+"""Programs that train the digits model and its judge, learn routers for it, and compare all finders on it."""

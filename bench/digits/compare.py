@@ -1,12 +1,13 @@
 """Compare learned, calibrated and formula schedules of the digits model in quality, at equal multiply-adds.
 
-Two settings: "pairs", in which only every second evaluation may reuse, as in Learning-to-Cache, and "free". All samples
-go through the compiled path, from the same noise, and are judged against those of the uncached loop. Options:
+There are two settings: "pairs", in which only every second evaluation may reuse, as in Learning-to-Cache, and "free".
+All samples go through the compiled path, from the same noise, and are judged against those of the uncached loop.
+Options:
 
-    --routers DIR   learned routers, l2c-20-70.safetensors (pairs) and rollout-20-70.safetensors (free) for 20
-                    evaluations and 70% of the multiply-adds; those that are absent are left out, and named
-    --keep DIR      verdicts and references go there; a second call with equal settings goes on from them
-    --png FILE, --table FILE    the picture, and one line a schedule in Markdown
+    --routers DIR   the folder of learned routers: l2c-20-70.safetensors (pairs) and rollout-20-70.safetensors (free)
+                    are for 20 evaluations and 70% of the multiply-adds; those that are absent are left out, and named
+    --keep DIR      the folder for verdicts and references; a second call with equal settings continues from them
+    --png FILE, --table FILE    the picture, and a table in Markdown with a line for each schedule
     --steps 20 50, --settings pairs free, --budgets B ... (in place of the usual ones)
     --samples 2000, --batch 10, --seeds 3, --runs 16
     --without METHOD ...    leave methods out, by their name in the table
@@ -14,8 +15,9 @@ go through the compiled path, from the same noise, and are judged against those 
 A sample of 20 evaluations takes about 0.045 s of one core, half of that with half of the work: with everything, 2000
 samples of all schedules take some three hours of one core. ``--keep`` makes that many short calls, also side by side.
 
-Where a learned router is there, the others may keep as much as it keeps, not the budget in its name: each has at least
-the work of the router. What cannot meet a budget (an interval, fewer steps) stands at the work that it has.
+Where a learned router is there, the others may keep as much as it keeps, not the budget in its name, so that each has
+at least the work of the router. A method that cannot meet a budget (an interval, fewer steps) is shown at the work that
+it has.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from bench.cases import BenchError
+from bench.options import Options
 from bench.report import Condition, Row
 from l2c_compile import CacheSchedule, Router
 from l2c_compile.files.documents import write_atomically
@@ -82,7 +85,7 @@ _SHOWN = ("relative_l2", "frechet")
 
 @dataclass(frozen=True)
 class Contender:
-    """A schedule to be judged."""
+    """A schedule that is to be judged, with the loop that it is for."""
 
     steps: int
     setting: str
@@ -93,7 +96,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Judged:
-    """A schedule and what it was found to do."""
+    """A schedule with the work that it keeps and its measures of quality."""
 
     contender: Contender
     kept: float
@@ -101,7 +104,7 @@ class Judged:
 
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
-    """Return the measures of every schedule, and for each learned router how many methods it does not beat."""
+    """Return the measures of every schedule, and for each learned router the number of methods it does not beat."""
     options = _options(args)
     known = named_model(DIGITS)
     judged: list[Judged] = []
@@ -113,11 +116,11 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
         plan, absent = contenders(known, profile, options)
         rows += [Row("absent_router", 1, "", {"steps": steps, "file": name}) for name in absent]
         task = progress.add_task(f"{steps} evaluations: reference", total=len(plan) + 1)
-        desk = _Desk(known, loop, options)
+        verdicts = _VerdictStore(known, loop, options)
         progress.advance(task)
         for contender in plan:
             progress.update(task, description=f"{steps} evaluations: {contender.setting}, {contender.method}")
-            judged.append(desk.judge(contender))
+            judged.append(verdicts.judge(contender))
             progress.advance(task)
     for each in judged:
         rows += _rows(each, options.samples)
@@ -169,7 +172,7 @@ def _learned(path: Path, loop: BuiltInLoop) -> CacheSchedule:
 
 
 def _others(profile: Profile, setting: str, budget: float, num_seeds: int) -> Iterator[tuple[str, CacheSchedule]]:
-    """Yield what is made without learning for a budget."""
+    """Yield each method that needs no learning, with its schedule for a budget."""
     among = alternate_evaluations(profile.num_evaluations) if setting == "pairs" else None
     if setting == "pairs":
         for method, error in _PAIRWISE.items():
@@ -184,8 +187,8 @@ def _others(profile: Profile, setting: str, budget: float, num_seeds: int) -> It
         yield "random", random_reuse(profile.num_evaluations, sites, budget, seed=seed, among=among, work=work)
 
 
-class _Desk:
-    """Judges schedules against one loop, each once: what was judged before is read from the folder."""
+class _VerdictStore:
+    """Judges each schedule against one loop only once, and reads earlier verdicts from a folder."""
 
     def __init__(self, known: NamedModel, loop: BuiltInLoop, options: argparse.Namespace) -> None:
         self.folder: Path | None = options.keep
@@ -203,19 +206,19 @@ class _Desk:
             write_atomically(path, safetensors.torch.save({"samples": self.judge_of.reference}, metadata))
 
     def judge(self, contender: Contender) -> Judged:
-        """Return what is known of a contender, or find it out."""
+        """Return the measures of a contender, which are read from the folder or taken anew."""
         key = _key(contender.schedule.digest, contender.loop.to_dict(), *self.settings)
         if key not in self._judged:
             path = None if self.folder is None else self.folder / f"verdict-{key}.json"
             if path is None or not path.exists():
-                self._judged[key] = self._find_out(contender)
+                self._judged[key] = self._judge_anew(contender)
                 if path is not None:
                     write_atomically(path, _to_json(self._judged[key]).encode())
             else:
                 self._judged[key] = _from_json(path.read_text(encoding="utf-8"), contender)
         return replace(self._judged[key], contender=contender)
 
-    def _find_out(self, contender: Contender) -> Judged:
+    def _judge_anew(self, contender: Contender) -> Judged:
         verdict = self.judge_of.judge(contender.schedule, contender.loop)
         found = {**dict(verdict.quality.estimates()), "as_asked": verdict.as_asked}
         measures = {name: estimate for name, estimate in found.items() if estimate is not None}
@@ -240,8 +243,8 @@ def _key(*settings: object) -> str:
 def not_beaten(learned: Judged, others: Sequence[Judged], measure: str) -> list[str]:
     """Return the methods that are as good as a learned router at equal work.
 
-    Of each method counts the schedule that has the least work, but no less than the router; of several with equal work
-    (seeds) the best.
+    The schedule of a method that counts is the one with the least work, but no less than the router's; of several with
+    equal work (seeds) it is the best.
     """
     nearest: dict[str, list[Judged]] = {}
     for other in others:
@@ -250,7 +253,7 @@ def not_beaten(learned: Judged, others: Sequence[Judged], measure: str) -> list[
     better = []
     for method, candidates in nearest.items():
         least = min(candidate.kept for candidate in candidates)
-        # Random schedules of one budget differ by less than an entry.
+        # The work of random schedules for one budget differs by less than an entry.
         values = [each.measures[measure].value for each in candidates if each.kept < least + 0.005]
         if min(values) <= learned.measures[measure].value:
             better.append(method)
@@ -352,7 +355,7 @@ def _profile(known: NamedModel, loop: BuiltInLoop, num_runs: int, on_run: Callab
 
 
 def _options(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench quality")
+    parser = Options("quality")
     for name in ("routers", "keep", "png", "table"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
@@ -361,4 +364,4 @@ def _options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--without", nargs="+", default=[])
     for name, default in (("samples", 2000), ("batch", 10), ("seeds", 3), ("runs", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    return parser.parse_args(list(args))
+    return parser.read(args)

@@ -2,9 +2,9 @@
 
     python -m bench.digits.learn --out runs/routers
 
-Writes one router file each, named ``<method>-<evaluations>-<budget in percent>.safetensors``. A second call with the
-same folder leaves finished routers alone and goes on with the one that was interrupted. Seeds are fixed: on one
-machine, with one number of threads, two runs agree bit for bit. What is in ``bench/routers`` was made so.
+It writes a file for each router, named ``<method>-<evaluations>-<budget in percent>.safetensors``. A second call with
+the same folder leaves finished routers alone and continues with the one that was interrupted. Seeds are fixed: on one
+machine, with one number of threads, two runs agree bit for bit. The files in ``bench/routers`` were made so.
 
 Shapes: B batch.
 """
@@ -35,20 +35,20 @@ _NUM_CLASSES = 10
 
 @dataclass(frozen=True)
 class Job:
-    """One router to learn."""
+    """The settings of a router to learn."""
 
     method: str
-    """"l2c" or "rollout"."""
+    """The method of learning, "l2c" or "rollout"."""
     evaluations: int
     budget: float
-    """Share of the multiply-adds that may be left."""
+    """The share of the multiply-adds that may be left."""
     rounds: int
     batch_size: int = 4
     seed: int = 0
 
     @property
     def name(self) -> str:
-        """Return the name of the router and of its file."""
+        """The name of the router and of its file."""
         return f"{self.method}-{self.evaluations}-{round(100 * self.budget)}"
 
 
@@ -58,7 +58,7 @@ PLAN: tuple[Job, ...] = (
     *(Job("rollout", 20, budget, rounds=70) for budget in (0.7, 0.55, 0.4)),
     Job("rollout", 50, 0.55, rounds=50),
 )
-"""What is learned, the most wanted first. Alternating pairs cannot leave less than half of the multiply-adds."""
+"""The routers to learn, the most wanted first. Alternating pairs cannot leave less than half of the multiply-adds."""
 
 
 def draw_digits(count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, object]]:
@@ -71,9 +71,9 @@ def learn(job: Job, out: Path, on_round: Callable[[RoundReport], None] | None = 
     """Learn one router and return its file.
 
     Args:
-        job: what to learn.
-        out: Folder for the router and, until it is finished, its checkpoint.
-        on_round: told after every round.
+        job: the router to learn.
+        out: the folder for the router and, until it is finished, its checkpoint.
+        on_round: a function that is given a report after every round.
     """
     out.mkdir(parents=True, exist_ok=True)
     path, checkpoint = out / f"{job.name}.safetensors", out / f"{job.name}.checkpoint"
@@ -98,7 +98,7 @@ def learn(job: Job, out: Path, on_round: Callable[[RoundReport], None] | None = 
 
 
 def main() -> None:
-    """Read the command line and learn."""
+    """Read the command line and learn the routers."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the routers")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="learn these routers, such as l2c-20-70")

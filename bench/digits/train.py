@@ -2,8 +2,8 @@
 
     python -m bench.digits.train --out runs/digits --minutes 30
 
-Writes ``digits_dit.safetensors`` (float32, averaged weights) and ``checkpoint.pt``; a second call with the same folder
-goes on where the first was interrupted. The budget is time, so two runs agree in quality, not in bits.
+It writes ``digits_dit.safetensors`` (float32, averaged weights) and ``checkpoint.pt``; a second call with the same
+folder continues where the first was interrupted. The budget is time, so two runs agree in quality, not in bits.
 
 Shapes: B batch, H height, W width.
 """
@@ -42,7 +42,7 @@ MODEL_CONFIG: dict[str, Any] = {
     "num_classes": 10,
     "learn_sigma": False,
 }
-"""Constructor arguments of the model: 1.4 million parameters, 16 sites."""
+"""The constructor arguments of the model, which has 1.4 million parameters and 16 sites."""
 
 _TRAINING_STEPS = 1000
 _CHECKPOINT_EVERY_S = 60.0
@@ -50,18 +50,19 @@ _CHECKPOINT_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train."""
+    """The settings of the training."""
 
     minutes: float = 30.0
-    """Budget in minutes of training time, summed over interrupted runs."""
+    """The budget of training time in minutes, summed over interrupted runs."""
     batch_size: int = 64
     learning_rate: float = 1e-3
-    """Peak; a linear warm-up over the first 3% of the budget, then a cosine to zero."""
+    """The peak rate, after a linear warm-up over the first 3% of the budget and before a cosine to zero."""
     label_dropout: float = 0.1
-    """Share of samples trained with the null class, for guidance."""
+    """The share of samples that are trained with the null class, for guidance."""
     wide_noise: float = 0.25
-    """Share of samples in which one pixel in twenty has noise from a wide uniform distribution. Without it the model is
-    wrong on the rare pixel beyond four standard deviations, and a sampler without clipping lets that pixel run away."""
+    """The share of samples in which one pixel in twenty has noise from a wide uniform distribution. Without it the
+    model is wrong on the rare pixel beyond four standard deviations, and a sampler without clipping lets that pixel
+    diverge."""
     ema_decay: float = 0.998
     seed: int = 0
 
@@ -77,11 +78,11 @@ def train(out: Path, settings: Settings) -> Path:
     """Train until the budget is spent.
 
     Args:
-        out: Folder for the weights and the checkpoint; made if absent.
-        settings: How to train.
+        out: the folder for the weights and the checkpoint, which is made if absent.
+        settings: the settings of the training.
 
     Returns:
-        Path of the averaged weights.
+        The path of the averaged weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint_path = out / "checkpoint.pt"
@@ -140,7 +141,7 @@ def train(out: Path, settings: Settings) -> Path:
 
 
 def main() -> None:
-    """Read the command line and train."""
+    """Read the command line and train the model."""
     defaults = Settings()
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the checkpoint")
@@ -164,7 +165,7 @@ def _batches(images: Tensor, labels: Tensor, settings: Settings) -> Iterator[tup
             if len(index) < B:
                 continue
             x0 = images[index]
-            # one timestep from each of B equal intervals: every batch sees all noise levels
+            # One timestep is drawn from each of B equal intervals, so that every batch has all noise levels.
             t = ((torch.arange(B) + torch.rand(B)) * (_TRAINING_STEPS / B)).long().clamp(max=_TRAINING_STEPS - 1)
             signal = alphas_bar[t].sqrt().float()[:, None, None, None]
             sigma = (1.0 - alphas_bar[t]).sqrt().float()[:, None, None, None]
@@ -178,7 +179,7 @@ def _batches(images: Tensor, labels: Tensor, settings: Settings) -> Iterator[tup
 def _update(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor, Tensor, Tensor], rate: float
 ) -> float:
-    """Do one optimiser update and return its loss."""
+    """Make one update of the optimiser and return its loss."""
     noisy, noise, t, y = batch
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -2,8 +2,8 @@
 
     python -m bench.digits.train_classifier --out runs/digits
 
-Writes ``digit_classifier.safetensors``, trained on 80% of scikit-learn's digits; the metadata holds the accuracy on the
-other 20%.
+It writes ``digit_classifier.safetensors``, trained on 80% of scikit-learn's digits; the metadata holds the accuracy on
+the other 20%.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def train_classifier(out: Path, *, epochs: int = 60, seed: int = 0) -> float:
     """Train on 80% of the digits and write the weights.
 
     Args:
-        out: Folder for the weights; made if absent.
-        epochs: Passes over the training images.
-        seed: Of the split, the initial weights and the order.
+        out: the folder for the weights, which is made if absent.
+        epochs: the number of passes over the training images.
+        seed: the seed of the split, the initial weights and the order.
 
     Returns:
-        Accuracy on the held-out 20%, in [0, 1].
+        The accuracy on the held-out 20%, in [0, 1].
     """
     torch.manual_seed(seed)
     images, labels = load_digit_images()
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _jitter(images: Tensor) -> Tensor:
-    """Add noise, so that slightly noisy samples are judged by their shape."""
+    """Return the images with noise, so that slightly noisy samples are judged by their shape."""
     return images + 0.1 * torch.randn_like(images)
 
 

@@ -1,14 +1,14 @@
 """Compile whole loops with Inductor, and one flat evaluation with torch.compile; compare the times.
 
-Options: ``--width N`` (default 384), ``--steps 20 50``. DiT of XL's depth 28 on 256 tokens, batch 1 with batched
-guidance, published routers. Both sides start from an empty Inductor cache. Ours is timed from the model to a loop that
-is ready to run: capture, passes, every region compiled. The other side is the first call of the compiled denoiser, less
+Options: ``--model dit-xl-depth`` (or ``dit-xl``, which is DiT-XL/2) ``--width N`` ``--batch 1`` ``--steps 20 50``
+``--device cpu`` ``--dtype float32`` ``--schedule published`` (or ``every-second``) ``--backend inductor``. Batched
+guidance on 256 tokens. Both sides start from an empty Inductor cache. Ours is timed from the model to a loop that is
+ready to run: capture, passes, every region compiled. The other side is the first call of the compiled denoiser, less
 the fastest of three more.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,62 +16,65 @@ import torch
 from rich.progress import Progress
 from torch._inductor.utils import fresh_cache
 
+from bench.measure import synchronizer
+from bench.options import Options
 from bench.report import Row
-from bench.workloads import Workload, dit_workload
-from l2c_compile import l2c_compile
+from bench.workloads import MODELS, Workload, workload
 from l2c_compile.backends.regions import num_regions
 
 __all__ = ["run"]
 
-_DEPTH = 28
-
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return the times, their ratios, the number of regions, and the nodes before and after every pass."""
-    parser = argparse.ArgumentParser(prog="python -m bench compile-time")
-    parser.add_argument("--width", type=int, default=384)
+    parser = Options("compile-time")
+    parser.add_argument("--model", default="dit-xl-depth", choices=[name for name in MODELS if name != "uvit"])
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
-    options = parser.parse_args(list(args))
+    parser.add_device("cpu", "cuda")
+    parser.add_loop()
+    options = parser.read(args)
     task = progress.add_task("compile", total=len(options.steps) + 1)
-    _warm_up()
 
-    threads = torch.get_num_threads()
-    where = {"depth": _DEPTH, "width": options.width, "batch": 1, "threads": threads}
-    workload = dit_workload(width=options.width, depth=_DEPTH, steps=options.steps[0], batch=1)
-    one = _seconds_to_compile(_one_evaluation(workload))
+    def work_of(steps: int) -> Workload:
+        return workload(options.model, options, steps=steps)
+
+    _warm_up(options.device, options.backend)
+    one = _seconds_to_compile(_one_evaluation(work_of(options.steps[0])), synchronizer(options.device))
     progress.advance(task)
-    rows = [Row("seconds_one_evaluation", one, "s", where)]
+    where = {name: value for name, value in work_of(options.steps[0]).conditions.items() if name != "steps"}
+    rows = [Row("seconds_one_evaluation", one, "s", where, device=options.device)]
     loops: dict[int, float] = {}
     for steps in options.steps:
-        workload = dit_workload(width=options.width, depth=_DEPTH, steps=steps, batch=1)
-        conditions = {**where, "steps": steps}
-        sampler = l2c_compile(workload.model, workload.schedule, workload.loop, backend="inductor")
+        work = work_of(steps)
+        sampler = work.sampler(work.schedule)
         with fresh_cache():
             start = time.perf_counter()
-            program = sampler.capture(workload.noise, y=workload.labels)
+            program = sampler.capture(work.noise, y=work.labels)
             loops[steps] = time.perf_counter() - start
-        rows.append(Row("seconds_loop", loops[steps], "s", conditions))
-        rows.append(Row("loop_over_one_evaluation", loops[steps] / one, "", conditions))
-        rows.append(Row("regions", num_regions(program.run), "", conditions))
+        rows.append(Row("seconds_loop", loops[steps], "s", work.conditions, device=options.device))
+        rows.append(Row("loop_over_one_evaluation", loops[steps] / one, "", work.conditions, device=options.device))
+        rows.append(Row("regions", num_regions(program.run), "", work.conditions, device=options.device))
         for number, done in enumerate(program.passes):
-            at = {**conditions, "pass": f"{number:02} {done.name}"}
-            rows.append(Row("nodes", done.nodes_after, "", {**at, "before": done.nodes_before}))
+            at = {**work.conditions, "pass": f"{number:02} {done.name}", "before": done.nodes_before}
+            rows.append(Row("nodes", done.nodes_after, "", at, device=options.device))
         progress.advance(task)
     if len(loops) > 1:
         first, last = min(loops), max(loops)
-        rows.append(Row("growth", loops[last] / loops[first], "", {**where, "steps": f"{first} to {last}"}))
+        at = {**where, "steps": f"{first} to {last}"}
+        rows.append(Row("growth", loops[last] / loops[first], "", at, device=options.device))
     return rows
 
 
-def _one_evaluation(workload: Workload) -> Callable[[], object]:
-    compiled = torch.compile(workload.model, fullgraph=True)
-    doubled = torch.cat([workload.noise, workload.noise])
-    labels = torch.cat([workload.labels, torch.full_like(workload.labels, 1000)])
-    times = torch.full((len(doubled),), 500)
+def _one_evaluation(work: Workload) -> Callable[[], object]:
+    compiled = torch.compile(work.model, fullgraph=True, backend=work.backend)
+    doubled = torch.cat([work.noise, work.noise])
+    labels = torch.cat([work.labels, torch.full_like(work.labels, 1000)])
+    times = torch.full((len(doubled),), 500, device=doubled.device)
     return lambda: compiled(doubled, times, labels)
 
 
-def _seconds_to_compile(call: Callable[[], object]) -> float:
+def _seconds_to_compile(call: Callable[[], object], sync: Callable[[], None]) -> float:
     """Return the seconds of the first call less those of the fastest of three more, from an empty cache."""
     torch._dynamo.reset()
     seconds = []
@@ -79,11 +82,12 @@ def _seconds_to_compile(call: Callable[[], object]) -> float:
         for _ in range(4):
             start = time.perf_counter()
             call()
+            sync()
             seconds.append(time.perf_counter() - start)
     return seconds[0] - min(seconds[1:])
 
 
-def _warm_up() -> None:
+def _warm_up(device: str, backend: str) -> None:
     """Start what torch starts once a process: its compiler workers, its headers."""
     with fresh_cache(), torch.no_grad():
-        torch.compile(lambda x: torch.relu(x) + 1)(torch.zeros(64))
+        torch.compile(lambda x: torch.relu(x) + 1, backend=backend)(torch.zeros(64, device=device))

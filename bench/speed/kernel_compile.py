@@ -22,11 +22,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.cases import BenchError, no_arguments
+from bench.cases import BenchError
+from bench.options import Options
 from bench.report import Row
 from l2c_compile.kernels._launch import FLOATS, INTERPRETED, PACKED, Argument, Launch, Terms
 from l2c_compile.kernels.cached_residual import plan_cached_residual
-from l2c_compile.kernels.cached_residual_norm import plan_norm
+from l2c_compile.kernels.cached_residual_norm import Norm, plan_norm
 from l2c_compile.kernels.packed_cache import plan_pack_cache
 
 __all__ = ["CONFIGS", "TARGETS", "Config", "Usage", "compile_for", "run", "source"]
@@ -61,11 +62,11 @@ class Config:
     batch: int = 16
     """Samples of 256 tokens."""
     dtype: torch.dtype = torch.bfloat16
-    """Of the stream, and of the caches unless they are packed."""
+    """The dtype of the stream, and of the caches unless they are packed."""
     form: str = "gated"
     """``gated``: one gate (B, D) a term; ``full``: scale, shift and weight too; ``packed``: gated, caches in bytes."""
     norm: str = "layer"
-    """Of cached_residual_norm."""
+    """The norm of cached_residual_norm."""
     packed: torch.dtype = torch.float8_e4m3fn
     """How a packed cache is stored."""
 
@@ -89,8 +90,8 @@ class Config:
         if self.kernel == "cached_residual":
             return plan_cached_residual(x, terms, torch.empty_like(x))[0]
         shift, scale = self._projection().chunk(6, dim=1)[:2]
-        affine = (_meta((self.dim,), torch.float32), None, scale, shift)
-        return plan_norm(x, terms, self.norm, 1e-6, affine, torch.empty_like(x), torch.empty_like(x))[0]
+        norm = Norm(self.norm, 1e-6, _meta((self.dim,), torch.float32), None, scale, shift)
+        return plan_norm(x, terms, norm, torch.empty_like(x), torch.empty_like(x))[0]
 
     def _terms(self, target: GPUTarget) -> Terms:
         dtype = self.dtype
@@ -178,7 +179,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> Usage:
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Compile every config for every target."""
-    no_arguments(args)
+    Options("kernel-compile").read(args)
     task = progress.add_task("kernels compiled", total=len(CONFIGS) * len(TARGETS))
     rows = []
     for config in CONFIGS:

@@ -1,7 +1,8 @@
 """Time the kernels against a copy, eager torch and Inductor: share of the memory bandwidth reached.
 
-``python -m bench kernels --device cuda``. A kernel that reads and writes n bytes is held against a device-to-device
-copy that moves as many in the same rounds: ``share_of_copy`` is the copy's time over the kernel's.
+``python -m bench kernels --device cuda``, all cases or those that ``--cases`` names. A kernel that reads and writes n
+bytes is held against a device-to-device copy that moves as many in the same rounds: ``share_of_copy`` is the copy's
+time over the kernel's.
 ``over_inductor`` and ``over_eager`` say how many times longer the same expression takes there.
 
 On CUDA each side is a CUDA graph over several sets of tensors, which together are larger than the L2 cache, so that
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from bench.cases import BenchError
 from bench.measure import compare, ratio, synchronizer
+from bench.options import Options
 from bench.report import Condition, Row
+from l2c_compile.errors import nearest
 from l2c_compile.kernels.cached_residual import cached_residual
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm
 from l2c_compile.kernels.packed_cache import pack_cache
 
-__all__ = ["DIT", "SMOKE", "VIDEO", "Case", "run", "time_case"]
+__all__ = ["DIT", "SMOKE", "VIDEO", "Case", "run"]
 
 Result: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Function: TypeAlias = Callable[..., Result]
@@ -49,6 +52,11 @@ class Case:
     """Which op; ``packed`` is cached_residual over fp8 caches."""
     dtype: torch.dtype = torch.bfloat16
     """Of the stream, the caches and the gates."""
+
+    @property
+    def name(self) -> str:
+        """What ``--cases`` calls it."""
+        return f"{self.kernel}:{'x'.join(map(str, self.shape))}:{self.terms}"
 
     def conditions(self) -> dict[str, Condition]:
         """Return the conditions of its rows."""
@@ -102,27 +110,26 @@ class Inputs:
 
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
-    """Time every case on one device."""
-    device = _device(args)
-    cases = SMOKE if device == "cpu" else (*DIT, *VIDEO)
-    rounds = 3 if device == "cpu" else 20
-    task = progress.add_task(f"kernels on {device}", total=len(cases) * rounds)
+    """Time the cases on one device."""
+    parser = Options("kernels")
+    parser.add_device("cpu", "cuda", required=True)
+    parser.add_argument("--cases", nargs="+", metavar="CASE")
+    options = parser.read(args)
+    known = {case.name: case for case in (SMOKE if options.device == "cpu" else (*DIT, *VIDEO))}
+    for name in options.cases or ():
+        if name not in known:
+            raise BenchError(f"kernels has no case {name!r} there; {nearest(name, known) or ', '.join(known)}")
+    cases = [known[name] for name in options.cases or known]
+    rounds = 3 if options.device == "cpu" else 20
+    task = progress.add_task(f"kernels on {options.device}", total=len(cases) * rounds)
     rows: list[Row] = []
     with torch.inference_mode():
         for case in cases:
-            rows += time_case(case, device, rounds, lambda: progress.advance(task))
+            rows += _time_case(case, options.device, rounds, lambda: progress.advance(task))
     return rows
 
 
-def _device(args: Sequence[str]) -> str:
-    if len(args) != 2 or args[0] != "--device" or args[1] not in ("cpu", "cuda"):
-        raise BenchError(f"kernels wants --device cuda or --device cpu, got {' '.join(args) or 'nothing'}")
-    if args[1] == "cuda" and not torch.cuda.is_available():
-        raise BenchError("kernels wants a CUDA device, got a machine without one; --device cpu tries the script")
-    return args[1]
-
-
-def time_case(case: Case, device: str, rounds: int, on_round: Callable[[], None]) -> Iterator[Row]:
+def _time_case(case: Case, device: str, rounds: int, on_round: Callable[[], None]) -> Iterator[Row]:
     """Yield the rows of one expression: the sides' times, the bandwidth, the ratios."""
     torch.manual_seed(0)
     num_outputs = 2 if case.kernel == "cached_residual_norm" else 1

@@ -1,111 +1,161 @@
 """Time whole sampling loops: ours against plain torch.compile, hooks and the eager loop, in turn in one process.
 
-Options: ``--models dit-s dit-xl-depth uvit nothing-gained`` ``--batches 1 8`` ``--rounds N`` (default 3)
-``--device cpu`` ``--steps 20`` ``--sides SIDE ...``: beside ours time only these. Weights are random. The published
-routers are used as they are at depth 28; for DiT-S (depth 12) block i takes the scores of block
-floor((i + 0.5) * 28 / 12). "nothing-gained" reuses nothing. "freezing" is Inductor's own way of arranging weights once;
-who knows of it gets it without us. "weights not packed" shows what is left on a CPU without our faster linear layers.
+Options: ``--models dit-s dit-xl-depth uvit nothing-gained`` (also ``dit-xl``, which is DiT-XL/2, and ``tiny``)
+``--batches 1 8`` ``--rounds N`` (default 3) ``--steps 20`` ``--width N`` (of DiTs) ``--device cpu`` ``--dtype float32``
+``--schedule published`` (or ``every-second``, ``nothing``) ``--backend inductor`` ``--sides SIDE ...``: beside ours
+time only these. ``--cuda-graph`` times our loops as one CUDA graph as well and says how far off it is; on a CPU they
+run again in its place, to try the script.
+
+Weights are random. The published routers are used as they are at depth 28; for DiT-S (depth 12) block i takes the
+scores of block floor((i + 0.5) * 28 / 12). "nothing-gained" reuses nothing. "freezing" is Inductor's own way of
+arranging weights once; who knows of it gets it without us. "weights not packed" shows what is left on a CPU without our
+faster linear layers.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from rich.progress import Progress
 
 from bench.cases import BenchError
-from bench.measure import Timing, compare, ratio, synchronizer
-from bench.report import Row
-from bench.workloads import Workload, dit_workload, uvit_workload
-from l2c_compile import CacheSchedule, l2c_compile, run_reference
+from bench.measure import compare, ratio, synchronizer
+from bench.options import Options
+from bench.report import Condition, Row
+from bench.workloads import MODELS, Workload, relative_error, workload
+from l2c_compile import CompiledSampler
+from l2c_compile.backends.cuda_graphs import CudaRecorder, RecordedLoop, Recorder, check_capturable
 
-__all__ = ["run"]
+__all__ = ["COMPILE", "EAGER", "HOOKS", "OURS", "UNCACHED", "run"]
 
-_OURS, _OURS_UNCACHED = "compiled cached", "compiled uncached"
+OURS, UNCACHED = "compiled cached", "compiled uncached"
 _UNPACKED = "compiled cached, weights not packed"
-_COMPILE, _FROZEN = "torch.compile in the eager loop", "torch.compile with freezing in the eager loop"
-_HOOKS, _EAGER = "eager cached by hooks", "eager uncached"
-_OTHERS = (_UNPACKED, _OURS_UNCACHED, _COMPILE, _FROZEN, _HOOKS, _EAGER)
-_MODELS = ("dit-s", "dit-xl-depth", "uvit", "nothing-gained")
+COMPILE, _FROZEN = "torch.compile in the eager loop", "torch.compile with freezing in the eager loop"
+HOOKS, EAGER = "eager cached by hooks", "eager uncached"
+
+Side = Callable[[], object]
+
+
+def _unpacked(work: Workload) -> Side:
+    sampler = work.sampler(work.schedule, without=["pack-weights"])
+    return lambda: work.sample(sampler)
+
+
+def _compiled(work: Workload, **options: object) -> Side:
+    denoiser = torch.compile(work.model, fullgraph=True, dynamic=False, backend=work.backend, **options)  # type: ignore[call-overload]
+    return lambda: work.sample_plainly(denoiser)
+
+
+_SIDES: dict[str, Callable[[Workload], Side]] = {
+    OURS: lambda work: lambda: work.sample(work.ours),
+    _UNPACKED: _unpacked,
+    UNCACHED: lambda work: lambda: work.sample(work.ours_uncached),
+    COMPILE: _compiled,
+    _FROZEN: lambda work: _compiled(work, options={"freezing": True}),
+    HOOKS: lambda work: work.sample_with_hooks,
+    EAGER: lambda work: lambda: work.sample_plainly(work.model),
+}
+_MODELS = ["dit-s", "dit-xl-depth", "uvit", "nothing-gained"]
+_OTHERS = tuple(name for name in _SIDES if name != OURS)
 
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return medians, ratios and skip efficiencies (time ratio over multiply-adds kept) for every model and batch."""
-    parser = argparse.ArgumentParser(prog="python -m bench latency")
-    parser.add_argument("--models", nargs="+", default=list(_MODELS), choices=_MODELS)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser = Options("latency")
+    parser.add_argument(
+        "--models", nargs="+", default=["dit-s", "dit-xl-depth", "uvit", "nothing-gained"], choices=MODELS
+    )
+    parser.add_argument("--batch", "--batches", dest="batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, choices=(20, 50))
-    parser.add_argument("--width", type=int, default=384, help="of the model of XL's depth")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sides", nargs="+", default=list(_OTHERS), choices=_OTHERS)
-    options = parser.parse_args(list(args))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise BenchError("there is no CUDA device; use --device cpu")
+    parser.add_argument("--cuda-graph", action="store_true")
+    parser.add_device("cpu", "cuda")
+    parser.add_loop()
+    options = parser.read(args)
+    if _FROZEN in options.sides and options.backend != "inductor":
+        raise BenchError(f"latency times {_FROZEN!r} with Inductor only; name the --sides without it")
     rows: list[Row] = []
     task = progress.add_task("latency", total=len(options.models) * len(options.batches) * options.rounds)
     for name in options.models:
         for batch in options.batches:
             progress.update(task, description=f"{name}, batch {batch}")
-            workload = _workload(name, batch, options)
-            rows += _measure(name, workload, options, lambda: progress.advance(task))
+            work = workload(name, options, batch=batch)
+            rows += _measure(work, options, lambda: progress.advance(task))
     return rows
 
 
-def _workload(name: str, batch: int, options: argparse.Namespace) -> Workload:
-    if name == "uvit":
-        return uvit_workload(width=192, evaluations=options.steps, batch=batch, device=options.device)
-    if name == "dit-xl-depth":
-        return dit_workload(width=options.width, depth=28, steps=options.steps, batch=batch, device=options.device)
-    return dit_workload(width=384, depth=12, steps=options.steps, batch=batch, device=options.device)
-
-
-def _measure(name: str, work: Workload, options: argparse.Namespace, on_round: Callable[[], None]) -> list[Row]:
-    schedule: CacheSchedule = work.uncached if name == "nothing-gained" else work.schedule
-    ours = l2c_compile(work.model, schedule, work.loop, backend="inductor")
-    unpacked = l2c_compile(work.model, schedule, work.loop, backend="inductor", without=["pack-weights"])
-    uncached = l2c_compile(work.model, work.uncached, work.loop, backend="inductor")
-    ours.capture(work.noise, y=work.labels)
-    kept = ours.summary().multiply_adds_kept
+def _measure(work: Workload, options: argparse.Namespace, on_round: Callable[[], None]) -> Iterator[Row]:
     torch._dynamo.reset()
-    compiled = torch.compile(work.model, fullgraph=True, dynamic=False)
-    frozen = torch.compile(work.model, fullgraph=True, dynamic=False, options={"freezing": True})
+    sides = {name: make(work) for name, make in _SIDES.items() if name == OURS or name in options.sides}
+    sync, device = synchronizer(options.device), options.device
+    recorded = {}
+    if options.cuda_graph:
+        for name in (each for each in (OURS, UNCACHED) if each in sides):
+            sampler = work.ours if name == OURS else work.ours_uncached
+            replay, seconds, error = _record(work, sampler, sync)
+            where = {**work.conditions, "side": name}
+            yield Row("seconds_to_record", seconds, "s", where, device=device)
+            yield Row("graph_relative_error", error, "", where, device=device)
+            recorded[name] = f"{name}, CUDA graph"
+            sides[recorded[name]] = replay
+    timings = compare(sides, rounds=options.rounds, warmup=1, sync=sync, on_round=on_round)
+    for side, timing in timings.items():
+        yield Row.timed("sampling", timing, {**work.conditions, "side": side}, device=device)
+    kept = work.ours.summary().multiply_adds_kept
+    yield Row("multiply_adds_kept", kept, "", work.conditions, device=device)
+    for side in (each for each in _OTHERS if each in sides):
+        at: dict[str, Condition] = {**work.conditions, "against": side}
+        time_ratio = ratio(timings[OURS], timings[side])
+        yield Row.ratio("time_ratio", time_ratio, at, device=device)
+        if side in (UNCACHED, COMPILE, _FROZEN) and kept < 1.0:
+            yield Row("skip_efficiency", time_ratio.value / kept, "", at, device=device)
+    for name, graph in recorded.items():
+        gain = ratio(timings[graph], timings[name])
+        yield Row.ratio("graph_time_ratio", gain, {**work.conditions, "side": name}, device=device)
+    if HOOKS in sides:
+        error = relative_error(work.sample(work.ours), work.sample_with_hooks())
+        yield Row("relative_error", error, "", work.conditions, device=device)
 
-    def plain(denoiser: Callable[..., object]) -> Callable[[], object]:
-        return torch.no_grad()(lambda: work.loop(denoiser, work.noise, y=work.labels))  # type: ignore[arg-type]
 
-    sides: dict[str, Callable[[], object]] = {
-        _OURS: lambda: ours(work.noise, y=work.labels),
-        _UNPACKED: lambda: unpacked(work.noise, y=work.labels),
-        _OURS_UNCACHED: lambda: uncached(work.noise, y=work.labels),
-        _COMPILE: plain(compiled),
-        _FROZEN: plain(frozen),
-        _HOOKS: lambda: run_reference(work.model, work.loop, schedule, work.noise, {"y": work.labels}),
-        _EAGER: plain(work.model),
-    }
-    timings = compare(
-        {name: side for name, side in sides.items() if name == _OURS or name in options.sides},
-        rounds=options.rounds,
-        warmup=1,
-        sync=synchronizer(options.device),
-        on_round=on_round,
-    )
-    return _rows(name, work, timings, kept, options)
+def _record(work: Workload, sampler: CompiledSampler, sync: Callable[[], None]) -> tuple[Side, float, float]:
+    """Return the loop of a sampler as one CUDA graph, compiled no second time, what recording took, and its error."""
+    program = sampler.capture(work.noise, y=work.labels)
+    on_gpu = work.noise.device.type == "cuda"
+    recorder: Recorder = CudaRecorder(check_capturable(program.graph)) if on_gpu else _RunsAgain()
+    loop = RecordedLoop(program.run, program.graph, recorder)
+
+    @torch.no_grad()
+    def replay() -> object:
+        return loop(work.noise, work.labels)[0]
+
+    start = time.perf_counter()
+    got = replay()
+    sync()
+    seconds = time.perf_counter() - start
+    assert isinstance(got, torch.Tensor)
+    return replay, seconds, relative_error(got, work.sample(sampler))
 
 
-def _rows(name: str, work: Workload, timings: dict[str, Timing], kept: float, options: argparse.Namespace) -> list[Row]:
-    batch, device = len(work.noise), options.device
-    where = {"case": name, "model": work.name, "batch": batch, "steps": options.steps, "dtype": "float32"}
-    if device == "cpu":
-        where["threads"] = torch.get_num_threads()
-    rows = [Row.timed("sampling", timing, {**where, "side": side}, device=device) for side, timing in timings.items()]
-    rows.append(Row("multiply_adds_kept", kept, "", where, device=device))
-    for side in options.sides:
-        at = {**where, "against": side}
-        time_ratio = ratio(timings[_OURS], timings[side])
-        rows.append(Row.ratio("time_ratio", time_ratio, at, device=device))
-        if side in (_OURS_UNCACHED, _COMPILE, _FROZEN) and kept < 1.0:
-            rows.append(Row("skip_efficiency", time_ratio.value / kept, "", at, device=device))
-    return rows
+class _RunsAgain:
+    """Stands for a CUDA graph where there is no CUDA."""
+
+    def warm_up(self, run: Callable[[], object]) -> None:
+        run()
+
+    def record(self, run: Callable[[], Sequence[object]]) -> tuple[Callable[[], None], Sequence[object]]:
+        results = list(run())
+
+        def replay() -> None:
+            results[:] = run()
+
+        return replay, results
+
+    def drain(self) -> None: ...
+
+    def wait_for_last(self) -> None: ...
+
+    def mark_end(self) -> None: ...

@@ -1,25 +1,32 @@
-"""Count the cache bytes of the published routers at their true sizes, without running anything.
+"""Count the cache bytes of the published routers at their true sizes, or measure the peak of a loop on a GPU.
 
 For each of the four routers: the peak and the mean over evaluations of what is kept for later evaluations, as a share
 of "keep every layer's output" (every attn and mlp output of the last evaluation of each branch, all the time, as caches
 in hooks do). ``plan`` says whose bytes: ``schedule`` (what is read later, from its source to its last reader),
 ``bitwise`` (the graph without passes that round elsewhere), ``rounding`` (the graph with them), ``fp8`` and ``int8``
 (the latter with packed caches: a byte an element and four a token). The models are on the meta device; batch 1; DiT
-with batched guidance, U-ViT with guidance in two calls.
-``ARGS``: names of routers, all four by default.
+with batched guidance, U-ViT with guidance in two calls. Nothing runs. ``ARGS``: names of routers, all four by default.
+
+``--device cuda`` samples instead: the peak that torch measures in eager mode, which frees a tensor after its last use,
+beside the cache bytes that the plan counts. Options: ``--model dit-xl`` ``--steps 20`` ``--batch 1``
+``--dtype float32`` ``--schedule published`` (or ``every-second``) ``--sides uncached cached fp8 int8 hooks``.
+``--device cpu`` tries the script: torch measures memory on a GPU only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from rich.progress import Progress
 from torch import nn
 
 from bench.cases import BenchError
+from bench.options import Options
 from bench.report import Condition, Row
-from bench.workloads import published_router
+from bench.workloads import MODELS, published_router, workload
 from l2c_compile.analyses.memory_plan import (
     CacheLiveness,
     cache_liveness,
@@ -32,28 +39,41 @@ from l2c_compile.errors import nearest
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolver, Guidance
 from l2c_compile.models import DiT, UViT
-from l2c_compile.passes.pipeline import BITWISE, LOOP, with_packed_caches
+from l2c_compile.passes.pipeline import BITWISE, CACHE_FORMATS, LOOP, with_packed_caches
 
-__all__ = ["run"]
+__all__ = ["SIDES", "run"]
 
 _ROUTERS = ("l2c_DDIM20_router", "l2c_DDIM50_router", "l2c_dpm20_router", "l2c_dpm50_router")
 _PLANS = {
     "bitwise": BITWISE,
     "rounding": LOOP,
-    **{cache_format: with_packed_caches(LOOP, cache_format) for cache_format in ("fp8", "int8")},
+    **{cache_format: with_packed_caches(LOOP, cache_format) for cache_format in CACHE_FORMATS},
 }
+
+SIDES = ("uncached", "cached", *CACHE_FORMATS, "hooks")
 
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
-    """Return shares of keeping everything, and bytes, for every router and plan.
+    """Return shares of keeping everything, and bytes, for every router and plan; or what was measured.
 
     Raises:
-        BenchError: there is no such router, or its file is missing.
+        BenchError: if there is no such router, or its file is missing.
     """
-    for name in args:
+    parser = Options("memory")
+    parser.add_argument("routers", nargs="*", metavar="ROUTER")
+    parser.add_argument("--model", default="dit-xl", choices=MODELS)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_device("meta", "cpu", "cuda")
+    parser.add_loop()
+    options = parser.read(args)
+    if options.device != "meta":
+        return _measured(options, progress)
+    for name in options.routers:
         if name not in _ROUTERS:
             raise BenchError(f"memory knows no router {name!r}; {nearest(name, _ROUTERS) or ', '.join(_ROUTERS)}")
-    names = args or _ROUTERS
+    names = options.routers or _ROUTERS
     task = progress.add_task("memory", total=len(names) * len(_PLANS))
     rows: list[Row] = []
     for name in names:
@@ -72,6 +92,41 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
             rows.append(Row("buffers", len(planned.slot_bytes), "", {"router": name, "plan": plan}, device="meta"))
             progress.advance(task)
     return rows
+
+
+def _measured(options: argparse.Namespace, progress: Progress) -> list[Row]:
+    work = workload(options.model, options)
+    task = progress.add_task("memory", total=len(options.sides))
+    rows: list[Row] = []
+    for side in options.sides:
+        where: dict[str, Condition] = {**work.conditions, "side": side}
+        sample = work.sample_with_hooks
+        if side != "hooks":
+            caches = side if side in CACHE_FORMATS else None
+            schedule = work.uncached if side == "uncached" else work.schedule
+            sampler = work.sampler(schedule, backend="eager", numerics="rounding", caches=caches)
+            sampler.capture(work.noise, y=work.labels)
+            planned = sampler.summary().cache.peak_bytes / 2**20
+            rows.append(Row("planned_cache_peak_MiB", planned, "MiB", where, device=options.device))
+            sample = partial(work.sample, sampler)
+        sample()
+        if options.device == "cuda":
+            rows.append(Row("measured_peak_MiB", _peak_bytes(sample) / 2**20, "MiB", where, device=options.device))
+        else:
+            what = f"peak of {side}: torch measures memory on a GPU only"
+            rows.append(Row("skipped", 1, "", {"what": what}, device=options.device))
+        progress.advance(task)
+    return rows
+
+
+def _peak_bytes(sample: Callable[[], object]) -> int:
+    """Return what a call takes at most, beyond what is there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sample()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _setting(name: str) -> tuple[nn.Module, BuiltInLoop]:

@@ -19,6 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from bench.options import Options
 from bench.report import Condition, Row
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.loops import DDIM, Guidance
@@ -34,10 +35,10 @@ _CLASSES = torch.arange(10)
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return errors, counts and bytes for both formats and plans."""
-    parser = argparse.ArgumentParser(prog="python -m bench packed-caches")
+    parser = Options("packed-caches")
     parser.add_argument("--per-class", type=int, default=20)
     parser.add_argument("--evaluations", type=int, default=20)
-    options = parser.parse_args(list(args))
+    options = parser.read(args)
     num_sides = 1 + len(_PLANS) * (1 + len(_FORMATS))
     task = progress.add_task("packed caches", total=num_sides * options.per_class)
 

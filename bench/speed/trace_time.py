@@ -23,7 +23,9 @@ from torch import nn
 
 from bench.cases import BenchError
 from bench.measure import Timing, ratio
-from bench.report import ROOT, Condition, Row
+from bench.options import Options
+from bench.report import Condition, Row
+from bench.workloads import routers_folder
 from l2c_compile import compile as compile_module
 from l2c_compile.frontend.capture import capture
 from l2c_compile.graphs.forms import CallSignature
@@ -40,7 +42,6 @@ from l2c_compile.schedules.sites import Site
 __all__ = ["Build", "build", "repeated", "run"]
 
 MODEL = "DiT-XL/2"
-ROUTER = ROOT.parent / "shared" / "routers" / "l2c_DDIM50_router.pt"
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,12 @@ def repeated(router: Router, num_evaluations: int) -> Router:
 
 
 def _options(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench trace-time", exit_on_error=False, add_help=False)
-    parser.add_argument("--router", type=Path, default=ROUTER)
+    parser = Options("trace-time")
+    parser.add_argument("--router", type=Path, default=routers_folder() / "l2c_DDIM50_router.pt")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[50, 250])
     parser.add_argument("--weights", choices=["meta", "random"], default="meta")
     parser.add_argument("--rounds", type=int, default=1)
-    try:
-        options, unknown = parser.parse_known_args(args)
-    except argparse.ArgumentError as error:
-        raise BenchError(f"trace-time: {error}") from error
-    if unknown:
-        raise BenchError(f"trace-time does not know {' '.join(unknown)}; {' '.join(parser.format_usage().split())}")
+    options = parser.read(args)
     if options.rounds < 1:
         raise BenchError(f"--rounds wants at least 1, got {options.rounds}")
     return options

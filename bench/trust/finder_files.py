@@ -1,41 +1,25 @@
-"""Valid files of the finders, profiles and checkpoints of learning, how to break them and what they say when read."""
+"""Files of the finders, which are profiles and checkpoints of learning: valid ones, and what they say when read."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bench.trust.file_mutations import (
-    _BYTES,
-    _FILE_SYSTEM,
-    _JSON,
-    Bytes,
-    Draw,
-    JsonEdit,
-    Malformed,
-    _in_header,
-    _json_bytes,
-    _split_header,
-)
 from l2c_compile.finders import Profile, Work
 from l2c_compile.finders.open_evaluations import SoftDenoiser
 from l2c_compile.finders.processes import Workers
 from l2c_compile.finders.training import Learner, Settings
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["KINDS", "FinderFile", "malformed", "read", "valid_files"]
+__all__ = ["KINDS", "FinderFile", "read", "valid_files"]
 
 KINDS = ("profile", "checkpoint")
 """What the finders read, by the name of its class."""
 
-_METADATA = {"profile": "l2c_compile", "checkpoint": "l2c_compile.training"}
 _SITES = ("0", "1")
 _NUM_EVALUATIONS = 4
 
@@ -86,27 +70,6 @@ def valid_files(folder: Path) -> dict[str, bytes]:
     return {kind: (folder / kind).read_bytes() for kind in KINDS}
 
 
-def malformed(index: int, seed: int, valid: Mapping[str, bytes], folder: Path, canary: Path) -> Malformed:
-    """Write malformed file number ``index`` into an empty folder; see ``file_mutations.malformed``."""
-    draw = Draw(f"{seed}:{index}")
-    kind = KINDS[index % len(KINDS)]
-    groups: dict[str, dict[str, Bytes]] = {
-        "bytes": _BYTES,
-        "header": {name: _in_header(edit, canary) for name, edit in _JSON.items()},
-        "metadata": {name: _in_metadata(_METADATA[kind], edit, canary) for name, edit in _JSON.items()},
-        "tensors": {"tensors": _other_tensors, "header of many": _many_entries},
-    }
-    group = draw.choice(["file system", *groups])
-    path = folder / "file.safetensors"
-    if group == "file system":
-        name = draw.choice(list(_FILE_SYSTEM))
-        _FILE_SYSTEM[name](path, valid[kind])
-        return Malformed(kind, name, path, True, name == "vanishes")
-    name = draw.choice(list(groups[group]))
-    path.write_bytes(groups[group][name](draw, valid[kind]))
-    return Malformed(kind, name, path, checked=False)
-
-
 @cache
 def _learner() -> Learner:
     """Return the one learner of this process, into which every checkpoint is read."""
@@ -120,48 +83,3 @@ def _learner() -> Learner:
 
     forms = denoiser.forms_of(loop, torch.ones(1, 4), {})
     return Learner(denoiser, forms, [1, 3], Settings(budget=0.9), Workers(), 1.0)
-
-
-def _in_metadata(key: str, edit: JsonEdit, canary: Path) -> Bytes:
-    def change(draw: Draw, content: bytes) -> bytes:
-        header, data = _split_header(content)
-        metadata = header["__metadata__"]
-        assert isinstance(metadata, dict)
-        header["__metadata__"] = {key: _json_bytes(edit, canary)(draw, metadata[key].encode()).decode()}
-        text = json.dumps(header).encode()
-        return struct.pack("<Q", len(text)) + text + data
-
-    return change
-
-
-def _other_tensors(draw: Draw, content: bytes) -> bytes:
-    """Replace, add or leave out a tensor."""
-    header, _ = _split_header(content)
-    metadata = header["__metadata__"]
-    assert isinstance(metadata, dict)
-    tensors = safetensors.torch.load(content)
-    name = draw.choice(sorted(tensors))
-    like = tensors[name]
-    wide = like.double()
-    other = draw.choice(
-        (
-            *(torch.full_like(wide, value).to(like.dtype) for value in (-1.0, 0.0, 1e30)),
-            *(torch.full(like.shape, value) for value in (float("nan"), float("inf"))),
-            *(wide.to(dtype) for dtype in (torch.float64, torch.float16, torch.int8, torch.bool, torch.float8_e4m3fn)),
-            *(like[None], like.flatten()[:0], torch.ones(()), torch.zeros(3_000_000, dtype=like.dtype)),
-            *(torch.zeros(2, 2, 1_000_000), torch.zeros(0, 2**40), torch.full(like.shape, 2**62)),
-        )
-    )
-    changes = draw.choice(({name: other}, {name: other}, {"more": other}, {name.upper(): like}))
-    missing = draw.choice((None, None, None, name))
-    left = {name: tensor.clone() for name, tensor in {**tensors, **changes}.items() if name != missing}
-    return safetensors.torch.save(left, metadata)
-
-
-def _many_entries(draw: Draw, content: bytes) -> bytes:
-    """Return a file with so many tensors, all empty, that only a bound keeps its reading short."""
-    header, data = _split_header(content)
-    count = draw.choice((1000, 100_000, 1_000_000))
-    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    text = json.dumps({**{f"t{i}": entry for i in range(count)}, **header}).encode()
-    return struct.pack("<Q", len(text)) + text + data

@@ -9,7 +9,6 @@ more are refused, for what a module returns of its input leaves no trace in Dyna
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections import Counter
@@ -19,10 +18,11 @@ from dataclasses import dataclass, field
 from rich.progress import Progress
 
 from bench.cases import BenchError
+from bench.options import Options
 from bench.report import Row
+from bench.trust.programs.checking import Checker, Program, draw_programs
+from bench.trust.programs.shrinking import Check, minimise
 from l2c_compile.errors import CaptureError
-from tests.programs.checking import Checker, Program, draw_programs
-from tests.programs.shrinking import Check, minimise
 
 __all__ = ["run"]
 
@@ -83,12 +83,12 @@ class _Hunt:
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return how many programs were tried, refused and failed, and a row for each failure with what replays it."""
-    parser = argparse.ArgumentParser(prog="python -m bench fuzz")
+    parser = Options("fuzz")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", metavar="SEED[:NUMBER]")
     parser.add_argument("--dynamo", action="store_true")
-    options = parser.parse_args(list(args))
+    options = parser.read(args)
     hunt = _Hunt(options.dynamo)
     if options.replay is not None:
         seed, programs = _replayed(options.replay)

@@ -1,4 +1,7 @@
-"""Replay records of the authors' implementation through l2c_compile and print the relative errors."""
+"""Replay records of the authors' implementation through l2c_compile and print the relative errors.
+
+``FILE...``: the records. ``--device cpu``: where to compute; in float32, without TF32.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from bench.cases import BenchError
-from bench.report import Row
+from bench.options import Options
+from bench.report import Condition, Row
+from bench.workloads import relative_error, without_tf32
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolver, Guidance
 from l2c_compile.loops.noise_schedules import Spacing
@@ -23,14 +28,21 @@ __all__ = ["replay", "run"]
 
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
-    """Replay every file named in ``args``; one row for ``cached`` and one for ``full`` each."""
-    if not args:
+    """Replay every file; one row for ``cached`` and one for ``full`` each."""
+    parser = Options("golden")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    parser.add_device("cpu", "cuda")
+    options = parser.read(args)
+    if not options.files:
         raise BenchError("golden wants the files to replay: python -m bench golden FILE...")
-    task = progress.add_task("replay", total=2 * len(args))
+    task = progress.add_task("replay", total=2 * len(options.files))
     rows = []
-    for name in args:
-        for result, error in replay(Path(name)).items():
-            rows.append(Row("relative_error", error, "", {"file": Path(name).name, "result": result}))
+    for path in options.files:
+        with without_tf32():
+            errors = replay(path, options.device)
+        for result, error in errors.items():
+            where: dict[str, Condition] = {"file": path.name, "result": result}
+            rows.append(Row("relative_error", error, "", where, device=options.device))
             progress.advance(task)
     return rows
 
@@ -94,4 +106,4 @@ def _check_timesteps(name: str, ours: Sequence[float], theirs: Sequence[float]) 
 def _error(sampler: CompiledSampler, noise: Tensor, conditions: Mapping[str, Tensor], expected: Tensor) -> float:
     result = sampler(noise, **conditions)
     assert isinstance(result, Tensor)
-    return float((result.cpu() - expected).abs().max() / expected.abs().max())
+    return relative_error(result, expected)

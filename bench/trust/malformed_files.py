@@ -4,15 +4,14 @@ Options: ``--count N`` (default 5000), ``--seed N`` (default 0) and ``--first N`
 with ``--count 1`` that replays one. File number n of a seed is the same file in every run. Linux only.
 
 Kinds are what the package reads: schedules, routers, saved samplers, profiles, checkpoints of learning, and the files
-of other projects. ``file_mutations.py`` and ``finder_files.py`` break them, ``malformed_worker.py`` reads them in
-processes of their own. Allowed are an ``L2CError`` with a short printable message, or an ``OSError`` that names the
+of other projects. ``file_mutations.py`` and ``mutate/`` break them, ``malformed_worker.py`` reads them in processes of
+their own. Allowed are an ``L2CError`` with a short printable message, or an ``OSError`` that names the
 file where the file system is at fault, within a second of processor time and 256 MiB. A file that is read all the same
 says what it said before or, where no checksum covers the change, something that is valid.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import selectors
@@ -24,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.progress import Progress
 
 from bench.cases import BenchError
+from bench.options import Options
 from bench.report import ROOT, Condition, Row
 from bench.trust.malformed_worker import Outcome
 
@@ -39,11 +39,11 @@ _HANG_SECONDS = 120.0
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return how many files of each kind came to which outcome, the failures one by one, and the slowest file."""
-    parser = argparse.ArgumentParser(prog="python -m bench malformed-files")
+    parser = Options("malformed-files")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
-    options = parser.parse_args(list(args))
+    options = parser.read(args)
     if options.count < 1 or options.first < 0:
         raise BenchError(f"malformed-files wants a count of at least 1, got {options.count} from {options.first}")
     task = progress.add_task("malformed files", total=options.count)

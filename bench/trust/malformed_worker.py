@@ -25,16 +25,14 @@ from pathlib import Path
 
 import torch
 
-from bench.trust import file_mutations, finder_files
-from bench.trust.file_mutations import Malformed
+from bench.trust import finder_files
+from bench.trust.file_mutations import Malformed, malformed
+from bench.trust.mutate.valid import valid_files
 from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
 from l2c_compile.errors import L2CError
 from l2c_compile.schedules.router import Router
 
-__all__ = ["KINDS", "MAX_MESSAGE_CHARACTERS", "MEMORY_BYTES", "SECONDS", "Outcome"]
-
-KINDS = (*file_mutations.KINDS, *finder_files.KINDS)
-"""What the package reads."""
+__all__ = ["MAX_MESSAGE_CHARACTERS", "MEMORY_BYTES", "SECONDS", "Outcome"]
 
 SECONDS = 1.0
 """Processor time that a file may take."""
@@ -178,7 +176,7 @@ class _Reading:
         self.folder = folder / "files"
         self.canary = folder / "canary"
         (folder / "valid").mkdir()
-        self.valid = {**file_mutations.valid_files(folder / "valid"), **finder_files.valid_files(folder / "valid")}
+        self.valid = valid_files(folder / "valid")
         self.watch = _Watch()
         self.wanted: dict[str, object] = {}
         for kind, content in self.valid.items():
@@ -193,8 +191,6 @@ class _Reading:
     def outcome(self, index: int, seed: int) -> Outcome:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        is_finders = index % len(KINDS) >= len(file_mutations.KINDS)
-        malformed = finder_files.malformed if is_finders else file_mutations.malformed
         file = malformed(index, seed, self.valid, self.folder, self.canary)
         there = sorted(path.name for path in self.folder.iterdir())
         gc.collect()

@@ -18,11 +18,11 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from bench.cases import no_arguments
+from bench.options import Options
 from bench.report import Condition, Row
 from l2c_compile.analyses.memory_plan import MemoryPlan, plan_memory
 from l2c_compile.checking.proof import Proof, prove
-from l2c_compile.compile import build_loop_graph, trace_and_capture
+from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.graphs.skeleton import LoopSkeleton
@@ -169,8 +169,8 @@ def _subject(
             weight.normal_(std=0.3, generator=generator)
     model.eval()
     schedule = CacheSchedule.from_table(table).resolve([path for path, _ in model.named_modules()])
-    graph, _ = build_loop_graph(model, loop, schedule, noise, conditions, PIPELINES[pipeline])
     skeleton = trace_and_capture(model, loop, schedule, noise, conditions)
+    graph, _ = graph_of(skeleton, model, schedule, PIPELINES[pipeline])
     return Subject(name, pipeline, model, graph, skeleton, (noise, *conditions.values()))
 
 
@@ -699,7 +699,7 @@ MUTATIONS: tuple[tuple[Callable[[str], Subject], dict[str, Mutate]], ...] = (
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return a row a mutation, 1 where the proof catches it, and the shares that the proof and numbers alone catch."""
-    no_arguments(args)
+    Options("mutations").read(args)
     rows: list[Row] = []
     task = progress.add_task("mutations", total=len(PIPELINES) * sum(len(each) for _, each in MUTATIONS))
     for pipeline in PIPELINES:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from bench.cases import BenchError
+from bench.options import Options
 from bench.report import Row
 from bench.workloads import routers_folder
 from l2c_compile.schedules.importers import import_l2c_dit, import_smoothcache, load_schedule_file
@@ -27,11 +28,11 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return the removed share of every router in percent, and the number of entries in which the copy agrees.
 
     Raises:
-        BenchError: If there is more than one argument, or a file is missing.
+        BenchError: if there is more than one argument, or a file is missing.
     """
-    if len(args) > 1:
-        raise BenchError(f"removed-shares wants at most one folder, got {' '.join(args)}")
-    folder = Path(args[0]) if args else routers_folder()
+    parser = Options("removed-shares")
+    parser.add_argument("folder", type=Path, nargs="?", default=routers_folder())
+    folder = parser.read(args).folder
     for name in (*_ROUTERS, _COPY):
         if not (folder / name).is_file():
             raise BenchError(f"removed-shares wants {name} in {folder}; name the folder of the published files")

@@ -9,7 +9,6 @@ of ``installed``, with what pip said. A CUDA build of torch fetches gigabytes, s
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from bench.options import Options
 from bench.report import ROOT, Condition, Row
 
 __all__ = ["OLDEST", "PINNED", "Counts", "Environment", "counts_in", "run"]
@@ -89,13 +89,13 @@ class Environment:
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return for each torch whether it could be installed, and how many tests passed, failed and were skipped."""
-    parser = argparse.ArgumentParser(prog="python -m bench version-matrix")
+    parser = Options("version-matrix")
     parser.add_argument("--torch", nargs="+", default=[OLDEST, PINNED])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--any-build", action="store_true")
     parser.add_argument("--index")
     parser.add_argument("--keep", type=Path)
-    options = parser.parse_args(list(args))
+    options = parser.read(args)
     files = list(_QUICK) if options.quick else []
     task = progress.add_task("version matrix", total=2 * len(options.torch))
     rows: list[Row] = []

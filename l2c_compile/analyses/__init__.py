@@ -1,1 +1,1 @@
-"""What can be read off a graph; nothing here edits one."""
+"""What can be learned from a graph by reading it; nothing here edits one."""

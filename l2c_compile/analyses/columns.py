@@ -18,16 +18,17 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Piece:
-    """What one user takes of a projection: columns low..high, after inserting dimensions in front of the last."""
+    """The part of a projection that one of its users takes: columns ``low`` to ``high``, ``high`` excluded."""
 
     node: Node
     low: int
     high: int
     unsqueezed: tuple[int, ...]
+    """The dimensions that were inserted, in front of the last, before the part was taken."""
 
 
 def pieces_of(node: Node) -> list[Piece] | None:
-    """Return what the users of a projection take of its last dimension, by column; None if any takes all of it."""
+    """Return which columns of its last dimension the users of a projection take; None if any takes all of them."""
     pieces = _pieces(node, ())
     return None if pieces is None else sorted(pieces, key=lambda piece: (piece.low, piece.high, piece.unsqueezed))
 
@@ -52,7 +53,7 @@ def _pieces(node: Node, unsqueezed: tuple[int, ...]) -> list[Piece] | None:
 
 
 def _ranges(user: Node, value: Tensor) -> Iterator[tuple[Node, int, int]] | None:
-    """Return what ``user`` takes of the last dimension: (node, low, high) for each part; None if it does not cut it."""
+    """Return the parts (node, low, high) that ``user`` takes of the last dimension; None if it does not cut it."""
     width, last = value.shape[-1], value.ndim - 1
     if user.target is aten.slice.Tensor and _dim(user, 1) % value.ndim == last:
         bounds = cast("Sequence[int | None]", user.args[2:])

@@ -1,25 +1,32 @@
-"""What the nodes of a graph cost: multiply-adds and bytes, counted without running it, and times, measured by form."""
+"""What the nodes of a graph cost: multiply-adds and bytes, which are counted, and times, which are measured by form."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.node import Node
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from l2c_compile.graphs.forms import form_of
+from l2c_compile.graphs.loop_graph import EvaluationPrice
+from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.graphs.nodes import infer, num_bytes
+from l2c_compile.graphs.skeleton import LoopSkeleton
 
-__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved"]
+__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved", "prices_of"]
 
 
 class MultiplyAdds:
     """Counts the multiply-adds of matrix products, convolutions and attention; elementwise work counts as none.
 
-    Uses torch's own formulas on fake tensors and asks once for each form of operation.
+    It uses torch's own formulas on fake tensors and asks once for each form of operation.
     """
 
     def __init__(self) -> None:
@@ -31,7 +38,7 @@ class MultiplyAdds:
             return 0
         if node.target.namespace != "aten" or not _may_multiply(node.target):
             return 0
-        key = (node.target, _form((node.args, node.kwargs)))
+        key = (node.target, _work_key((node.args, node.kwargs)))
         if key not in self._known:
             self._known[key] = _count(node)
         return self._known[key]
@@ -48,12 +55,25 @@ def bytes_moved(node: Node) -> int:
     return num_bytes(node) + sum(map(num_bytes, node.all_input_nodes))
 
 
+def prices_of(skeleton: LoopSkeleton) -> tuple[EvaluationPrice, ...]:
+    """Return the price of each evaluation of a loop that computes everything."""
+    count = MultiplyAdds()
+    prices: dict[int, EvaluationPrice] = {}
+    for evaluation in skeleton.evaluations():
+        sizes: Counter[str] = Counter()
+        for mark in site_marks(evaluation.graph):
+            if mark.port != INPUT_PORT:
+                sizes[mark.site] += num_bytes(mark.node)
+        prices[id(evaluation)] = EvaluationPrice(count.total(evaluation.graph.nodes), dict(sizes))
+    return tuple(prices[id(call.graph)] for call in skeleton.calls)
+
+
 class NodeTimes:
-    """Measures how long each form of operation takes in eager mode: once on tensors of that form, with random values.
+    """Measures how long each form of operation takes in eager mode, on tensors of that form with random values.
 
     Args:
-        device: where to measure; not the meta device.
-        rounds: how often each form is measured; the least disturbed round counts.
+        device: the device to measure on; not the meta device.
+        rounds: how often each form is measured; the fastest round counts.
     """
 
     def __init__(self, device: torch.device, rounds: int = 3) -> None:
@@ -77,10 +97,10 @@ class NodeTimes:
                     self._known_s[key] = min(self._time(node), self._known_s.get(key, float("inf")))
 
     def of(self, node: Node) -> float:
-        """Return the time of one node in seconds; what is no operation takes none.
+        """Return the time of one node in seconds; it is 0 for a node that is no operation.
 
         Raises:
-            KeyError: its form was not measured.
+            KeyError: if its form was not measured.
         """
         return self._known_s[_timing_key(node)] if node.op == "call_function" else 0.0
 
@@ -113,7 +133,7 @@ class NodeTimes:
             return type(value)(map(self._real, value))
         if not isinstance(value, Tensor):
             return value
-        # Zeros are indices into anything.
+        # Zeros are valid indices into anything.
         real = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device).zero_()
         return real.normal_(generator=self._generator) if real.is_floating_point() else real
 
@@ -123,29 +143,27 @@ _ROUND_S = 1e-3
 
 def _timing_key(node: Node) -> object:
     # Numbers among the arguments change from evaluation to evaluation: where a slice starts, what x is scaled by.
-    return node.target, tuple(_form(a, strides=True) for a in node.all_input_nodes), _form(node, strides=True)
+    return node.target, tuple(form_of(a.meta.get("val")) for a in node.all_input_nodes), form_of(node.meta.get("val"))
 
 
-def _form(argument: object, *, strides: bool = False) -> object:
+def _work_key(argument: object) -> object:
     if isinstance(argument, Node):
-        return _form_of_value(argument.meta.get("val"), strides)
+        return _sizes(argument.meta.get("val"))
     if isinstance(argument, (tuple, list)):
-        return tuple(_form(element, strides=strides) for element in argument)
+        return tuple(map(_work_key, argument))
     if isinstance(argument, dict):
-        return tuple((name, _form(value, strides=strides)) for name, value in argument.items())
+        return tuple((name, _work_key(value)) for name, value in argument.items())
     return repr(argument)
 
 
-def _form_of_value(value: object, strides: bool) -> object:
+def _sizes(value: object) -> object:
     if isinstance(value, (tuple, list)):
-        return tuple(_form_of_value(element, strides) for element in value)
-    if not isinstance(value, Tensor):
-        return type(value)
-    return tuple(value.shape), value.dtype, value.stride() if strides else ()
+        return tuple(map(_sizes, value))
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
 
 
 def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:
-    """Tell whether torch has a formula for an operator, or takes it apart into others that may have one."""
+    """Return whether torch has a formula for an operator, or takes it apart into others that may have one."""
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(
         target.name(),  # type: ignore[no-untyped-call]
         "CompositeImplicitAutograd",
@@ -154,6 +172,38 @@ def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:
 
 
 def _count(node: Node) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with _FlopCount() as count:
         infer(node.target, node.args, node.kwargs)
-    return int(counter.get_total_flops()) // 2
+    return int(count.total // 2)
+
+
+class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up torch's formulas over what runs in this thread.
+
+    Torch's ``FlopCounterMode`` hooks every module of the process meanwhile, those that other threads run included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[Any, Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the operator returns
+        given = dict(kwargs or {})
+        # What torch asks of a tensor itself; no work.
+        if func.namespace == "prim":
+            return func(*args, **given)
+        with self:
+            parts = func.decompose(*args, **given)
+        if parts is not NotImplemented:
+            return parts
+        result = func(*args, **given)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **given, out_val=result))
+        return result

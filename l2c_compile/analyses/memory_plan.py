@@ -1,8 +1,8 @@
-"""How long each cached value is needed, and how many bytes that is: what a schedule says, and what a graph does.
+"""How long each cached value is needed, and how many bytes it takes: as a schedule says, and as a graph does it.
 
-``cache_liveness`` prices a schedule: every site that is read later lives from its source to its last reader.
-``plan_memory`` prices a loop graph, where sites may have been merged, moved or copied since. It looks at storage, not
-at nodes: a view keeps the whole tensor alive that it is a view of.
+``cache_liveness`` counts the bytes of a schedule: every site that is read later lives from its source to its last
+reader. ``plan_memory`` counts those of a loop graph, where sites may have been merged, moved or copied since. It looks
+at storage, not at nodes: a view keeps the whole tensor alive that it is a view of.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.analyses.storages import Storages, cache_work
+from l2c_compile.analyses.kept import cache_work
+from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.loop_graph import LoopGraph
-from l2c_compile.graphs.marks import INPUT_PORT, site_marks
-from l2c_compile.graphs.nodes import evaluation_of, num_bytes
+from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
@@ -27,7 +27,6 @@ __all__ = [
     "CacheLiveness",
     "KeptValue",
     "MemoryPlan",
-    "aten",
     "cache_liveness",
     "keep_everything_bytes",
     "plan_memory",
@@ -39,27 +38,27 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class CacheLiveness:
-    """Bytes of cached values during each evaluation: made before or in it, read in or after it."""
+    """The bytes of cached values during each evaluation: values made before or in it, and read in or after it."""
 
     bytes_per_evaluation: tuple[int, ...]
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is alive at once."""
+        """The most bytes that are alive at once."""
         return max(self.bytes_per_evaluation, default=0)
 
     @property
     def mean_bytes(self) -> float:
-        """The mean over evaluations."""
+        """The mean number of bytes over the evaluations."""
         return sum(self.bytes_per_evaluation) / max(1, len(self.bytes_per_evaluation))
 
 
 def cache_liveness(schedule: CacheSchedule, site_bytes: Mapping[tuple[int, Site], int]) -> CacheLiveness:
-    """Return the cache bytes alive during each evaluation: a value lives from its source to its last reader.
+    """Return the cache bytes that are alive during each evaluation: a value lives from its source to its last reader.
 
     Args:
-        schedule: resolved.
-        site_bytes: size in bytes of each site's value, by (evaluation, site).
+        schedule: the schedule, its patterns resolved.
+        site_bytes: the size in bytes of each site's value, by (evaluation, site).
     """
     last_reader: dict[tuple[int, Site], int] = {}
     for evaluation, site in schedule.reuses:
@@ -81,20 +80,11 @@ def cache_liveness(schedule: CacheSchedule, site_bytes: Mapping[tuple[int, Site]
 def site_bytes(graph: LoopGraph) -> dict[tuple[int, Site], int]:
     """Return the size in bytes of every site's value, by (evaluation, site), whether it is computed there or not."""
     by_name = {str(site): site for site in graph.schedule.sites}
-    bytes_of_form: dict[int, dict[Site, int]] = {}
-    for form in graph.forms:
-        if id(form) not in bytes_of_form:
-            sizes: dict[Site, int] = {}
-            for mark in site_marks(form.graph):
-                if mark.port != INPUT_PORT:
-                    site = by_name[mark.site]
-                    sizes[site] = sizes.get(site, 0) + num_bytes(mark.node)
-            bytes_of_form[id(form)] = sizes
-    return {(e, site): size for e, form in enumerate(graph.forms) for site, size in bytes_of_form[id(form)].items()}
+    return {(e, by_name[name]): size for e, price in enumerate(graph.prices) for name, size in price.site_bytes.items()}
 
 
 def keep_everything_bytes(graph: LoopGraph) -> int:
-    """Return what a cache takes that holds every site of the last evaluation of each branch, read later or not."""
+    """Return the bytes of a cache that holds every site of the last evaluation of each branch, read later or not."""
     sizes = site_bytes(graph)
     first_of_branch = range(min(graph.schedule.branches, graph.num_evaluations))
     return sum(sizes.get((e, site), 0) for e in first_of_branch for site in graph.schedule.sites)
@@ -102,21 +92,22 @@ def keep_everything_bytes(graph: LoopGraph) -> int:
 
 @dataclass(frozen=True)
 class KeptValue:
-    """A tensor in memory for the sake of a later evaluation."""
+    """A tensor that stays in memory because a later evaluation reads it."""
 
     name: str
-    """The node that makes it."""
+    """The name of the node that makes it."""
     made_in: int
     """The evaluation that makes it."""
     last_read_in: int
-    """The last evaluation that reads it; the one that makes it if it only waits there to be summed up."""
+    """The last evaluation that reads it; the one that makes it if it is only kept there until it is summed up."""
     num_bytes: int
     begin: int
-    """Position, in the order of the graph, of the node that makes it, or of the last other use of what only waits."""
+    """Position in the graph of the node that makes it; for a value kept only until it is summed up, of its last other
+    use."""
     end: int
-    """Position of the last node that reads it."""
+    """Position in the graph of the last node that reads it."""
     slot: int
-    """The buffer it can live in; values that are alive together have different ones."""
+    """The number of the buffer that it can live in; values that are alive together have different ones."""
 
 
 @dataclass(frozen=True)
@@ -124,22 +115,18 @@ class MemoryPlan:
     """Every value that a loop graph keeps from one evaluation for a later one, and the buffers they fit into."""
 
     kept: tuple[KeptValue, ...]
-    """In the order of ``begin``."""
+    """The kept values, in the order of ``begin``."""
     cache: CacheLiveness
-    """The most that is alive during each evaluation."""
+    """The most bytes that are alive during each evaluation."""
     slot_bytes: tuple[int, ...]
     """The size in bytes of each buffer. A buffer holds values of one size only, so that none is ever moved."""
-
-    @property
-    def buffer_bytes(self) -> int:
-        """What the buffers take together: equal to the peak where all values are of one size."""
-        return sum(self.slot_bytes)
 
 
 def plan_memory(graph: LoopGraph) -> MemoryPlan:
     """Find what a loop graph keeps from one evaluation for a later one, when it is freed, and a buffer for each value.
 
-    Not counted: the loop's own history, conditions and all that is made of weights, timesteps and conditions alone.
+    The loop's own history, the conditions, and all that is made of weights, timesteps and conditions alone are not
+    counted.
     """
     nodes = list(graph.graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
@@ -185,7 +172,8 @@ def plan_memory(graph: LoopGraph) -> MemoryPlan:
 def _color(intervals: list[tuple[int, int, int]]) -> tuple[list[int], tuple[int, ...]]:
     """Give each interval (begin, end, size in bytes) a slot of its size that no overlapping interval has.
 
-    Taken by their beginning, the first free color is optimal for an interval graph; its edges are never built.
+    If the intervals are taken in the order of their beginnings, the first free slot is optimal: it colors an interval
+    graph, whose edges are never built.
     """
     free: dict[int, list[int]] = defaultdict(list)
     busy: list[tuple[int, int]] = []

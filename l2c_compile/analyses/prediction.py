@@ -20,24 +20,24 @@ NO_GAIN = 0.98
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is left of a loop when its schedule is followed. Print it."""
+    """What a loop still costs when its schedule is followed; ``print`` shows it as a table."""
 
     multiply_adds: int
-    """Of the cached loop."""
+    """Multiply-adds of the cached loop."""
     multiply_adds_kept: float
-    """Multiply-adds over those of the loop without caching."""
+    """Multiply-adds of the cached loop over those of the loop without caching."""
     bytes_moved: int
-    """Read and written by the operations of the cached loop, one by one."""
+    """Bytes that the operations of the cached loop read and write, one by one."""
     bytes_moved_kept: float | None
-    """Bytes moved over those of the loop without caching; None if that loop was not given."""
+    """Bytes moved by the cached loop over those of the loop without caching; None if that loop was not given."""
     cache_bytes: int
-    """The most that is kept for later evaluations at once."""
+    """The most bytes that are kept for later evaluations at once."""
     seconds: float | None
     """Time of the cached loop: the sum over its operations, each measured alone in eager mode; None if not measured."""
     time_ratio: float | None
     """Time of the cached loop over that of the loop without caching; None if not measured."""
     warning: str | None
-    """Why no gain is to be expected; None if one is."""
+    """The reason why no gain is to be expected; None if one is."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title="predicted", title_justify="left", show_header=False)
@@ -59,12 +59,12 @@ class Prediction:
 
 
 def predict(cached: LoopGraph, uncached: LoopGraph | None = None, times: NodeTimes | None = None) -> Prediction:
-    """Price a loop graph after the passes.
+    """Return what a loop graph costs after the passes.
 
     Args:
-        cached: the loop under its schedule.
-        uncached: the same loop under a schedule that reuses nothing; needed for ratios of bytes and time.
-        times: measures; None where there is nothing to measure on.
+        cached: the graph of the loop under its schedule.
+        uncached: the graph of the same loop under a schedule that reuses nothing; needed for ratios of bytes and time.
+        times: what measures the operations; None where there is no device to measure on.
     """
     summary = summarize(cached)
     moved = sum(map(bytes_moved, cached.graph.nodes))

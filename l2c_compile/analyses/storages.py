@@ -9,27 +9,15 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-from l2c_compile.graphs.nodes import evaluation_of, num_bytes, packet_of
+from l2c_compile.graphs.nodes import num_bytes, packet_of
 
-__all__ = ["Storages", "cache_work"]
+__all__ = ["Storages"]
 
 aten = torch.ops.aten
 
 
-def cache_work(nodes: Iterable[Node]) -> set[Node]:
-    """Return the nodes of an evaluation that work for later evaluations only, as the sum of two kept values."""
-    found: set[Node] = set()
-    for node in reversed(list(nodes)):
-        evaluation = evaluation_of(node)
-        if evaluation is None or not node.users:
-            continue
-        if all(user in found or (evaluation_of(user) or 0) > evaluation for user in node.users):
-            found.add(node)
-    return found
-
-
 class Storages:
-    """Which nodes share memory. Asks torch, once for each form of view."""
+    """Finds which nodes share memory; it asks torch once for each form of view."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self._base: dict[Node, Node] = {}
@@ -43,17 +31,17 @@ class Storages:
         return self._base[node]
 
     def knows(self, node: Node) -> bool:
-        """Tell whether the node was there when the storages were found."""
+        """Return whether the node was there when the storages were found."""
         return node in self._base
 
     def num_bytes(self, node: Node) -> int:
-        """Return the size in bytes of the memory that ``node`` is in."""
+        """Return the size in bytes of the memory that ``node`` lies in."""
         base = self._base[node]
         value = base.meta.get("val")
         return int(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else num_bytes(base)
 
     def _viewed(self, node: Node) -> Node | None:
-        """Return the argument that ``node`` is a view of, None if it has memory of its own."""
+        """Return the argument that ``node`` is a view of; None if it has memory of its own."""
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
             return None
         source = node.args[0]
@@ -75,7 +63,7 @@ class Storages:
 
 
 def _shares_memory(node: Node, value: Tensor) -> bool:
-    """Tell whether the result is a view: ``reshape`` and ``contiguous`` return one or a copy, as strides permit."""
+    """Return whether the result is a view: ``reshape`` and ``contiguous`` return one or a copy, as strides permit."""
     source = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     rest, kwargs = torch.fx.node.map_arg((node.args[1:], dict(node.kwargs)), _on_meta)
     result = node.target(source, *rest, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})  # type: ignore[operator]

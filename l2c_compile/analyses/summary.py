@@ -26,41 +26,41 @@ __all__ = ["EvaluationSummary", "Summary", "in_bytes", "in_units", "summarize"]
 
 @dataclass(frozen=True)
 class EvaluationSummary:
-    """One row of a summary."""
+    """One row of a summary: what one evaluation computes, reads and keeps."""
 
     evaluation: int
     num_computed: int
-    """Sites that run."""
+    """Number of sites that are computed."""
     num_read: int
-    """Sites read from the cache."""
+    """Number of sites that are read from the cache."""
     sources: tuple[int, ...]
-    """The evaluations they are read from, newest first."""
+    """The evaluations that these sites are read from, newest first."""
     multiply_adds: int
-    """What is left to do here."""
+    """Multiply-adds that are left in this evaluation."""
     multiply_adds_uncached: int
-    """What the denoiser does in one full evaluation of this form."""
+    """Multiply-adds of one full evaluation of this form."""
     cache_bytes: int
-    """The most that the graph keeps for later evaluations during this one."""
+    """The most bytes that the graph keeps for later evaluations during this one."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a static graph computes, reads and keeps. Print it."""
+    """What a static graph computes, reads and keeps; ``print`` shows it as a table."""
 
     rows: tuple[EvaluationSummary, ...]
     num_sites: int
     shared_multiply_adds: int
-    """Work outside the evaluations: the loop's own, and what several evaluations share."""
+    """Multiply-adds outside the evaluations: the loop's own, and what several evaluations share."""
     cache: CacheLiveness
-    """What the graph keeps."""
+    """The bytes that the graph keeps."""
     cache_of_schedule: CacheLiveness
-    """What it would take to keep every site that is read, from its source to its last reader."""
+    """The bytes that it would take to keep every site that is read, from its source to its last reader."""
     keep_everything_bytes: int
-    """What it would take to keep every site of the last evaluation all the time, as caches in hooks do."""
+    """The bytes that it would take to keep every site of the last evaluation all the time, as caches in hooks do."""
     num_packed: int
-    """Values that are kept packed."""
+    """Number of kept values that are packed."""
     num_unpacked: int
-    """Values that are kept as they are."""
+    """Number of kept values that are kept as they are."""
 
     @property
     def multiply_adds(self) -> int:
@@ -75,7 +75,7 @@ class Summary:
 
     @property
     def computed_share(self) -> float:
-        """Share of (evaluation, site) that is computed."""
+        """The share of all (evaluation, site) that is computed."""
         cells = len(self.rows) * self.num_sites
         return sum(row.num_computed for row in self.rows) / cells if cells else 1.0
 
@@ -116,7 +116,7 @@ class Summary:
 
 
 def summarize(graph: LoopGraph) -> Summary:
-    """Price a loop graph after the passes."""
+    """Return what a loop graph computes, reads and keeps after the passes."""
     count = MultiplyAdds()
     left = [0] * graph.num_evaluations
     shared = 0
@@ -126,7 +126,7 @@ def summarize(graph: LoopGraph) -> Summary:
             shared += count.of(node)
         else:
             left[evaluation] += count.of(node)
-    full = [count.total(graph.forms[e].graph.nodes) for e in range(graph.num_evaluations)]
+    full = [price.multiply_adds for price in graph.prices]
     plan = plan_memory(graph)
     cache = plan.cache
     rows = []

@@ -1,1 +1,1 @@
-"""From a loop graph to a callable."""
+"""Make a callable of a loop graph."""

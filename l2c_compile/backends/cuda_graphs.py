@@ -33,37 +33,38 @@ __all__ = ["CudaRecorder", "RecordedLoop", "Recorder", "check_capturable"]
 Run = Callable[..., Sequence[object]]
 
 _NUM_WARM_UPS = 2
-"""Runs before the recording: the first compiles and loads kernels, in the second allocators and libraries settle."""
+"""The number of runs before the recording: the first compiles and loads kernels, the second lets allocators and
+libraries settle."""
 
 
 class Recorder(Protocol):
-    """What runs functions on a device and records what they launch."""
+    """An object that runs functions on a device and records what they launch."""
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Run apart from the current stream, leaving random states as they are."""
+        """Run a function on another stream than the current one, and leave random states as they were."""
 
     def record(self, run: Callable[[], Sequence[object]]) -> tuple[Callable[[], None], Sequence[object]]:
-        """Return what launches the same again, and the results, whose memory it writes each time."""
+        """Return a function that launches the same again, and the results, whose memory it overwrites each time."""
 
     def drain(self) -> None:
-        """Wait until the device has nothing left to do, so that a recording may be dropped."""
+        """Wait until the device is idle, so that a recording may be dropped."""
 
     def wait_for_last(self) -> None:
-        """Let the current stream wait for the call before, on whichever stream that was."""
+        """Let the current stream wait for the end of the last call, on whichever stream that was."""
 
     def mark_end(self) -> None:
-        """Note that all of a call is on the current stream."""
+        """Note that all work of a call is on the current stream by now."""
 
 
 class CudaRecorder:
-    """Records on one CUDA device."""
+    """Records what functions launch on one CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._end: torch.cuda.Event | None = None
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Run twice on a stream of its own: a capture must not see lazy initialisation."""
+        """Run the function twice on a separate stream, because a capture must not see lazy initialisation."""
         stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(self.device), torch.random.fork_rng(devices=[self.device.index or 0]):
             stream.wait_stream(torch.cuda.current_stream())
@@ -76,11 +77,11 @@ class CudaRecorder:
         """Record one run as a ``torch.cuda.CUDAGraph``.
 
         Raises:
-            BackendError: something in it cannot be recorded.
+            BackendError: if something in the run cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: what another thread allocates meanwhile is no mistake of this capture.
+            # With thread_local, an allocation in another thread is no mistake of this capture.
             with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = run()
         except torch.OutOfMemoryError:
@@ -97,7 +98,7 @@ class CudaRecorder:
         torch.cuda.synchronize(self.device)
 
     def wait_for_last(self) -> None:
-        """Make the current stream wait for the event of the last call."""
+        """Let the current stream wait for the event of the last call."""
         if self._end is not None:
             torch.cuda.current_stream(self.device).wait_event(self._end)
 
@@ -109,17 +110,17 @@ class CudaRecorder:
 
 
 class RecordedLoop:
-    """A loop that is recorded in its first call, and again when a weight is somewhere else.
+    """A loop that is recorded in its first call, and again when the memory of a weight has moved.
 
     Threads take turns: there is one set of memory for inputs and results.
     """
 
     def __init__(self, run: Run, graph: LoopGraph, recorder: Recorder) -> None:
         self.run = run
-        """What is recorded."""
+        """The function that is recorded."""
         self.num_recordings = 0
         self._recorder = recorder
-        self._read = [_Attribute(graph, node) for node in graph.graph.find_nodes(op="get_attr")]
+        self._read = [_TensorAddress(graph, node) for node in graph.graph.find_nodes(op="get_attr")]
         self._lock = threading.Lock()
         self._replay: Callable[[], None] | None = None
         self._inputs: list[Tensor] = []
@@ -127,7 +128,7 @@ class RecordedLoop:
         self._addresses: list[int] = []
 
     def __call__(self, *inputs: Tensor) -> Sequence[object]:
-        """Return what ``run`` would; tensors of the caller's own."""
+        """Return what ``run`` would return, in tensors that no later call overwrites."""
         with self._lock:
             self._recorder.wait_for_last()
             addresses = [attribute.address() for attribute in self._read]
@@ -144,10 +145,10 @@ class RecordedLoop:
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         if self._replay is not None:
-            # Dropped before anything new: two recordings need not fit into memory together.
+            # The old recording is dropped first, because two recordings need not fit into memory together.
             self._recorder.drain()
             self._replay, self._results = None, ()
-        # Normal tensors, also where the first call is under inference_mode: later ones may not be.
+        # The tensors are normal ones also if this call is under inference_mode, because later ones may not be.
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [torch.empty_like(given).copy_(given) for given in inputs]
             self._recorder.warm_up(lambda: self.run(*self._inputs))
@@ -155,8 +156,8 @@ class RecordedLoop:
         self.num_recordings += 1
 
 
-class _Attribute:
-    """A weight or constant that the graph reads, wherever it is at the time."""
+class _TensorAddress:
+    """The current address of a weight or constant that the graph reads."""
 
     def __init__(self, graph: LoopGraph, node: Node) -> None:
         owner, _, self._name = str(node.target).rpartition(".")
@@ -171,7 +172,7 @@ def check_capturable(graph: LoopGraph) -> torch.device:
     """Return the one CUDA device that everything of a loop is on.
 
     Raises:
-        BackendError: something is elsewhere.
+        BackendError: if something is on another device.
     """
     results = {node for node in output_list(graph.graph) if isinstance(node, Node)}
     device: torch.device | None = None

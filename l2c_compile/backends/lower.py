@@ -1,4 +1,4 @@
-"""Hand the static graph to whatever runs it.
+"""Hand the static graph to the backend that runs it.
 
 ``eager``     the graph's own code, operation by operation.
 ``inductor``  the loop region by region: each distinct region (``OutlineRegions``) is compiled once, without Dynamo, and
@@ -12,55 +12,51 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from l2c_compile.backends.choice import EAGER, INDUCTOR, REDUCE_OVERHEAD, Backend
 from l2c_compile.backends.cuda_graphs import CudaRecorder, RecordedLoop, check_capturable
+from l2c_compile.backends.options import EAGER, INDUCTOR, REDUCE_OVERHEAD, Options
 from l2c_compile.backends.regions import compile_regions
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.base import Pipeline
-from l2c_compile.progress import Progress
+from l2c_compile.progress import Progress, silent
 
 __all__ = ["lower_to_backend"]
 
 
 def lower_to_backend(
-    graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline, mode: str | None = None
+    graph: LoopGraph, options: Options, progress: Progress = silent
 ) -> Callable[..., Sequence[object]]:
-    """Return a callable that computes what ``graph`` computes, through ``backend``.
+    """Return a callable that computes what ``graph`` computes, through the backend of the options.
 
     Args:
         graph: the finished loop graph; it is not changed.
-        backend: what runs it.
-        progress: told which region is compiled.
-        kernels: see ``kernels_for``.
-        mode: "reduce-overhead" runs what the backend made as one CUDA graph; None as it is.
+        options: the backend, its kernels, and whether the result runs as one CUDA graph.
+        progress: a function that is told which region is compiled.
 
     Raises:
-        BackendError: a CUDA graph is asked for, and something of the loop is not on one CUDA device; or torch cannot
+        BackendError: if a CUDA graph is asked for and not all of the loop is on one CUDA device, or if torch cannot
             write to its cache folder.
     """
-    if mode == REDUCE_OVERHEAD:
+    if options.mode == REDUCE_OVERHEAD:
         device = check_capturable(graph)
-        return RecordedLoop(_lower(graph, backend, progress, kernels), graph, CudaRecorder(device))
-    return _lower(graph, backend, progress, kernels)
+        return RecordedLoop(_lower(graph, options, progress), graph, CudaRecorder(device))
+    return _lower(graph, options, progress)
 
 
-def _lower(
-    graph: LoopGraph, backend: Backend, progress: Progress, kernels: Pipeline
-) -> Callable[..., Sequence[object]]:
-    if backend == EAGER:
-        return (_with_kernels(graph, kernels) if kernels.passes else graph).module()
-    if backend == INDUCTOR:
+def _lower(graph: LoopGraph, options: Options, progress: Progress) -> Callable[..., Sequence[object]]:
+    if options.backend == EAGER:
+        return (_with_kernels(graph, options.kernels) if options.kernels.passes else graph).module()
+    if options.backend == INDUCTOR:
         with cache_folder_named():
-            return compile_regions(_with_kernels(graph, kernels), progress)
+            return compile_regions(_with_kernels(graph, options.kernels), progress)
     compiled: Callable[..., Sequence[object]] = torch.compile(
-        graph.module_to_trace(), backend=backend, fullgraph=True, dynamic=False
+        graph.module_to_trace(), backend=options.backend, fullgraph=True, dynamic=False
     )
     return compiled
 
 
 def _with_kernels(graph: LoopGraph, kernels: Pipeline) -> LoopGraph:
-    """Return a copy: what is shown, saved and proven is the graph without the kernels of one machine."""
+    """Return a copy with kernels; what is shown, saved and proven stays the graph without those of one machine."""
     copy = graph.copy()
     kernels.run(copy)
     return copy

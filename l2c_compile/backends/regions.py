@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from l2c_compile.backends.cuda_graphs import RecordedLoop
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.pipeline import REGIONS
 from l2c_compile.progress import Progress
@@ -20,7 +20,7 @@ __all__ = ["compile_regions", "num_regions"]
 
 
 def compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
-    """Compile each distinct region of a graph of one's own with Inductor; return the loop that calls them."""
+    """Compile each distinct region with Inductor and return the loop that calls them; ``graph`` is changed."""
     REGIONS.run(graph)
     bodies = {name: body for name, body in graph.root.named_children() if isinstance(body, fx.GraphModule)}
     with _kernels_compiled_together(_runs_on_cpu(graph)):
@@ -43,7 +43,7 @@ def _runs_on_cpu(graph: LoopGraph) -> bool:
 
 @contextmanager
 def _kernels_compiled_together(enabled: bool) -> Iterator[None]:
-    """Wait for Inductor's C++ kernels once for all regions, not after each: the compiler then never idles.
+    """Wait for Inductor's C++ kernels once for all regions, not after each, so that the compiler never idles.
 
     Inductor starts a kernel's compilation in the background and waits for it when the region's code is loaded; nothing
     needs the kernel before the first call. Only this thread's waits are put off. On other devices Inductor may run
@@ -52,7 +52,7 @@ def _kernels_compiled_together(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    # Imported here: not everyone who imports the package waits for Inductor.
+    # This is imported here, because not everyone who imports the package waits for Inductor.
     from torch._inductor.async_compile import AsyncCompile
 
     waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
@@ -80,12 +80,12 @@ def num_regions(run: object) -> int:
 
 
 class _CompiledRegion(nn.Module):
-    """A region, compiled for the shapes and strides that it was outlined with."""
+    """A region that is compiled for the shapes and strides that it was outlined with."""
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
-        specs = [TensorSpec.of(node.meta["val"]) for node in body.graph.find_nodes(op="placeholder")]
-        # Zeros, not uninitialised memory: Inductor may run a kernel to choose its configuration, and indices must fit.
+        specs = [TensorForm.of(node.meta["val"]) for node in body.graph.find_nodes(op="placeholder")]
+        # Memory is set to zero, because Inductor may run a kernel to choose its configuration, and indices must fit.
         example_inputs: list[Any] = [spec.empty().zero_() for spec in specs]
         with torch.no_grad():
             self.compiled = torch._inductor.compile(body, example_inputs)

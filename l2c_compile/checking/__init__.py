@@ -1,1 +1,1 @@
-"""Is it right? The reference, the proof and the comparison; they know no frontend, no pass and no backend."""
+"""Check that a result is right: the reference, the proof and the comparison. They know no frontend, pass or backend."""

@@ -1,4 +1,4 @@
-"""Compare a compiled loop with the reference, and find where they part."""
+"""Compare a compiled loop with the reference, and find where they first differ."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["Difference", "VerifyReport", "compare_with_reference", "finite", "la
 
 @dataclass(frozen=True)
 class Difference:
-    """A site whose value is not the reference's."""
+    """A site whose value differs from the reference's."""
 
     evaluation: int
     site: str
     port: int
     max_error: float
-    """max |compiled - reference|"""
+    """The largest |compiled - reference|."""
     relative_error: float
-    """max |compiled - reference| / max |reference|"""
+    """The largest |compiled - reference| over the largest |reference|."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the difference in JSON types; an error that is not finite is None."""
@@ -45,24 +45,24 @@ class Difference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Whether a static graph is right, and how far its results are from the reference's. Print it."""
+    """Whether a static graph is right, and how far its results are from the reference's; ``print`` shows it."""
 
     max_error: float
-    """max |compiled - reference|"""
+    """The largest |compiled - reference|."""
     relative_error: float
-    """max |compiled - reference| / max |reference|"""
+    """The largest |compiled - reference| over the largest |reference|."""
     num_compared_sites: int
-    """Computed site values that were compared one by one; 0 if the results agree bit for bit."""
+    """Number of computed site values that were compared one by one; 0 if the results agree bit for bit."""
     differences: tuple[Difference, ...]
-    """Of the site values of the static graph run in eager mode, those that are not equal bit for bit, in order."""
+    """The site values, in order, that differ in some bit when the static graph runs in eager mode."""
     proof: Proof
-    """That the graph computes what loop, denoiser and schedule say, whatever the input."""
+    """The proof that the graph computes what loop, denoiser and schedule say, whatever the input."""
     wants_bitwise: bool
-    """Whether no pass changes a bit and the graph runs eagerly, so that nothing but equal bits will do."""
+    """Whether no pass changes a bit and the graph runs eagerly, so that the results have to be equal bit for bit."""
 
     @property
     def first_difference(self) -> Difference | None:
-        """Where compiled and reference part."""
+        """The first site that differs from the reference; None if none does."""
         return self.differences[0] if self.differences else None
 
     @property
@@ -74,8 +74,8 @@ class VerifyReport:
     def holds(self) -> bool:
         """Whether the structure is proven and the numbers are right.
 
-        That is, equal bit for bit where ``wants_bitwise``; otherwise finite: how far rounding may take them depends on
-        model and dtype, so ``relative_error`` is for the caller to judge.
+        Right numbers are equal bit for bit where ``wants_bitwise``, and otherwise finite: how far rounding may take
+        them depends on model and dtype, so ``relative_error`` is for the caller to judge.
         """
         return self.proof.holds and (self.bitwise if self.wants_bitwise else math.isfinite(self.max_error))
 
@@ -131,23 +131,23 @@ def compare_with_reference(
     *,
     wants_bitwise: bool,
 ) -> VerifyReport:
-    """Run ``run`` and the reference from the same random state; on a difference, compare site by site.
+    """Run ``run`` and the reference from the same random state; if they differ, compare site by site.
 
     Args:
-        denoiser: as compiled.
-        loop: as compiled.
-        schedule: resolved.
-        module: the static graph, its nodes marked with the sites they hold (``DropSiteMarks``).
-        run: what is judged: the static graph through its backend.
-        noise: as given to the sampler.
-        conditions: as given to the sampler.
-        proof: of the static graph; it goes into the report.
+        denoiser: the denoiser that was compiled.
+        loop: the loop that was compiled.
+        schedule: the schedule, its patterns resolved.
+        module: the static graph, its nodes marked with the sites that they hold (``DropSiteMarks``).
+        run: the function that is judged: the static graph through its backend.
+        noise: the noise that the sampler is given.
+        conditions: the conditions that the sampler is given.
+        proof: the proof of the static graph, which goes into the report.
         wants_bitwise: whether passes and backend change no bit.
     """
     inputs = [leaf for leaf in tree_flatten((noise, dict(conditions)))[0] if isinstance(leaf, Tensor)]
 
     def reference(record: Recorder | None = None) -> object:
-        # A loop may write into what it is given.
+        # A loop may write into its inputs.
         own_noise, own_conditions = tree_map(_clone, (noise, dict(conditions)))
         return run_reference(denoiser, loop, schedule, own_noise, own_conditions, record=record)
 
@@ -167,7 +167,7 @@ def compare_with_reference(
 
         with _same_random_numbers(inputs):
             reference(record)
-        watcher = _Watcher(module, values)
+        watcher = _ComparingInterpreter(module, values)
         with _same_random_numbers(inputs):
             watcher.run(*inputs)
     return VerifyReport(
@@ -175,8 +175,8 @@ def compare_with_reference(
     )
 
 
-class _Watcher(fx.Interpreter):
-    """Runs the static graph and compares the sites on its way."""
+class _ComparingInterpreter(fx.Interpreter):
+    """Runs the static graph and compares each site that it computes with the reference's."""
 
     def __init__(self, module: fx.GraphModule, expected: Mapping[tuple[int, str, int], Tensor]) -> None:
         super().__init__(module)
@@ -208,12 +208,12 @@ def _same_random_numbers(inputs: list[Tensor]) -> AbstractContextManager[None]:
 
 
 def finite(number: float) -> float | None:
-    """Return a number that JSON can hold, None for one that is infinite or no number."""
+    """Return the number as JSON can hold it: None if it is infinite or NaN."""
     return number if math.isfinite(number) else None
 
 
 def largest_errors(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
-    """Return the largest absolute error, and that over the largest magnitude; infinite if either is not finite."""
+    """Return the largest absolute error, and its ratio to the largest magnitude; infinite if either is not finite."""
     worst = scale = 0.0
     for a, b in zip(got, wanted, strict=True):
         if torch.equal(a, b) or a.numel() == 0:

@@ -15,7 +15,7 @@ from l2c_compile.checking.expected import ExpectedValues, port_suffix
 from l2c_compile.checking.finding import Finding, finding_at
 from l2c_compile.checking.found import FoundValues
 from l2c_compile.checking.values import Value, ValueTable, needed_for
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers
 
@@ -24,11 +24,11 @@ __all__ = ["Comparison"]
 aten = torch.ops.aten
 
 _ROUNDING_WORK = frozenset({aten.cat.default, aten.linear.default, aten.slice.Tensor, aten.unsqueeze.default, "sum"})
-"""What passes that round make besides what the loop does: it is needed if it is read completely."""
+"""Operations that rounding passes add to those of the loop; such an operation is needed if it is read completely."""
 
 
 class Comparison:
-    """Compares what the graph computes with what it should."""
+    """Compares what the graph computes with what it should compute."""
 
     def __init__(
         self, graph: LoopGraph, expected: ExpectedValues, read: FoundValues, table: ValueTable, dead_allowed: bool
@@ -61,7 +61,7 @@ class Comparison:
                 yield Finding("values", f"result {number} is {a}, the loop returns {b}")
 
     def _first_deviation(self, number: int) -> Finding:
-        """Say which node is the first whose value the loop does not have, and what is wrong with it."""
+        """Return the finding at the first node whose value the loop does not have, with what is wrong with it."""
         for node, value in self.read.made:
             passing = value.target in _ROUNDING_WORK and not self.table.exact
             if value in self.expected.met or isinstance(value.form, tuple) or passing:
@@ -171,11 +171,11 @@ def _is_free(node: Node) -> bool:
 
 
 def _unread(node: Node, value: Value) -> str | None:
-    """Return which part of a batched or pruned projection nobody reads, None if all is read or it is neither."""
+    """Return which part of a batched or pruned projection nobody reads; None if all is read, or for another node."""
     x, weight, _ = value.arguments
     assert isinstance(x, Value)
     assert isinstance(weight, Value)
-    assert isinstance(value.form, Form)
+    assert isinstance(value.form, TensorForm)
     rank = len(value.form.shape)
     for dim, is_made, what in (
         (0, x.target is aten.cat.default, "rows"),

@@ -1,4 +1,4 @@
-"""What a loop means under a schedule: the expression of every site value and of the result."""
+"""What a loop should compute under a schedule: the expression of every site value and of the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx.node import Node
 
 from l2c_compile.checking.operators import on_values
 from l2c_compile.checking.values import Leaves, Value, ValueTable, needed_for
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.marks import INPUT_PORT, SITE, SiteMark
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list, root_tensor
 from l2c_compile.graphs.skeleton import LoopSkeleton
@@ -23,10 +23,9 @@ __all__ = ["ExpectedValues", "SiteValueKey", "port_suffix"]
 
 aten = torch.ops.aten
 
-# What the loop means.
 
 SiteValueKey = tuple[int, str, int]
-"""Evaluation, site, port."""
+"""The evaluation, site and port of a value."""
 
 
 class ExpectedValues:
@@ -38,7 +37,7 @@ class ExpectedValues:
         self.schedule = schedule
         self.sites: dict[str, Site] = {str(site): site for site in schedule.sites}
         self.held: dict[SiteValueKey, Value] = {}
-        """What a site holds after an evaluation: computed or read."""
+        """The value that a site holds after an evaluation, computed or read."""
         self.computed: dict[SiteValueKey, Value] = {}
         self.reads: dict[SiteValueKey, Value] = {}
         self.names: dict[Value, str] = {}
@@ -53,9 +52,10 @@ class ExpectedValues:
         table = self.table
         values: dict[Node, Value] = {}
         for number, node in enumerate(skeleton.input_nodes()):
-            values[node] = table.leaf("input", number, Form.of(node.meta["val"]))
-        for node, tensor in zip(skeleton.constant_nodes(), skeleton.constants.values(), strict=True):
-            values[node] = self.leaves.of(tensor)
+            values[node] = table.leaf("input", number, TensorForm.of(node.meta["val"]))
+        for node, (name, tensor) in zip(skeleton.constant_nodes(), skeleton.constants.items(), strict=True):
+            # A weight may have been assigned anew since the loop was traced.
+            values[node] = self.leaves.of(self.leaves.weights.get(name.removeprefix("denoiser."), tensor))
         made_by = {node: e for e, nodes in enumerate(skeleton.output_nodes()) for node in nodes}
         arguments, outputs = skeleton.argument_nodes(), skeleton.output_nodes()
         num_done = 0

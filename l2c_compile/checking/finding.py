@@ -1,4 +1,4 @@
-"""A finding of the proof: something that a graph does and should not, or the other way round."""
+"""The finding: what the proof reports where a graph is wrong."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Finding", "finding_at"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a graph does and should not, or the other way round."""
+    """Something that a graph does and should not do, or that it should do and does not."""
 
     check: str
-    """Which part of the proof fails: form, values, sites, work, draws, constants, notes or memory."""
+    """The part of the proof that fails: form, values, sites, work, draws, constants, notes or memory."""
     message: str
     node: str | None = None
-    """The name of the first node where it shows."""
+    """The name of the first node where the fault shows."""
     evaluation: int | None = None
     """The evaluation that the node belongs to."""
     site: str | None = None

@@ -13,13 +13,11 @@ from torch.fx.node import Node
 
 from l2c_compile.checking.operators import on_values
 from l2c_compile.checking.values import Leaves, Value, ValueTable, values_in
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, module_path, output_list, root_tensor
 
 __all__ = ["FoundValues"]
-
-# What the graph computes.
 
 
 class FoundValues:
@@ -30,9 +28,9 @@ class FoundValues:
         self.leaves = leaves
         self.root = graph.root
         self.values: dict[Node, Any] = {}
-        """A value; a tuple of them for the call of a region."""
+        """The value of each node; a tuple of values for the call of a region."""
         self.made: list[tuple[Node, Value]] = []
-        """Every operation in order, those inside regions included and those that only pass on an argument left out."""
+        """Every operation in order, those inside regions included, without those that only return an argument."""
         self.draws: list[Value] = []
         self.folded: dict[str, Value] = {}
         for each in graph.folded:
@@ -42,7 +40,7 @@ class FoundValues:
             self.folded.update(zip(each.names, (made[output] for output in outputs), strict=True))  # type: ignore[index]
         self.made.clear()
         inputs = [
-            table.leaf("input", number, Form.of(node.meta["val"]))
+            table.leaf("input", number, TensorForm.of(node.meta["val"]))
             for number, node in enumerate(graph.graph.find_nodes(op="placeholder"))
         ]
         self.values = self._interpret(graph.graph, inputs)
@@ -82,7 +80,7 @@ class FoundValues:
             self.draws.append(self.table.draw(len(self.draws), cast(OpOverload, node.target), args, kwargs))
             return self.draws[-1]
         value = self.table.call(node.target, args, kwargs)
-        # A mark, a held value, a copy: what only passes its argument on computes nothing.
+        # A node that only passes its argument on, such as a mark, a held value or a copy, computes nothing.
         if not any(operand is value for operand in values_in(args)):
             self.made.append((node, value))
         return value

@@ -18,17 +18,15 @@ from l2c_compile.checking.operators import Inference, Inferred, bind, flattened,
 from l2c_compile.checking.values import content_of
 from l2c_compile.errors import VerificationError
 from l2c_compile.graphs.facts import Fact, check
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, root_tensor
 
 __all__ = ["NodeForms", "constant_findings", "form_findings", "memory_findings"]
 
-# Where they part.
-
 
 def form_findings(graph: LoopGraph, nodes: Sequence[Node], facts: Collection[Fact]) -> Iterator[Finding]:
-    """Yield what keeps the graph from being a program at all."""
+    """Yield what keeps the graph from being a well-formed program."""
     inside = set(nodes)
     operands = nx.DiGraph()
     operands.add_nodes_from(nodes)
@@ -54,7 +52,7 @@ def form_findings(graph: LoopGraph, nodes: Sequence[Node], facts: Collection[Fac
 
 
 def constant_findings(graph: LoopGraph) -> Iterator[Finding]:
-    """Yield the folded constants that are not what their recipe gives."""
+    """Yield the folded constants whose values are not what their recipe gives."""
     for folded in graph.folded:
         with torch.no_grad():
             values = fx.Interpreter(graph.root, graph=folded.recipe).run()
@@ -66,7 +64,7 @@ def constant_findings(graph: LoopGraph) -> Iterator[Finding]:
 
 
 class NodeForms:
-    """Forms, memory and evaluations of the nodes of a flat loop graph, derived from its inputs."""
+    """Derives forms, memory and evaluations of the nodes of a flat loop graph from its inputs."""
 
     def __init__(self, graph: LoopGraph) -> None:
         self.graph = graph
@@ -74,20 +72,20 @@ class NodeForms:
         self.is_flat = not any(node.target is torch.ops.higher_order.invoke_subgraph for node in self.nodes)
         self.forms: dict[Node, Any] = {}
         self.base: dict[Node, Node] = {}
-        """The node that allocated the memory."""
+        """For each node, the node that allocated its memory."""
         self.early: set[Node] = set()
-        """What depends on no noise and no random draw."""
+        """The nodes that depend on no noise and no random draw."""
         self._inference = Inference()
         num_inputs = 0
         for node in self.nodes if self.is_flat else ():
             operands = node.all_input_nodes
             if node.op == "placeholder":
-                self.forms[node], self.base[node] = Form.of(node.meta["val"]), node
+                self.forms[node], self.base[node] = TensorForm.of(node.meta["val"]), node
                 if num_inputs >= graph.num_noise:
                     self.early.add(node)
                 num_inputs += 1
             elif node.op == "get_attr":
-                self.forms[node], self.base[node] = Form.of(root_tensor(graph.root, node)), node
+                self.forms[node], self.base[node] = TensorForm.of(root_tensor(graph.root, node)), node
                 self.early.add(node)
             elif node.op == "call_function":
                 inferred = self._infer(node)
@@ -105,7 +103,7 @@ class NodeForms:
         inferred = self._inference.of(target, bind(target, args, kwargs))
         if inferred.shares is None:
             return inferred
-        # By position among the tensors of the call; all_input_nodes has each node once.
+        # Operands are counted by position among the tensors of the call; all_input_nodes has each node only once.
         operands = list(flattened(bind(target, *on_values(node, {n: n for n in node.all_input_nodes}))))
         return Inferred(inferred.forms, node.all_input_nodes.index(operands[inferred.shares]))
 
@@ -126,14 +124,14 @@ class NodeForms:
                 return
 
 
-def _noted(value: object) -> Form | None:
-    return Form.of(value) if isinstance(value, Tensor) else None
+def _noted(value: object) -> TensorForm | None:
+    return TensorForm.of(value) if isinstance(value, Tensor) else None
 
 
 def _agree(noted: object, derived: object) -> bool:
     if isinstance(noted, tuple) and isinstance(derived, tuple):
         return len(noted) == len(derived) and all(map(_agree, noted, derived))
-    if not isinstance(noted, Form) or not isinstance(derived, Form):
+    if not isinstance(noted, TensorForm) or not isinstance(derived, TensorForm):
         return noted is None and derived is None
     strides = zip(noted.shape, noted.stride, derived.stride, strict=True) if noted.shape == derived.shape else ()
     equal = (noted.shape, noted.dtype, noted.device) == (derived.shape, derived.dtype, derived.device)
@@ -182,10 +180,10 @@ def memory_findings(nodes: NodeForms, plan: MemoryPlan) -> Iterator[Finding]:
 
 
 def _bytes(form: object) -> int:
-    """Return the size in bytes of the memory that forms span, 0 for none."""
+    """Return the size in bytes of the memory that forms span; 0 where there is no form."""
     if isinstance(form, tuple):
         return sum(map(_bytes, form))
-    if not isinstance(form, Form) or 0 in form.shape:
+    if not isinstance(form, TensorForm) or 0 in form.shape:
         return 0
     extent = 1 + sum((size - 1) * stride for size, stride in zip(form.shape, form.stride, strict=True))
     return extent * form.dtype.itemsize

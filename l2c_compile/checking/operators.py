@@ -1,6 +1,6 @@
-"""What an operation returns, derived from the forms of its operands: the notes of a graph are not asked.
+"""What an operation returns, derived from the forms of its operands; the notes on the graph are not read.
 
-Asks torch, on fake tensors, once for each operation and form.
+Torch is asked, on fake tensors, once for each operation and form.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument, Node
 
 from l2c_compile.errors import VerificationError
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 
 __all__ = ["Inference", "Inferred", "bind", "flattened", "hashable", "name_of", "on_values", "replace_tensors"]
 
 
 def on_values(node: Node, values: Mapping[Node, Any]) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments of a node, with values in place of its operands."""
-    # Not fx's map_arg: it makes immutable lists, and wants nodes back.
+    # fx's map_arg would make immutable lists, and wants nodes back.
     args = tuple(_mapped(argument, values) for argument in node.args)
     return args, {name: _mapped(argument, values) for name, argument in node.kwargs.items()}
 
@@ -49,26 +49,26 @@ def flattened(arguments: Iterable[object]) -> Iterator[Node]:
 
 @dataclass(frozen=True)
 class Inferred:
-    """What an operation returns."""
+    """The form and the memory of what an operation returns."""
 
-    forms: Form | tuple[Form | None, ...] | None
-    """Of one tensor, of several, or None for anything else."""
+    forms: TensorForm | tuple[TensorForm | None, ...] | None
+    """The form of one tensor, the forms of several, or None if the result is anything else."""
     shares: int | None
-    """Which of its tensor operands the result shares memory with, by position; None: it has memory of its own."""
+    """Position of the tensor operand that the result shares memory with; None if it has memory of its own."""
 
 
 class Inference:
-    """Derives forms; each question is asked once."""
+    """Derives the forms of results, and asks torch each question only once."""
 
     def __init__(self) -> None:
         self._known: dict[object, Inferred] = {}
         self._mode = FakeTensorMode()
 
     def of(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
-        """Return what ``target`` gives for arguments in the order of its schema, with a ``Form`` for each tensor.
+        """Return what ``target`` returns for arguments in the order of its schema, a ``TensorForm`` for each tensor.
 
         Raises:
-            VerificationError: torch refuses these arguments.
+            VerificationError: if torch refuses these arguments.
         """
         key = target, hashable(bound)
         if key not in self._known:
@@ -78,32 +78,32 @@ class Inference:
     def _ask(self, target: OpOverload, bound: Sequence[object]) -> Inferred:
         tensors: list[Tensor] = []
 
-        def fake(form: Form) -> Tensor:
+        def fake(form: TensorForm) -> Tensor:
             tensors.append(form.empty())
             return tensors[-1]
 
         schema = target._schema.arguments
         with self._mode, torch.no_grad():
-            given = [replace_tensors(argument, Form, fake) for argument in bound]
+            given = [replace_tensors(argument, TensorForm, fake) for argument in bound]
             args = [value for value, argument in zip(given, schema, strict=True) if not argument.kwarg_only]
             kwargs = {a.name: value for value, a in zip(given, schema, strict=True) if a.kwarg_only}
             try:
                 with _without_log():
                     result = target(*args, **kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-                shown = ", ".join(str(argument) for argument in bound if isinstance(argument, Form))
+                shown = ", ".join(str(argument) for argument in bound if isinstance(argument, TensorForm))
                 raise VerificationError(f"{name_of(target)} does not take ({shown}): {error}") from error
         results = result if isinstance(result, (tuple, list)) else (result,)
         storages = [tensor.untyped_storage()._cdata for tensor in tensors]
         made = next((r.untyped_storage()._cdata for r in results if isinstance(r, Tensor)), None)
-        forms = tuple(Form.of(r) if isinstance(r, Tensor) else None for r in results)
+        forms = tuple(TensorForm.of(r) if isinstance(r, Tensor) else None for r in results)
         shares = storages.index(made) if made in storages else None
         return Inferred(forms if isinstance(result, (tuple, list)) else forms[0], shares)
 
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """Keep torch from logging a traceback of what is raised here."""
+    """Keep torch from logging a traceback of an error that is raised inside."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -116,7 +116,7 @@ def bind(target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object
     """Return the arguments of a call in the order of the schema, defaults included, lists as tuples.
 
     Raises:
-        VerificationError: an argument is missing or unknown.
+        VerificationError: if an argument is missing or unknown.
     """
     schema = target._schema.arguments
     given = dict(zip((argument.name for argument in schema), args, strict=False))

@@ -57,28 +57,28 @@ __all__ = ["FINISHED", "Proof", "aten", "examine", "prove"]
 aten = torch.ops.aten
 
 FINISHED = frozenset({Fact.READS_LOWERED, Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
-"""What holds after a whole pipeline."""
+"""The facts that hold after a whole pipeline."""
 
 _CHECKS = ("form", "values", "sites", "work", "draws", "constants", "notes", "memory")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The outcome of ``prove``. Print it."""
+    """The outcome of ``prove``; ``print`` shows it."""
 
     findings: tuple[Finding, ...]
     exact: bool
-    """Whether equal means bit for bit in eager mode; otherwise, the same formula rounded elsewhere."""
+    """Whether equal means bit for bit in eager mode; otherwise it means the same formula, rounded elsewhere."""
     num_evaluations: int
     num_nodes: int
     num_computed_sites: int
-    """Site values (evaluation, site, port) that are computed and needed: each is one expression of the graph."""
+    """Number of site values (evaluation, site, port) that are computed and needed, each one expression of the graph."""
     num_reads: int
-    """Site values that are read from the cache and needed: each is what the rule makes of the right sources."""
+    """Number of site values that are read and needed, each of them what the rule makes of the right sources."""
     num_kept: int
-    """Values in the memory plan."""
+    """Number of values in the memory plan."""
     not_covered: tuple[str, ...] = ()
-    """Passes that run behind what is proven: nothing is said of the kernels and packed caches that they put in."""
+    """Passes that run after the proof; it says nothing of the kernels and packed caches that they insert."""
 
     @property
     def holds(self) -> bool:
@@ -124,15 +124,15 @@ def prove(
 ) -> Proof:
     """Show that ``graph`` computes what ``skeleton`` says under the graph's schedule, or find where it does not.
 
-    Takes time linear in evaluations x sites. Nothing is run but the recipes of folded constants.
+    This takes time linear in evaluations x sites. Nothing is run but the recipes of folded constants.
 
     Args:
-        graph: after the passes.
+        graph: the loop graph after the passes.
         skeleton: the same loop as ``trace_loop`` returns it, with captured evaluations, before any pass.
         denoiser: the module that both were made from.
-        exact: whether equal means bit for bit, otherwise up to rounding.
-        facts: what the passes promise of the graph.
-        plan: of the memory; None takes what ``plan_memory`` says.
+        exact: whether equal means bit for bit; otherwise it means up to rounding.
+        facts: the facts that the passes promise of the graph.
+        plan: the memory plan; None takes what ``plan_memory`` finds.
     """
     nodes = list(graph.graph.nodes)
     findings = list(form_findings(graph, nodes, facts))
@@ -167,7 +167,7 @@ def prove(
 
 
 def examine(graph: LoopGraph, facts: Collection[Fact] = FINISHED) -> tuple[Finding, ...]:
-    """Return what is wrong with a graph whatever it should compute: its form, notes, constants and memory plan."""
+    """Return what is wrong with a graph by itself, whatever it should compute: form, notes, constants, memory plan."""
     findings = list(form_findings(graph, list(graph.graph.nodes), facts))
     if not findings:
         forms = NodeForms(graph)

@@ -1,6 +1,6 @@
-"""The oracle: run the loop eagerly and apply the schedule by wrapping the forward of each site's module.
+"""The reference: the loop runs eagerly, and the schedule is applied by wrapping the forward of each site's module.
 
-Short, obvious and slow, and shares nothing with the compiler but the vocabulary (sites, schedule, rules). Every
+It is short, obvious and slow, and shares nothing with the compiler but the vocabulary (sites, schedule, rules). Every
 compiled sampler is judged against it.
 """
 
@@ -23,7 +23,7 @@ from l2c_compile.schedules.sites import Site
 __all__ = ["Recorder", "run_reference"]
 
 Recorder = Callable[[int, Site, int, Tensor], None]
-"""Told (evaluation, site, port, value) for every computed value of a site."""
+"""A function that is told (evaluation, site, port, value) for every computed value of a site."""
 
 
 @torch.no_grad()
@@ -38,32 +38,34 @@ def run_reference(
 ) -> object:
     """Return what ``loop(denoiser, noise, **conditions)`` gives when ``schedule`` decides what is computed.
 
-    A reused module does not run. Where a run of modules is reused, its modules run and the result is replaced.
+    A reused module does not run. Where a run of modules is reused, its modules run and their result is replaced.
 
     Args:
-        denoiser: restored when this returns or raises.
-        loop: the sampler.
-        schedule: patterns in it are resolved to the modules of ``denoiser``.
-        noise: first argument of the loop.
-        conditions: keyword arguments of the loop.
-        record: told every computed value, for finding where two runs part.
+        denoiser: the denoiser; its modules are restored when this function returns or raises.
+        loop: the sampler, called as ``loop(denoiser, noise, **conditions)``.
+        schedule: the schedule; patterns in it are resolved to the modules of ``denoiser``.
+        noise: the first argument of the loop.
+        conditions: the keyword arguments of the loop.
+        record: a function that is told every computed value, to find where two runs begin to differ.
 
     Raises:
-        UnknownSiteError: a pattern fits no module.
-        ScheduleError: the loop does not perform as many evaluations as the schedule has.
+        UnknownSiteError: if a pattern fits no module.
+        ScheduleError: if the loop does not perform as many evaluations as the schedule has.
     """
     schedule = schedule.resolve([path for path, _ in denoiser.named_modules()])
-    state = _State(denoiser, schedule, record)
-    with state.installed():
+    run = _ReferenceRun(denoiser, schedule, record)
+    with run.installed():
         result = loop(denoiser, noise, **conditions)
-    if state.evaluation + 1 != schedule.num_evaluations:
+    if run.evaluation + 1 != schedule.num_evaluations:
         raise ScheduleError(
-            f"the schedule is for {schedule.num_evaluations} evaluations, the loop performed {state.evaluation + 1}"
+            f"the schedule is for {schedule.num_evaluations} evaluations, the loop performed {run.evaluation + 1}"
         )
     return result
 
 
-class _State:
+class _ReferenceRun:
+    """One run of the loop under a schedule: what it has computed so far, and the wrapped modules."""
+
     def __init__(self, denoiser: nn.Module, schedule: CacheSchedule, record: Recorder | None) -> None:
         self.denoiser = denoiser
         self.schedule = schedule
@@ -109,7 +111,7 @@ class _State:
     def _wrap(self, path: str, original: Callable[..., object]) -> Callable[..., object]:
         begins = [site for site in self.schedule.sites if site.path == path]
         ends = [site for site in self.schedule.sites if (site.last or site.path) == path]
-        # What a run holds at its end is what its last module returns, reused or not.
+        # A run holds at its end what its last module returns, reused or not.
         ends.sort(key=lambda site: site.num_modules)
 
         def forward(*args: object, **kwargs: object) -> object:
@@ -163,8 +165,8 @@ def _copy(value: object) -> object:
 
 
 def _copy_of(tensor: Tensor) -> Tensor:
-    # Whoever gets the original may write into it. clone() would close the gaps of a view, and torch may round
-    # differently where elements lie side by side. What an expanded dimension repeats is copied once.
+    # A caller who gets the original may write into it. clone() would close the gaps of a view, and torch may round
+    # differently where elements lie side by side. The elements that an expanded dimension repeats are copied once.
     once = tensor
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:

@@ -1,4 +1,4 @@
-"""Value numbering: programs as expressions, in a form in which equal values are one object.
+"""Value numbering: programs as expressions, in a normal form in which equal values are one object.
 
 Programs are interpreted on ``Value`` instead of tensors, in one ``ValueTable``. An expression that was met before is
 the same object again (hash consing), so two results are equal iff they are identical, and whole graphs are compared in
@@ -40,7 +40,7 @@ from torch._ops import OpOverload
 
 from l2c_compile.checking.operators import Inference, bind, hashable, name_of, replace_tensors
 from l2c_compile.errors import VerificationError
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.marks import CACHE_READ, SITE
 from l2c_compile.schedules.rules import Reading, Rule, rule_from_dict
 
@@ -48,22 +48,25 @@ __all__ = ["Leaves", "Place", "Value", "ValueTable", "content_of", "needed_for",
 
 
 class Leaves:
-    """Values of tensors that a program refers to: weights by identity, other constants by content."""
+    """Makes the values of tensors that a program refers to: weights by identity, other constants by content."""
 
     def __init__(self, table: ValueTable, denoiser: nn.Module) -> None:
         self._table = table
-        self._weights: dict[int, str] = {}
+        self.weights: dict[str, Tensor] = {}
+        """Parameters and buffers of the denoiser by their paths, tied ones by each of them."""
+        self._paths: dict[int, str] = {}
         self._constants: dict[int, tuple[Tensor, Value]] = {}
         for named in (denoiser.named_parameters, denoiser.named_buffers):
             for path, tensor in named(remove_duplicate=False):
-                self._weights.setdefault(id(tensor), path)
+                self.weights[path] = tensor
+                self._paths.setdefault(id(tensor), path)
 
     def of(self, tensor: Tensor) -> Value:
         """Return the value of a tensor that a program refers to."""
-        if id(tensor) in self._weights:
-            return self._table.leaf("weight", self._weights[id(tensor)], Form.of(tensor))
+        if id(tensor) in self._paths:
+            return self._table.leaf("weight", self._paths[id(tensor)], TensorForm.of(tensor))
         if id(tensor) not in self._constants:
-            value = self._table.leaf("constant", content_of(tensor), Form.of(tensor))
+            value = self._table.leaf("constant", content_of(tensor), TensorForm.of(tensor))
             # The tensor is kept so that no other can get its id.
             self._constants[id(tensor)] = tensor, value
         return self._constants[id(tensor)][1]
@@ -87,7 +90,7 @@ def values_in(arguments: Iterable[object]) -> Iterator[Value]:
 
 
 def needed_for(results: Iterable[object]) -> set[Value]:
-    """Return everything that the results are made from, themselves included."""
+    """Return every value that the results are made from, themselves included."""
     found: set[Value] = set()
     stack = [value for value in results if isinstance(value, Value)]
     while stack:
@@ -101,25 +104,25 @@ def needed_for(results: Iterable[object]) -> set[Value]:
 aten = torch.ops.aten
 
 Place = tuple[int | None, str]
-"""Evaluation (None: the loop's own) and module path."""
+"""The evaluation (None outside of all evaluations) and the module path."""
 
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """An expression. Two of one table are equal iff they are the same object."""
+    """An expression. Two expressions of one table are equal iff they are the same object."""
 
     target: object
-    """The operation; of a leaf, the word for its kind."""
+    """The operation; for a leaf, the word for its kind."""
     arguments: tuple[object, ...]
-    """In the order of the schema; Values among them, also inside tuples."""
-    form: Form | tuple[Form | None, ...] | None
+    """The arguments in the order of the schema; there are Values among them, also inside tuples."""
+    form: TensorForm | tuple[TensorForm | None, ...] | None
     tag: int
-    """A random number of 128 bits; of a sum, the sum of those of its terms."""
+    """A random number of 128 bits; for a sum, the sum of the tags of its terms."""
     place: Place
-    """Where it was first met."""
+    """The place where the expression was first met."""
 
     def operands(self) -> list[Value]:
-        """Return the values that it is made from."""
+        """Return the values that the expression is made from."""
         found: list[Value] = []
         for argument in self.arguments:
             if isinstance(argument, Value):
@@ -146,20 +149,20 @@ _VIEWS = frozenset(
 )
 _RESHAPES = frozenset({aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten})
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
-# Each element is rounded correctly by itself, so it is the same whichever loop computes it.
+# These round each element correctly by itself, so it is the same whichever loop over the elements computes it.
 _CORRECTLY_ROUNDED = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default})
-# Their result depends on where an operand lies in memory, not only on its elements.
+# The result of these depends on where an operand lies in memory, not only on its elements.
 _SEES_MEMORY = frozenset({aten.as_strided, aten.view_as_real, aten.view_as_complex})
 
 
 class ValueTable:
-    """Makes values, each once."""
+    """Makes values, and each of them only once."""
 
     def __init__(self, *, exact: bool) -> None:
         self.exact = exact
-        """Whether equal means bit for bit; otherwise, up to rounding."""
+        """Whether equal means bit for bit; otherwise it means up to rounding."""
         self.place: Place = (None, "")
-        """Noted on values that are new."""
+        """The place that is noted on values that are new."""
         self.times_made: Counter[Value] = Counter()
         """How often each operation was asked for."""
         self._known: dict[object, Value] = {}
@@ -167,12 +170,12 @@ class ValueTable:
         self._inference = Inference()
         self._random = random.Random(0)
 
-    def leaf(self, kind: str, identity: object, form: Form) -> Value:
-        """Return an input, a weight or a constant: equal where kind and identity are."""
+    def leaf(self, kind: str, identity: object, form: TensorForm) -> Value:
+        """Return the value of an input, a weight or a constant; two are equal where kind and identity are."""
         return self._intern(kind, (identity,), self._normal(form))
 
     def draw(self, number: int, target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> Value:
-        """Return a random draw, the ``number``-th of a program: no other draw is equal to it."""
+        """Return the ``number``-th random draw of a program; no other draw is equal to it."""
         bound = bind(target, args, kwargs)
         return self._intern("draw", (number, target, *bound), self._infer(target, bound))
 
@@ -180,7 +183,7 @@ class ValueTable:
         """Return the value of an operation in normal form.
 
         Raises:
-            VerificationError: the operation does not take these operands.
+            VerificationError: if the operation does not take these operands.
         """
         if target is operator.getitem:
             return self._item(*args)  # type: ignore[arg-type]
@@ -201,17 +204,17 @@ class ValueTable:
         return value
 
     def apply_rule(self, rule: Rule, history: Iterable[Value], inputs: Iterable[Value], current: Value | None) -> Value:
-        """Return what a rule makes of values: its own ``combine`` is run on them."""
+        """Return what a rule makes of values, by running its own ``combine`` on them."""
         reading: Reading[Any] = Reading(
-            history=tuple(_Symbol(self, value) for value in history),
-            inputs=tuple(_Symbol(self, value) for value in inputs),
-            current_input=None if current is None else _Symbol(self, current),
+            history=tuple(_SymbolicOperand(self, value) for value in history),
+            inputs=tuple(_SymbolicOperand(self, value) for value in inputs),
+            current_input=None if current is None else _SymbolicOperand(self, current),
         )
-        result: _Symbol = rule.combine(reading)
+        result: _SymbolicOperand = rule.combine(reading)
         return result.value
 
     def without_copies(self, value: Value) -> Value:
-        """Return the value of which this is a copy in another memory layout, or the value itself."""
+        """Return the value that this one copies into another memory layout, or the value itself if it is no copy."""
         while self._is_copy(value.target, value.form, value.operands()[0] if value.operands() else None):
             value = value.operands()[0]
         return value
@@ -232,12 +235,12 @@ class ValueTable:
             raise VerificationError(f"{name_of(target)} depends on memory layout, which is not followed up to rounding")
         if (
             packet in _RESHAPES
-            and isinstance(form, Form)
+            and isinstance(form, TensorForm)
             and isinstance(bound[0], Value)
             and _same_dtype(bound[0], form)
         ):
             return self._intern(aten.reshape.default, (bound[0], form.shape), form)
-        if target is aten.add.Tensor and isinstance(bound[1], Value) and bound[2] == 1 and isinstance(form, Form):
+        if target is aten.add.Tensor and isinstance(bound[1], Value) and bound[2] == 1 and isinstance(form, TensorForm):
             return self._sum(cast(Value, bound[0]), bound[1], form)
         return self._intern(target, bound, form)
 
@@ -252,7 +255,11 @@ class ValueTable:
     def _is_copy(self, target: object, form: object, source: Value | None) -> bool:
         if not isinstance(target, OpOverload) or target.overloadpacket not in _COPIES or source is None:
             return False
-        return isinstance(form, Form) and isinstance(source.form, Form) and _elements(form) == _elements(source.form)
+        return (
+            isinstance(form, TensorForm)
+            and isinstance(source.form, TensorForm)
+            and _elements(form) == _elements(source.form)
+        )
 
     def _item(self, source: Value, index: int) -> Value:
         if not isinstance(source.form, tuple) or not -len(source.form) <= index < len(source.form):
@@ -267,8 +274,8 @@ class ValueTable:
         return self._slice(whole, dim, ([0, *ends])[index], ends[index])
 
     def _slice(self, source: Value, dim: int, start: int | None, end: int | None) -> Value:
-        """Return elements start..end of a dimension, taken as near to the leaves as the normal form says."""
-        assert isinstance(source.form, Form)
+        """Return elements start to end of a dimension, taken as near to the leaves as the normal form says."""
+        assert isinstance(source.form, TensorForm)
         rank = len(source.form.shape)
         dim %= rank
         start, end, _ = slice(start, end).indices(source.form.shape[dim])
@@ -314,15 +321,15 @@ class ValueTable:
                 begin += size
         return None
 
-    def _sum(self, a: Value, b: Value, form: Form) -> Value:
+    def _sum(self, a: Value, b: Value, form: TensorForm) -> Value:
         tag = (self._tag_in_sum(a, form) + self._tag_in_sum(b, form)) % 2**128
         key = _SUM, tag, form
         if key not in self._known:
             self._known[key] = Value(_SUM, (a, b), form, tag, self.place)
         return self._known[key]
 
-    def _tag_in_sum(self, term: Value, form: Form) -> int:
-        """Return the tag of a term; a sum of another form, which is broadcast, stays one term."""
+    def _tag_in_sum(self, term: Value, form: TensorForm) -> int:
+        """Return the tag of a term; a sum of another form, which is broadcast, counts as one term."""
         if term.target != _SUM or term.form == form:
             return term.tag
         return self._boxed.setdefault(term, self._random.getrandbits(128))
@@ -340,18 +347,18 @@ class ValueTable:
         return self._normal(self._raw(target, bound))
 
     def _normal(self, form: object) -> object:
-        """Return a form, its layout forgotten where layouts do not count."""
+        """Return a form, without its layout where layouts do not count."""
         if self.exact or form is None:
             return form
         if isinstance(form, tuple):
             return tuple(map(self._normal, form))
-        assert isinstance(form, Form)
+        assert isinstance(form, TensorForm)
         strides = [math.prod(max(size, 1) for size in form.shape[i + 1 :]) for i in range(len(form.shape))]
-        return Form(form.shape, tuple(strides), form.dtype, form.device)
+        return TensorForm(form.shape, tuple(strides), form.dtype, form.device)
 
 
-class _Symbol:
-    """A value as an operand of torch operators, for rules: they are written with operators."""
+class _SymbolicOperand:
+    """A value as an operand of torch operators, because rules are written with these."""
 
     def __init__(self, table: ValueTable, value: Value) -> None:
         self.table = table
@@ -365,15 +372,17 @@ class _Symbol:
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        table = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, _Symbol)).table
-        values = [replace_tensors(argument, _Symbol, operator.attrgetter("value")) for argument in args]
-        named = {k: replace_tensors(v, _Symbol, operator.attrgetter("value")) for k, v in (kwargs or {}).items()}
-        return _Symbol(table, table.call(func, values, named))
+        table = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, _SymbolicOperand)).table
+        values = [replace_tensors(argument, _SymbolicOperand, operator.attrgetter("value")) for argument in args]
+        named = {
+            k: replace_tensors(v, _SymbolicOperand, operator.attrgetter("value")) for k, v in (kwargs or {}).items()
+        }
+        return _SymbolicOperand(table, table.call(func, values, named))
 
 
-def _elements(form: Form) -> object:
+def _elements(form: TensorForm) -> object:
     return form.shape, form.dtype, form.device
 
 
-def _same_dtype(source: Value, form: Form) -> bool:
-    return isinstance(source.form, Form) and source.form.dtype == form.dtype
+def _same_dtype(source: Value, form: TensorForm) -> bool:
+    return isinstance(source.form, TensorForm) and source.form.dtype == form.dtype

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from l2c_compile.api import l2c_compile
-from l2c_compile.backends.choice import EAGER, passes_for
+from l2c_compile.backends.options import EAGER, Options
 from l2c_compile.checking.comparison import finite, largest_errors
 from l2c_compile.checking.proof import examine
 from l2c_compile.checking.reference import run_reference
 from l2c_compile.errors import InputFormError, LoopError, ScheduleError, VerificationError
 from l2c_compile.files.documents import write_atomically
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.models.named import DIGITS, NamedModel, named_model, tolerance
 from l2c_compile.samplers.loaded_sampler import LoadedSampler, load
@@ -154,8 +154,8 @@ def _inputs(sampler: LoadedSampler, known: NamedModel) -> tuple[Tensor, Tensor]:
     """Return noise and labels of the form that the sampler was saved for."""
     noise, conditions = tree_unflatten(list(sampler.inputs.leaves), sampler.inputs.spec)
     y = conditions.get("y")
-    is_noise = isinstance(noise, TensorSpec) and noise.shape[1:] == known.latent_shape and noise.dtype == torch.float32
-    if not is_noise or conditions.keys() != {"y"} or not isinstance(y, TensorSpec):
+    is_noise = isinstance(noise, TensorForm) and noise.shape[1:] == known.latent_shape and noise.dtype == torch.float32
+    if not is_noise or conditions.keys() != {"y"} or not isinstance(y, TensorForm):
         shape = ", ".join(map(str, known.latent_shape))
         raise InputFormError(
             f"{known.name} is sampled from float32 noise (B, {shape}) with labels y, and the file is for other inputs;"
@@ -165,10 +165,11 @@ def _inputs(sampler: LoadedSampler, known: NamedModel) -> tuple[Tensor, Tensor]:
     return drawn, labels.to(y.dtype)
 
 
+_NUMERICS: tuple[Literal["bitwise", "rounding"], ...] = ("bitwise", "rounding")
+
+
 def _allowed_error(sampler: LoadedSampler, backend: str) -> float:
-    bitwise, rounding = (
-        {each.name for each in passes_for(EAGER, numerics, ()).passes} for numerics in ("bitwise", "rounding")
-    )
+    bitwise, rounding = ({each.name for each in Options(numerics=numerics).passes.passes} for numerics in _NUMERICS)
     if not rounding.issuperset(sampler.passes):
         raise VerificationError(
             f"the file was made with {', '.join(set(sampler.passes) - rounding)}, which"

@@ -16,7 +16,7 @@ from l2c_compile.analyses.cost import MultiplyAdds, NodeTimes
 from l2c_compile.errors import LoopError, ScheduleError
 from l2c_compile.frontend.capture import capture, check_sites_exist
 from l2c_compile.frontend.stand_in import Loop, StandIn
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, SITE, site_marks
 from l2c_compile.passes.pipeline import MIXED, OBSERVED
@@ -118,7 +118,7 @@ class SoftDenoiser:
     def call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Form, list[Tensor]]:
         """Return the form of a call and its tensors, capturing the form if it is new."""
         leaves, spec = tree_flatten((args, kwargs))
-        specs = (TensorSpec.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf) for leaf in leaves)
+        specs = (TensorForm.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf) for leaf in leaves)
         form = self.form(CallSignature(spec, tuple(specs)))
         return form, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

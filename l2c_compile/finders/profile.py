@@ -26,7 +26,7 @@ from l2c_compile.finders.work import Work, work_of
 from l2c_compile.frontend.capture import capture, check_sites_exist
 from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec, tensors_in
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.loops import BuiltInLoop
@@ -241,7 +241,7 @@ class _Probe:
 
         def evaluate(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             leaves, spec = tree_flatten((args, kwargs))
-            forms = (TensorSpec.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf) for leaf in leaves)
+            forms = (TensorForm.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf) for leaf in leaves)
             probed = self._probed(CallSignature(spec, tuple(forms)))
             returned = probed.module(*tensors_in(leaves))
             num_outputs = len(returned) - len(probed.site_of_value)

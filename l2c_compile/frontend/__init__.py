@@ -1,1 +1,1 @@
-"""From a denoiser and a loop to a loop graph."""
+"""Make a loop graph of a denoiser and a loop."""

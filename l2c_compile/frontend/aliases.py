@@ -1,13 +1,13 @@
-"""Keep torch.export from losing what shares memory.
+"""Keep ``torch.export`` from losing track of tensors that share memory.
 
-Export turns writes in place into values. In some places eager torch hands on the memory that it was given, and export
-makes something else of it, so that the capture would be another model than the one that runs, or none:
+Export turns writes in place into values. In some places eager torch returns the memory that it was given, and export
+makes something else of it, so that the capture would be another model than the one that runs, or would fail:
 
-dropout that drops nothing   is kept as an operator with a result of its own, for those who train what they exported.
+dropout that drops nothing   is kept as an operator with a result of its own, for users who train what they exported.
                              In ``h = dropout(x); h += 1; return x + h`` the write would no longer reach x.
 expand to the same shape     is undone as ``x + (written - x)``, which rounds. As a plain view it is undone exactly.
-x.data                       leaves what export follows; a write into it has crashed torch 2.13. Outside training it is
-                             x.detach().
+x.data                       is not followed by export; a write into it has crashed torch 2.13. Outside training it
+                             equals x.detach().
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DROPOUTS: dict[object, Callable[..., tuple[Any, Any]]] = {
     torch.ops.aten.dropout: _dropout,
     torch.ops.aten.dropout.default: _dropout,
 }
-"""The ways to write it; each tells its input and whether it drops."""
+"""The ways to call dropout, each with a function that returns the call's input and whether it drops elements."""
 
 _EXPANDS = frozenset({Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to})
 
@@ -44,7 +44,7 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class AliasesAsInEagerTorch(TorchFunctionMode):
-    """Enter it around an export."""
+    """A mode, entered around an export, in which these calls return the memory that eager torch returns."""
 
     def __torch_function__(
         self,

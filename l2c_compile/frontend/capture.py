@@ -1,8 +1,8 @@
 """Capture one evaluation of the denoiser as a functional ATen graph that knows its sites.
 
-``torch.export`` (non-strict) runs the denoiser's own Python on fake tensors. Forward hooks, present only meanwhile,
-pass every site's value through the identity op ``l2c::site``, so a site is found exactly, whatever the module's class,
-and also when the module returns a tuple, returns its input, or is called twice.
+``torch.export`` (non-strict) runs the denoiser's own Python on fake tensors. Forward hooks, which exist only during the
+export, pass every site's value through the identity op ``l2c::site``. So a site is found exactly, whatever the module's
+class, and also when the module returns a tuple, returns its input, or is called twice.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ def capture(
     Args:
         denoiser: any module that ``torch.export`` takes; it is left as it was.
         signature: the form of the call. Shapes, dtypes, devices and non-tensor arguments become static.
-        sites: what to mark; every one must exist (``check_sites_exist``).
-        read_inputs_of: the sites whose input is marked too because a rule reads it; a "delta" site's always is.
+        sites: the sites to mark; every one must exist (``check_sites_exist``).
+        read_inputs_of: the sites whose input is marked too because a rule reads it; that of a "delta" site always is.
 
     Returns:
         The evaluation graph. Its inputs are the tensors of the call in order; weights are ``get_attr`` nodes.
 
     Raises:
-        UnknownSiteError: a site's module is not called, or not that often, in one evaluation.
-        CaptureError: the denoiser cannot be exported, draws random numbers, or changes its weights, its buffers, its
+        UnknownSiteError: if a site's module is not called, or not that often, in one evaluation.
+        CaptureError: if the denoiser cannot be exported, draws random numbers, or changes its weights, its buffers, its
             inputs or the value of a site in place.
-        BackendError: torch cannot make its cache folder.
+        BackendError: if torch cannot make its cache folder.
     """
     flat = _FlatCall(denoiser, signature)
     with FakeTensorMode():
-        example_inputs = tuple(spec.empty() for spec in signature.tensor_specs())
+        example_inputs = tuple(spec.empty() for spec in signature.tensor_forms())
     try:
         marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
         with (
@@ -102,7 +102,7 @@ def capture(
 
 @contextmanager
 def _as_it_was(denoiser: nn.Module) -> Iterator[None]:
-    """Give every module its weights and hooks back, wherever the capture ends: torch's cleanup can be interrupted."""
+    """Restore the weights and hooks of every module, wherever the capture ends: torch's cleanup can be interrupted."""
     saved = [(m, {name: dict(vars(m).get(name, {})) for name in _OWN}, m.training) for m in denoiser.modules()]
     try:
         yield
@@ -122,28 +122,29 @@ _TENSOR = object()
 
 
 @dataclass
-class _Returned:
-    """What the denoiser returned, for after the export: attributes of a module do not survive it."""
+class _ReturnedTree:
+    """The structure that the denoiser returned, kept here because attributes of a module do not survive the export."""
 
     spec: TreeSpec | None = None
     leaves: Sequence[object] = ()
     marks: list[Tensor] = field(default_factory=list)
-    """Export removes what nobody uses, but a rule may read an input that its module ignores: marks are returned."""
+    """The marks, which are returned too: export removes what is unused, but a rule may read an input that its module
+    ignores."""
 
 
 class _FlatCall(nn.Module):
-    """The denoiser with flat tensors in and out, so that export sees only what can vary."""
+    """The denoiser with flat tensors as inputs and outputs, so that export sees only what can vary."""
 
     def __init__(self, denoiser: nn.Module, signature: CallSignature) -> None:
         super().__init__()
         self.denoiser = denoiser
         self._signature = signature
-        self.returned = _Returned()
+        self.returned = _ReturnedTree()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self._signature.unflatten(tensors)
         leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
-        # Not the tensors themselves: export takes those for state of the module.
+        # A token stands for each tensor, because export takes a tensor that is kept for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         marks = list(self.returned.marks)
         self.returned.marks.clear()
@@ -151,18 +152,18 @@ class _FlatCall(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Marked:
-    """A tensor and the mark that the denoiser goes on with: a copy, so a write into one does not reach the other."""
+class _MarkedTensor:
+    """A tensor and its mark, which the denoiser uses in its place: a copy, so a write into one leaves the other."""
 
     site: Site
     tensor: Tensor
     version: int
     mark: Tensor
     is_input: bool
-    """Whether the module returned its input, or a view of it: others may hold it."""
+    """Whether the module returned its input, or a view of it, so that other code may still read it."""
 
-    def torn_apart(self) -> bool:
-        """Tell whether a write in place has reached one of the two, and the other may still be read."""
+    def differs_by_write(self) -> bool:
+        """Return whether a write in place has reached one of the two, while the other may still be read."""
         return self.tensor._version != self.version or (self.is_input and self.mark._version != 0)
 
 
@@ -172,7 +173,7 @@ def _marking(
 ) -> Iterator[None]:
     """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
     calls: Counter[str] = Counter()
-    marked: list[_Marked] = []
+    marked: list[_MarkedTensor] = []
     versions: dict[str, list[int]] = {}
 
     def mark_tensors(value: object, site: Site, inputs: list[Tensor]) -> object:
@@ -183,7 +184,7 @@ def _marking(
             if isinstance(leaf, Tensor):
                 port = sum(isinstance(mark, Tensor) for mark in marks)
                 mark = SITE(leaf, str(site), port, -1)
-                marked.append(_Marked(site, leaf, leaf._version, mark, _storage(leaf) in storages))
+                marked.append(_MarkedTensor(site, leaf, leaf._version, mark, _storage(leaf) in storages))
                 marks_made.append(mark)
                 marks.append(mark)
             else:
@@ -226,7 +227,7 @@ def _marking(
 
     def check_marks(module: nn.Module, args: object, output: object) -> None:
         for each in marked:
-            if each.torn_apart():
+            if each.differs_by_write():
                 raise CaptureError(
                     f"site '{each.site}': {type(denoiser).__name__} writes in place into a tensor that shares memory"
                     " with the site's value; clone one of them first"

@@ -1,11 +1,11 @@
-"""Find the evaluations and sites in a graph that Dynamo captured: its graph of a sampling function -> loop graph.
+"""Find the evaluations and sites in the graph that Dynamo captured of a sampling function, and make a loop graph of it.
 
 Dynamo notes on every node which modules it was made in (``nn_module_stack``) and numbers the calls of each: the second
-call of a module has ``@1`` behind its key. So the calls of the denoiser are the evaluations, and what a site's module
-makes and others use is the site's value. It is passed through ``l2c::site``; then the whole is lowered to functional
-ATen, as ``capture`` does with one evaluation.
+call of a module has ``@1`` behind its key. So the calls of the denoiser are the evaluations, and a value that a site's
+module makes and other modules use is the site's value. It is passed through ``l2c::site``; then the whole graph is
+lowered to functional ATen, as ``capture`` does with one evaluation.
 
-Weights are inputs of Dynamo's graph and stay inputs: Dynamo passes the present ones in each call.
+Weights are inputs of Dynamo's graph and stay inputs: Dynamo passes the current ones in each call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_structure
 
 from l2c_compile.errors import CaptureError, ScheduleError, UnknownSiteError, nearest
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import INPUT_PORT, SITE
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list
@@ -42,16 +42,16 @@ _GRAD_MODES = (
 )
 
 _WEIGHT = "l2c_weight"
-"""Notes on an input whether a module holds it."""
+"""The key under which a node notes whether a module holds this input."""
 
 
 @dataclass
 class DynamoLoop:
-    """A loop graph and how Dynamo's inputs get into it."""
+    """A loop graph, and which of Dynamo's inputs it takes."""
 
     graph: LoopGraph
     positions: tuple[int, ...]
-    """For each input of the loop graph, which of Dynamo's inputs it is."""
+    """For each input of the loop graph, its position among Dynamo's inputs."""
 
 
 def loop_graph_of(
@@ -60,34 +60,34 @@ def loop_graph_of(
     schedule: CacheSchedule,
     denoiser: nn.Module | str | None = None,
 ) -> DynamoLoop:
-    """Return the loop graph of a sampling function, sites marked where the schedule reads them.
+    """Return the loop graph of a sampling function, with sites marked where the schedule reads them.
 
     Args:
-        module: Dynamo's graph; it is left as it was.
-        example_inputs: its inputs, real or fake. Symbolic sizes become static, which Dynamo guards on.
-        schedule: which sites to mark; patterns are resolved with the modules that the graph calls.
+        module: the graph that Dynamo made; it is left as it was.
+        example_inputs: the inputs of the graph, real or fake. Symbolic sizes become static, which Dynamo guards on.
+        schedule: the schedule, whose sites are marked; patterns are resolved with the modules that the graph calls.
         denoiser: the module whose calls are the evaluations, or its name; None finds the one that has the sites.
 
     Raises:
-        UnknownSiteError: no module of the graph has the sites, or an evaluation does not call one.
-        ScheduleError: the graph calls the denoiser more or less often than the schedule has evaluations.
-        CaptureError: the graph does not show what a site's value or input is, needs gradients or autocast, or writes
-            in place where that changes the result.
+        UnknownSiteError: if no module of the graph has the sites, or an evaluation does not call one.
+        ScheduleError: if the graph calls the denoiser more or less often than the schedule has evaluations.
+        CaptureError: if the graph does not show what a site's value or input is, needs gradients or autocast, or
+            writes in place where that changes the result.
     """
     _check_modes(module, example_inputs)
-    inputs: list[object] = [_Static.of(value) for value in example_inputs]
+    inputs: list[object] = [_StaticTensor.of(value) for value in example_inputs]
     own, weights = _copy(module, inputs)
-    calls = _Calls(own.graph)
+    calls = _ModuleCalls(own.graph)
     name, schedule = _find_denoiser(calls, schedule, denoiser)
     evaluations = calls.of_module(name)
     _check_count(name, evaluations, schedule)
-    marker = _Marker(own.graph, calls, evaluations, schedule)
+    marker = _MarkInserter(own.graph, calls, evaluations, schedule)
     marker.mark()
     num_results = _return_marks(own.graph)
     own.recompile()
-    positions = [index for index, value in enumerate(inputs) if isinstance(value, _Static)]
-    specs = [value.spec for value in inputs if isinstance(value, _Static)]
-    # Dynamo's own context is about its own fake tensors.
+    positions = [index for index, value in enumerate(inputs) if isinstance(value, _StaticTensor)]
+    specs = [value.spec for value in inputs if isinstance(value, _StaticTensor)]
+    # Dynamo's tracing context is left, because it is about Dynamo's own fake tensors.
     with torch._guards.tracing(None), torch.no_grad(), AliasesAsInEagerTorch():
         _check_in_place(own, _fake(specs), marker.marks)
         lowered, signature = aot_export_module(
@@ -108,23 +108,23 @@ def loop_graph_of(
 
 
 @dataclass(frozen=True)
-class _Static:
-    """One tensor of Dynamo's inputs, with sizes that are numbers."""
+class _StaticTensor:
+    """A tensor among Dynamo's inputs, with its sizes as numbers."""
 
-    spec: TensorSpec
+    spec: TensorForm
 
     @classmethod
     def of(cls, value: object) -> object:
-        """Describe a tensor; make a number of a symbolic one."""
+        """Return the description of a tensor, the number for a symbolic number, and anything else as it is."""
         if isinstance(value, Tensor):
             # int() of a symbolic size makes Dynamo guard on its value.
             shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-            return cls(TensorSpec(shape, stride, value.dtype, value.device))
+            return cls(TensorForm(shape, stride, value.dtype, value.device))
         return int(value) if isinstance(value, torch.SymInt) else value
 
 
-def _fake(specs: Iterable[TensorSpec]) -> tuple[Tensor, ...]:
-    # Later calls find the mode in the tensors.
+def _fake(specs: Iterable[TensorForm]) -> tuple[Tensor, ...]:
+    # Later calls find the fake mode in the tensors.
     with FakeTensorMode():
         return tuple(spec.empty() for spec in specs)
 
@@ -142,7 +142,7 @@ def _check_modes(module: fx.GraphModule, example_inputs: Sequence[object]) -> No
 
 
 def _copy(module: fx.GraphModule, inputs: Sequence[object]) -> tuple[fx.GraphModule, set[int]]:
-    """Copy Dynamo's graph without its grad modes, numbers instead of symbolic inputs; also tell which are weights."""
+    """Return a copy of Dynamo's graph without grad modes and symbolic inputs, and the positions of its weights."""
     graph = fx.Graph()
     copies: dict[Node, Argument] = {}
     weights: set[int] = set()
@@ -150,7 +150,7 @@ def _copy(module: fx.GraphModule, inputs: Sequence[object]) -> tuple[fx.GraphMod
     for node in module.graph.nodes:
         if node.op == "placeholder":
             value = inputs[position]
-            if isinstance(value, _Static):
+            if isinstance(value, _StaticTensor):
                 if isinstance(node.meta.get("example_value"), nn.Parameter) or _is_held_by_a_module(node):
                     weights.add(position)
                 copy = copies[node] = graph.placeholder(node.name)
@@ -166,7 +166,7 @@ def _copy(module: fx.GraphModule, inputs: Sequence[object]) -> tuple[fx.GraphMod
 
 
 def _is_held_by_a_module(placeholder: Node) -> bool:
-    """Tell whether Dynamo found an input in a module: a buffer, or any other tensor among its attributes."""
+    """Return whether Dynamo found an input in a module: a buffer, or any other tensor among its attributes."""
     source = getattr(placeholder, "_dynamo_source", None)
     while isinstance(source, ChainedSource):
         if isinstance(source, NNModuleSource):
@@ -176,8 +176,8 @@ def _is_held_by_a_module(placeholder: Node) -> bool:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call of a module: its key and its name in Dynamo's stacks."""
+class _ModuleCall:
+    """One call of a module, with its key and its name in Dynamo's stacks."""
 
     key: str
     name: str
@@ -188,18 +188,18 @@ class _Call:
         return self.key.partition("@")[0]
 
 
-def _stack(node: Node) -> list[_Call]:
+def _stack(node: Node) -> list[_ModuleCall]:
     """Return the calls that a node was made in, the outermost first."""
-    return [_Call(str(key), str(entry[0])) for key, entry in (node.meta.get("nn_module_stack") or {}).items()]
+    return [_ModuleCall(str(key), str(entry[0])) for key, entry in (node.meta.get("nn_module_stack") or {}).items()]
 
 
 @dataclass
-class _Calls:
+class _ModuleCalls:
     """The calls of modules in a graph, in execution order, and what each of them made."""
 
     graph: fx.Graph
-    nodes: dict[_Call, list[Node]] = field(default_factory=dict)
-    parents: dict[_Call, list[_Call]] = field(default_factory=dict)
+    nodes: dict[_ModuleCall, list[Node]] = field(default_factory=dict)
+    parents: dict[_ModuleCall, list[_ModuleCall]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes:
@@ -212,7 +212,7 @@ class _Calls:
         """Return the names of all modules that are called."""
         return list(dict.fromkeys(call.name for call in self.nodes))
 
-    def of_module(self, name: str) -> list[_Call]:
+    def of_module(self, name: str) -> list[_ModuleCall]:
         """Return the calls of one module."""
         return [call for call in self.nodes if call.name == name]
 
@@ -223,12 +223,12 @@ class _Calls:
 
 
 def _plain(name: str) -> str:
-    """Return ``self.model`` for ``L['self'].model``."""
+    """Return a name of Dynamo's as the user writes it: ``self.model`` for ``L['self'].model``."""
     return re.sub(r"^[LG]\['([^']+)'\]", r"\1", name)
 
 
 def _find_denoiser(
-    calls: _Calls, schedule: CacheSchedule, denoiser: nn.Module | str | None
+    calls: _ModuleCalls, schedule: CacheSchedule, denoiser: nn.Module | str | None
 ) -> tuple[str, CacheSchedule]:
     """Return the name of the denoiser and the schedule, resolved with its modules."""
     names = calls.names()
@@ -254,7 +254,7 @@ def _find_denoiser(
             try:
                 found[name] = schedule.resolve(calls.paths_below(name))
             except UnknownSiteError as error:
-                # The outermost module is the likeliest: its paths make the best hint.
+                # The outermost module is the most likely denoiser, so its paths make the best hint.
                 reason = reason or error
         if not found:
             raise UnknownSiteError(
@@ -274,7 +274,7 @@ _BROKEN = (
 )
 
 
-def _names_of(calls: _Calls, denoiser: nn.Module | str) -> list[str]:
+def _names_of(calls: _ModuleCalls, denoiser: nn.Module | str) -> list[str]:
     if isinstance(denoiser, str):
         return [name for name in calls.names() if denoiser in (name, _plain(name))]
     return [call.name for call in calls.nodes if call.module_id == str(id(denoiser))]
@@ -285,7 +285,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(plain[:6]) + (", ..." if len(plain) > 6 else "")
 
 
-def _check_count(name: str, evaluations: Sequence[_Call], schedule: CacheSchedule) -> None:
+def _check_count(name: str, evaluations: Sequence[_ModuleCall], schedule: CacheSchedule) -> None:
     if len(evaluations) != schedule.num_evaluations:
         raise ScheduleError(
             f"the schedule is for {schedule.num_evaluations} evaluations, but the graph calls '{_plain(name)}'"
@@ -295,31 +295,33 @@ def _check_count(name: str, evaluations: Sequence[_Call], schedule: CacheSchedul
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """The mark of a site's value, and what is needed to see whether in-place code reaches it."""
+class _ValueMark:
+    """The mark of a site's value, and the nodes that show whether a write in place reaches the value."""
 
     site: Site
     evaluation: int
     node: Node
     value: Node
     inputs: tuple[Node, ...]
-    """What the site's module uses and others made."""
+    """The values that the site's module uses and that other modules made."""
     first: Node
     """The first node that the module made."""
     last: Node
-    """The last one."""
+    """The last node that the module made."""
 
 
-class _Marker:
-    """Puts ``l2c::site`` behind the values, and where needed the inputs, of the sites that the schedule reads."""
+class _MarkInserter:
+    """Inserts ``l2c::site`` behind the values, and where needed the inputs, of the sites that the schedule reads."""
 
-    def __init__(self, graph: fx.Graph, calls: _Calls, evaluations: Sequence[_Call], schedule: CacheSchedule) -> None:
+    def __init__(
+        self, graph: fx.Graph, calls: _ModuleCalls, evaluations: Sequence[_ModuleCall], schedule: CacheSchedule
+    ) -> None:
         self.graph = graph
         self.calls = calls
         self.evaluations = evaluations
         self.schedule = schedule
-        self.marks: list[_Mark] = []
-        self.within: dict[tuple[_Call, str], list[_Call]] = {}
+        self.marks: list[_ValueMark] = []
+        self.within: dict[tuple[_ModuleCall, str], list[_ModuleCall]] = {}
         outer = set(evaluations)
         for call, parents in calls.parents.items():
             for parent in outer.intersection(parents):
@@ -342,7 +344,7 @@ class _Marker:
             if cells[evaluation, site]:
                 self._mark_input(evaluation, site)
 
-    def _call(self, evaluation: int, site: Site, path: str) -> _Call:
+    def _call(self, evaluation: int, site: Site, path: str) -> _ModuleCall:
         outer = self.evaluations[evaluation]
         found = self.within.get((outer, f"{outer.name}.{path}"), [])
         if site.call >= len(found):
@@ -374,7 +376,7 @@ class _Marker:
                 mark = self._insert(value, str(site), port, evaluation)
             self._note(mark, self.calls.parents[call], after, 1)
             value.replace_all_uses_with(mark, delete_user_cb=outside.__contains__)
-            self.marks.append(_Mark(site, evaluation, mark, value, inputs, nodes[0], nodes[-1]))
+            self.marks.append(_ValueMark(site, evaluation, mark, value, inputs, nodes[0], nodes[-1]))
             after = mark
 
     def _mark_input(self, evaluation: int, site: Site) -> None:
@@ -382,7 +384,7 @@ class _Marker:
         given = list(self._given(call))
         if len(given) != 1:
             output = next(mark.value for mark in self.marks if mark.site == site and mark.evaluation == evaluation)
-            given = [node for node in given if _form(node) == _form(output)]
+            given = [node for node in given if _form(node).fits(_form(output))]
         if len(given) != 1:
             raise CaptureError(
                 f"site '{site}', evaluation {evaluation}: the input of module '{site.path}' is read, but"
@@ -396,8 +398,8 @@ class _Marker:
         self._note(mark, self.calls.parents[call], first, 0)
         given[0].replace_all_uses_with(mark, delete_user_cb=lambda user: user in inside)
 
-    def _given(self, call: _Call) -> Iterator[Node]:
-        """Yield the tensors that a call uses, but did not make; weights are not among them."""
+    def _given(self, call: _ModuleCall) -> Iterator[Node]:
+        """Yield the tensors that a call uses but did not make, weights excluded."""
         inside = set(self.calls.nodes[call])
         seen: set[Node] = set()
         for node in self.calls.nodes[call]:
@@ -414,15 +416,15 @@ class _Marker:
         mark.meta = {"example_value": value.meta["example_value"]}
         return mark
 
-    def _note(self, mark: Node, parents: Sequence[_Call], neighbour: Node, distance: int) -> None:
-        """Make ``mark`` a node of the calls around the site's, before (0) or behind (1) ``neighbour``."""
+    def _note(self, mark: Node, parents: Sequence[_ModuleCall], neighbour: Node, distance: int) -> None:
+        """Add ``mark`` to the nodes of the calls around the site's, before (0) or behind (1) ``neighbour``."""
         mark.meta["nn_module_stack"] = {call.key: (call.name, nn.Module) for call in parents}
         for call in parents:
             nodes = self.calls.nodes[call]
             if distance == 1 and nodes[-1] is neighbour:
                 nodes.append(mark)
             else:
-                # Which node is the first and which the last matters, the order between them does not.
+                # Only the first and the last node matter, not the order between them.
                 nodes.insert(0 if distance == 0 and nodes[0] is neighbour else 1, mark)
 
 
@@ -430,19 +432,18 @@ def _last(site: Site) -> str:
     return site.last or site.path
 
 
-def _form(node: Node) -> tuple[object, ...]:
-    value = node.meta["example_value"]
-    return tuple(value.shape), value.dtype, value.device
+def _form(node: Node) -> TensorForm:
+    return TensorForm.of(node.meta["example_value"])
 
 
-class _Watch(fx.Interpreter):
-    """Runs Dynamo's graph, which may write in place, on fake tensors and sees what the writes reach."""
+class _InPlaceWriteChecker(fx.Interpreter):
+    """Runs Dynamo's graph, which may write in place, on fake tensors and checks which marks the writes reach."""
 
-    def __init__(self, module: fx.GraphModule, marks: Sequence[_Mark]) -> None:
+    def __init__(self, module: fx.GraphModule, marks: Sequence[_ValueMark]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.marks = marks
         self.firsts, self.lasts = _by(marks, "first"), _by(marks, "last")
-        self.before: dict[_Mark, list[int]] = {}
+        self.before: dict[_ValueMark, list[int]] = {}
         self.marked: dict[Node, int] = {}
 
     def run_node(self, n: Node) -> object:
@@ -470,12 +471,12 @@ class _Watch(fx.Interpreter):
                     " memory with the site's value; clone one of them first"
                 )
 
-    def _versions(self, mark: _Mark) -> list[int]:
+    def _versions(self, mark: _ValueMark) -> list[int]:
         return [self.env[node]._version for node in mark.inputs]
 
 
-def _by(marks: Iterable[_Mark], name: str) -> dict[Node, list[_Mark]]:
-    found: dict[Node, list[_Mark]] = {}
+def _by(marks: Iterable[_ValueMark], name: str) -> dict[Node, list[_ValueMark]]:
+    found: dict[Node, list[_ValueMark]] = {}
     for mark in marks:
         found.setdefault(getattr(mark, name), []).append(mark)
     return found
@@ -486,26 +487,26 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _return_marks(graph: fx.Graph) -> int:
-    """Return the marks behind the results, so that lowering keeps what nobody but a later read uses.
+    """Add the marks to the results of the graph, so that lowering keeps values that only a later read uses.
 
     Returns:
-        How many results there are without them.
+        The number of results without the marks.
     """
     results = output_list(graph)
     graph.output_node().args = ((*results, *graph.find_nodes(op="call_function", target=SITE)),)
     return len(results)
 
 
-def _check_in_place(module: fx.GraphModule, inputs: Sequence[Tensor], marks: Sequence[_Mark]) -> None:
-    watch = _Watch(module, marks)
+def _check_in_place(module: fx.GraphModule, inputs: Sequence[Tensor], marks: Sequence[_ValueMark]) -> None:
+    checker = _InPlaceWriteChecker(module, marks)
     fake_mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), FakeTensorMode())
     with fake_mode:
-        watch.run(*inputs)
-    watch.check_marks()
+        checker.run(*inputs)
+    checker.check_marks()
 
 
-def _note_evaluations(graph: fx.Graph, evaluations: Sequence[_Call]) -> None:
-    """Write on each node its evaluation and its path within the denoiser."""
+def _note_evaluations(graph: fx.Graph, evaluations: Sequence[_ModuleCall]) -> None:
+    """Note on each node its evaluation and its path within the denoiser."""
     numbers = {call: number for number, call in enumerate(evaluations)}
     for node in graph.nodes:
         stack = _stack(node)
@@ -532,7 +533,7 @@ def _to_loop_graph(
     positions: Sequence[int],
     weights: Collection[int],
 ) -> DynamoLoop:
-    """Copy the lowered graph with the noise first, tensors of the graph's own code as buffers."""
+    """Copy the lowered graph, with the noise as its first inputs and tensors of the graph's own code as buffers."""
     inputs = dict(zip(signature.user_inputs, positions, strict=True))
     placeholders = {
         node: inputs[node.name] for node in lowered.graph.find_nodes(op="placeholder") if node.name in inputs
@@ -544,7 +545,6 @@ def _to_loop_graph(
         root=nn.Module(),
         schedule=schedule,
         num_noise=len(noise),
-        forms=[],
         out_spec=tree_structure(output_list(lowered.graph)),
     )
     copies: dict[Node, Node] = {}
@@ -564,9 +564,10 @@ def _to_loop_graph(
 
 
 def _noise(graph: fx.Graph, inputs: Collection[Node]) -> set[Node]:
-    """Return the inputs that the loop itself combines with what the denoiser returned; the others are conditions.
+    """Return the noise: the inputs that the loop itself combines with what the denoiser returned.
 
-    Decides only what the passes may expect to know before the loop. If there is none, all floating inputs count.
+    The other inputs are conditions. This decides only what the passes may expect to know before the loop. If no input
+    is combined so, all floating inputs count as noise.
     """
     sources: dict[Node, frozenset[Node]] = {}
     predicted: set[Node] = set()

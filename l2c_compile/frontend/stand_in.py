@@ -1,4 +1,4 @@
-"""What a loop is given in place of its denoiser while it is traced."""
+"""The object that a loop is given in place of its denoiser while it is traced."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 __all__ = ["Loop", "StandIn"]
 
 Loop = Callable[..., object]
-"""``loop(denoiser, noise, **conditions) -> latent``: plain PyTorch that runs a sampler."""
+"""A sampler in plain PyTorch, called as ``loop(denoiser, noise, **conditions) -> latent``."""
 
 
 class StandIn:
-    """Stands for the denoiser while a loop runs: has all that it has, but calls are made by ``evaluate``.
+    """An object with all attributes of the denoiser, whose calls are made by ``evaluate`` while a loop runs.
 
     Args:
-        denoiser: what it passes for.
-        evaluate: given ``(args, kwargs)`` of each call; returns what the denoiser would.
+        denoiser: the module that it is taken for.
+        evaluate: a function that is given ``(args, kwargs)`` of each call and returns what the denoiser would return.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class StandIn:
         return type(self.__denoiser)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Return what ``evaluate`` does."""
+        """Return what ``evaluate`` returns for these arguments."""
         return self.__evaluate(args, kwargs)
 
     forward = __call__
@@ -44,7 +44,7 @@ class StandIn:
             return value
 
         def method(*args: object, **kwargs: object) -> object:
-            # What eval() and to() return is called next.
+            # The loop calls what eval() and to() return, so they must return this object, not the denoiser.
             result = value(*args, **kwargs)
             return self if result is denoiser else result
 

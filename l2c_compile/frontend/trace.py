@@ -1,12 +1,12 @@
 """Unroll a sampling loop by running its Python once, with the denoiser as a leaf.
 
-Two steps. ``LoopTracer`` runs the loop on tensors (``LoopTensor``) that know shape, dtype and device but no
-values: what depends only on the sampler's schedule (timesteps, coefficients, indices) is ordinary Python on ordinary
-tensors and leaves no trace; what touches the latent becomes a node. ``_lower`` then turns the recorded torch calls into
-functional ATen, so that a loop may write in place.
+This takes two steps. ``LoopTracer`` runs the loop on tensors (``LoopTensor``) that know shape, dtype and device but no
+values. A computation that depends only on the sampler's schedule (timesteps, coefficients, indices) is ordinary Python
+on ordinary tensors and is not recorded; every operation on the latent becomes a node. ``_lower`` then turns the
+recorded torch calls into functional ATen, so that a loop may write in place.
 
 The result is a ``LoopSkeleton``: the loop's own arithmetic as ONE graph in which the denoiser does not occur. The
-outputs of evaluation e are inputs of that graph and its arguments are outputs of it; ``unroll`` closes the circuit.
+outputs of evaluation e are inputs of that graph and its arguments are outputs of it; ``unroll`` connects the two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from l2c_compile.errors import LoopTraceError
 from l2c_compile.frontend.stand_in import Loop, StandIn
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
 
@@ -55,14 +55,14 @@ def trace_loop(
     """Run ``loop`` once on tensors without values and return what it does around the denoiser.
 
     Args:
-        loop: the sampler.
-        denoiser: what the loop is given to call; it is not run.
+        loop: the sampler, called as ``loop(denoiser, noise, **conditions)``.
+        denoiser: the module that the loop calls; it is not run.
         noise: a tensor or a nested container of tensors.
-        conditions: keyword arguments of the loop; tensors in them become inputs, anything else is static.
-        capture_call: returns the evaluation graph for one form of call; asked once for each call.
+        conditions: the keyword arguments of the loop; tensors in them become inputs, anything else is static.
+        capture_call: a function that returns the evaluation graph for one form of call; it is asked once for each call.
 
     Raises:
-        LoopTraceError: the loop branches on latent values, reads them into Python, or does what cannot be recorded.
+        LoopTraceError: if the loop branches on latent values, reads them into Python, or does what cannot be recorded.
     """
     if _is_autocast_on():
         raise LoopTraceError(
@@ -75,15 +75,16 @@ def trace_loop(
 
 
 class LoopTensor(Tensor):
-    """A tensor of the loop: knows its shape, strides, dtype and device, not its values.
+    """A tensor of the loop that knows its shape, strides, dtype and device, but not its values.
 
-    A subclass, so that torch itself takes it for a tensor everywhere; whatever is done to it arrives in one place.
+    It is a subclass, so that torch itself takes it for a tensor everywhere, and every operation on it arrives in one
+    place.
     """
 
     tracer: LoopTracer
     node: Node
     fake: Tensor
-    """What torch would return here, without values."""
+    """The fake tensor that torch returns here: the right form, without values."""
 
     @staticmethod
     def wrap(tracer: LoopTracer, node: Node, fake: Tensor) -> LoopTensor:
@@ -125,7 +126,7 @@ def _tracer_of(tree: object) -> LoopTracer:
     return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, LoopTensor)).tracer
 
 
-# Methods and functions by name: what wants values, and how to say it.
+# The methods and functions that need values, by name, with the words for what the loop does there.
 _WANTS_VALUES: Mapping[str, str] = {
     **dict.fromkeys(
         ("item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "__dlpack__", "__reduce_ex__", "cdata"),
@@ -153,7 +154,7 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 class LoopTracer(fx.proxy.TracerBase):
-    """Records what a loop does to its latent; the denoiser is a leaf."""
+    """Records what a loop does to its latent, with each call of the denoiser as one node."""
 
     def __init__(self, denoiser: nn.Module, capture_call: Callable[[CallSignature], EvaluationGraph]) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class LoopTracer(fx.proxy.TracerBase):
         self.num_noise = self.num_inputs
         conditions = tree_map(self._make_input, dict(conditions))
         random_state = torch.get_rng_state()
-        with torch.no_grad(), _RecordRandomDraws(self):
+        with torch.no_grad(), _RandomDrawRecorder(self):
             result = loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
         if not self.calls:
             raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
@@ -190,12 +191,12 @@ class LoopTracer(fx.proxy.TracerBase):
         return self.graph
 
     def untraceable(self, what: str, instead: str = _NO_VALUES) -> LoopTraceError:
-        """Return the error for something the loop does at this moment that a static program cannot."""
+        """Return the error for something that the loop does at this moment and that a static program cannot do."""
         done = len(self.calls)
         return LoopTraceError(f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {instead}")
 
     def call(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """Record one call of torch and return what it returns: loop tensors, or values that are known already."""
+        """Record one call of torch and return its result: loop tensors, or values that are already known."""
         name = _name_of(func)
         self._reject_autocast()
         if name in _WANTS_VALUES:
@@ -215,7 +216,7 @@ class LoopTracer(fx.proxy.TracerBase):
         result = self._on_fakes(func, args, kwargs)
         leaves, spec = tree_flatten(result)
         if not in_place and not any(isinstance(leaf, Tensor) for leaf in leaves):
-            # Shapes, dtypes and their kind: known without the values.
+            # Shapes, dtypes and the like are known without the values.
             return result
         node = self.graph.call_function(func, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
         given = {id(leaf.fake): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LoopTensor)}
@@ -246,7 +247,7 @@ class LoopTracer(fx.proxy.TracerBase):
             ) from error
 
     def evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """Record one call of the denoiser and return tensors for what it gives back."""
+        """Record one call of the denoiser and return tensors for its results."""
         self._reject_autocast()
         leaves, spec = tree_flatten((args, kwargs))
         signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
@@ -273,7 +274,7 @@ class LoopTracer(fx.proxy.TracerBase):
     def _leaf_signature(self, leaf: object) -> object:
         if isinstance(leaf, Tensor):
             # The lowered loop passes a copy, so that no later write reaches it.
-            return TensorSpec.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf).of_copy()
+            return TensorForm.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf).of_copy()
         try:
             hash(leaf)
         except TypeError:
@@ -304,7 +305,7 @@ class LoopTracer(fx.proxy.TracerBase):
         return self._known_form(node, leaf)
 
     def _known_form(self, node: Node, like: Tensor) -> LoopTensor:
-        node.meta["form"] = TensorSpec.of(like)
+        node.meta["form"] = TensorForm.of(like)
         with self.fake_mode:
             return LoopTensor.wrap(self, node, node.meta["form"].empty())
 
@@ -333,8 +334,8 @@ class LoopTracer(fx.proxy.TracerBase):
                 raise self.untraceable(f"asks for a result that depends on values of the latent ({error})") from error
 
 
-class _RecordRandomDraws(TorchFunctionMode):
-    """Makes ``torch.randn(shape)`` and its kind nodes, although no argument of theirs is a proxy."""
+class _RandomDrawRecorder(TorchFunctionMode):
+    """Records ``torch.randn(shape)`` and other random draws as nodes, although none of their arguments is a proxy."""
 
     def __init__(self, tracer: LoopTracer) -> None:
         super().__init__()
@@ -389,7 +390,7 @@ def _is_autocast_on() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-# Neither torch nor what stands between it and the loop is the line that a user wrote.
+# The line that a user wrote is neither in torch nor in the modules between torch and the loop.
 _PASSED_OVER = frozenset({"torch", __name__, StandIn.__module__})
 
 
@@ -413,8 +414,8 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
     ]
 
     def loop_arithmetic(inputs: list[Tensor], constants: list[Tensor], predictions: list[Tensor]) -> list[object]:
-        # Clones keep a later write into an input, a constant or a prediction from reaching what was taken before it;
-        # in a functional graph they cost nothing and the simplifier drops them.
+        # Clones keep a later write into an input, a constant or a prediction from reaching a value that was read
+        # before the write; in a functional graph they cost nothing, and the simplifier drops them.
         values: dict[Node, Any] = {}
         input_values, prediction_values = iter(inputs), dict(zip(outputs, predictions, strict=True))
         by_name = dict(zip(constant_names, constants, strict=True))
@@ -450,7 +451,7 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
         raise AssertionError("the loop was not run")
     root = nn.Module()
     for node in module.graph.find_nodes(op="get_attr"):
-        # Python numbers that were assigned to a part of a tensor.
+        # These are Python numbers that were assigned to a part of a tensor.
         value = getattr(module, str(node.target))
         root.register_buffer(str(node.target), value.constant if isinstance(value, FakeTensor) else value)
     return LoopSkeleton(

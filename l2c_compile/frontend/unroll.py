@@ -1,11 +1,12 @@
-"""Put the evaluations into the loop: skeleton + evaluation graphs -> one graph of the whole loop.
+"""Put the evaluations into the loop, which makes one graph of the skeleton and the evaluation graphs.
 
-Before, the skeleton (prediction_e stands for what evaluation e returns, as an input):
+Before, there is the skeleton, in which the input ``prediction_e`` stands for what evaluation e returns:
 
     x = mul(noise, c);  [x, t]  ->  (evaluation 0)  ->  prediction_0;  y = sub(x, prediction_0) ...
 
-After, one graph in execution order, with a copy of the evaluation graph in the place of each prediction. What does not
-depend on the latent (binding time below LATENT) is emitted once for all evaluations that share it.
+After, there is one graph in execution order, with a copy of the evaluation graph in the place of each prediction. What
+does not depend on the latent (the noise, a random draw, or what an evaluation returned) is emitted once for all
+evaluations that share it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Node
 
-from l2c_compile.graphs.loop_graph import Binding, EvaluationGraph, LoopGraph
+from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph
 from l2c_compile.graphs.marks import SITE
-from l2c_compile.graphs.nodes import Expression, expression, output_list
+from l2c_compile.graphs.nodes import Expression, draws_random_numbers, expression, output_list
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.schedules.schedule import CacheSchedule
 
@@ -29,20 +30,23 @@ def unroll(skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule)
     """Return the loop graph: every evaluation in execution order, every site marked, nothing skipped yet.
 
     Args:
-        skeleton: the traced loop; its evaluation graphs carry their binding times (``BindTimes``).
+        skeleton: the traced loop.
         denoiser: the module that the weights belong to; it becomes a child of the graph's root.
-        schedule: resolved and of the skeleton's number of evaluations; kept for the passes.
+        schedule: the schedule, its patterns resolved, of as many evaluations as the skeleton; kept for the passes.
     """
-    return _Unroller(skeleton, denoiser, schedule).run()
+    return _LoopGraphBuilder(skeleton, denoiser, schedule).run()
 
 
-class _Unroller:
+class _LoopGraphBuilder:
+    """Builds the loop graph node by node, in execution order."""
+
     def __init__(self, skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule) -> None:
         self.skeleton = skeleton
         self.schedule = schedule
         self.root = nn.Module()
         self.root.denoiser = denoiser
         self.graph = fx.Graph()
+        self.latent = _latent_nodes(skeleton)
         self.shared: dict[Expression, Node] = {}
         self.attributes: dict[object, Node] = {}
 
@@ -86,7 +90,6 @@ class _Unroller:
             root=self.root,
             schedule=self.schedule,
             num_noise=skeleton.num_noise,
-            forms=[call.graph for call in skeleton.calls],
             out_spec=skeleton.out_spec,
         )
 
@@ -113,7 +116,7 @@ class _Unroller:
             elif node.target is SITE:
                 values[node] = self._copy(node, values, evaluation)
                 values[node].update_arg(3, evaluation)
-            elif node.meta["binding"] is Binding.LATENT:
+            elif node in self.latent:
                 values[node] = self._copy(node, values, evaluation)
             else:
                 key = expression(node, values.__getitem__)
@@ -131,7 +134,7 @@ class _Unroller:
         name = str(node.target)
         if name.startswith("denoiser."):
             return self._attribute(name, name, node)
-        # A constant of the denoiser's own code; evaluation graphs of other signatures have their own of that name.
+        # This is a constant of the denoiser's own code; another evaluation graph may hold another one of that name.
         tensor = source.root.get_buffer(name)
         target = f"_evaluation{name}_{len(self.root._buffers)}"
         if id(tensor) not in self.attributes:
@@ -144,3 +147,24 @@ class _Unroller:
             node.meta = dict(like.meta)
             self.attributes[key] = node
         return self.attributes[key]
+
+
+def _latent_nodes(skeleton: LoopSkeleton) -> set[Node]:
+    """Return the nodes of the loop and of its evaluation graphs that depend on the latent.
+
+    An input of an evaluation graph that several evaluations share depends on it if the argument of any of them does.
+    """
+    latent = set(skeleton.input_nodes()[: skeleton.num_noise]).union(*skeleton.output_nodes())
+    _add_dependent(latent, skeleton.graph)
+    for call, arguments in zip(skeleton.calls, skeleton.argument_nodes(), strict=True):
+        inputs = call.graph.graph.find_nodes(op="placeholder")
+        latent.update(node for node, argument in zip(inputs, arguments, strict=True) if argument in latent)
+    for evaluation in skeleton.evaluations():
+        _add_dependent(latent, evaluation.graph)
+    return latent
+
+
+def _add_dependent(latent: set[Node], graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if draws_random_numbers(node) or not latent.isdisjoint(node.all_input_nodes):
+            latent.add(node)

@@ -1,11 +1,12 @@
-"""One capture at a time, and none while a sampler reads weights.
+"""Locks that allow one capture at a time, and none while a sampler reads weights.
 
-While ``torch.export`` captures a denoiser, the module holds fake weights, in every thread. So what reads weights of a
-model does so within ``weights_in_use``, many at once, and ``torch.export`` runs within ``weights_swapped``, alone. The
-lock is one for the process: models may share weights, and ``torch.export`` itself is not made for two threads at once.
+While ``torch.export`` captures a denoiser, the module holds fake weights, in every thread. So code that reads weights
+of a model does so within ``weights_in_use``, which many threads may enter at once, and ``torch.export`` runs within
+``weights_swapped``, which one thread enters alone. There is one lock for the process: models may share weights, and
+``torch.export`` itself is not made for two threads at once.
 ``one_capture`` is held around a whole capture, so that two threads never build one form twice; samplers run meanwhile.
 
-A ``fork`` waits for the end of a swap in another thread, and the child begins with fresh locks.
+A ``fork`` waits until no other thread has the weights swapped, and the child begins with new locks.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from l2c_compile.errors import CaptureError
 __all__ = ["one_capture", "weights_in_use", "weights_swapped"]
 
 
-class _Held(threading.local):
-    """What this thread holds."""
+class _HeldByThread(threading.local):
+    """How many reads and writes this thread holds."""
 
     num_reads = 0
     num_writes = 0
 
 
 class _ReadWriteLock:
-    """Many readers or one writer, both reentrant; a waiting writer goes before new readers."""
+    """A lock for many readers or one writer, both reentrant; a waiting writer goes before new readers."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._num_readers = 0
         self._num_waiting = 0
         self._is_written = False
-        self._held = _Held()
+        self._held = _HeldByThread()
 
     def acquire_read(self) -> None:
         held = self._held
-        # A thread that is in already does not wait: a writer would wait for it.
+        # A thread that already holds the lock does not wait: a writer would wait for it.
         if not held.num_reads and not held.num_writes:
             with self._changed:
                 while self._is_written or self._num_waiting:
@@ -93,7 +94,7 @@ _captures = threading.RLock()
 
 @contextmanager
 def weights_in_use() -> Iterator[None]:
-    """Keep the weights of all models real while the context is open; waits for a capture in another thread."""
+    """Keep the weights of all models real while the context is open, after waiting for other threads' captures."""
     lock = _weights
     lock.acquire_read()
     try:
@@ -104,10 +105,10 @@ def weights_in_use() -> Iterator[None]:
 
 @contextmanager
 def weights_swapped() -> Iterator[None]:
-    """Have all models alone while the context is open; waits for the samplers that run.
+    """Let no other thread use any model while the context is open, after waiting for the samplers that run.
 
     Raises:
-        CaptureError: This thread is reading weights itself, so it would wait for itself.
+        CaptureError: if this thread is reading weights, so that it would wait for itself.
     """
     lock = _weights
     lock.acquire_write()
@@ -119,10 +120,10 @@ def weights_swapped() -> Iterator[None]:
 
 @contextmanager
 def one_capture() -> Iterator[None]:
-    """Keep other threads from capturing while the context is open; reentrant.
+    """Keep other threads from capturing while the context is open; a thread may enter it again.
 
     Raises:
-        CaptureError: This thread is reading weights, so that the capture would wait for itself.
+        CaptureError: if this thread is reading weights, so that the capture would wait for itself.
     """
     _weights.check_not_reading()
     with _captures:
@@ -130,7 +131,7 @@ def one_capture() -> Iterator[None]:
 
 
 def _begin_anew() -> None:
-    # The threads that held the old locks are not in the child.
+    # The threads that held the old locks do not exist in the child.
     global _weights, _captures
     _weights, _captures = _ReadWriteLock(), threading.RLock()
 

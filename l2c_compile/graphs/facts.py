@@ -1,4 +1,4 @@
-"""The executable specification: what must hold of a graph, fact by fact.
+"""The executable specification of a graph: what must hold of it, fact by fact.
 
 A pass declares which facts it needs, gives and breaks; the pipeline runner calls ``check`` after every pass. A new
 invariant is written here first, and described in ``passes/README.md`` second.
@@ -22,10 +22,9 @@ __all__ = ["Fact", "check"]
 
 
 class Fact(enum.Enum):
-    """Something that holds of a graph between two passes."""
+    """A statement that can hold of a graph between two passes."""
 
     SITES_MARKED = "every site of every evaluation is an l2c::site node"
-    TIMES_BOUND = "every node of an evaluation graph knows its binding time"
     READS_CACHE = "every reused site is read from the cache: its own value has no user"
     NO_DEAD_NODES = "every node has a user, is an input, an output or a mark of an evaluation, or draws random numbers"
     READS_LOWERED = "no l2c::cache_read is left"
@@ -41,7 +40,7 @@ def check(program: ProgramGraph, facts: Iterable[Fact]) -> None:
 
 
 def _check_form(program: ProgramGraph) -> None:
-    """Functional ATen in topological order, weights by reference."""
+    """Raise unless the graph is functional ATen in topological order, with weights by reference."""
     seen: set[Node] = set()
     for node in program.graph.nodes:
         for argument in node.all_input_nodes:
@@ -78,13 +77,6 @@ def _sites_marked(program: ProgramGraph) -> None:
             for e in (evaluation, *reuse.sources):
                 if (str(site), e) not in marked:
                     raise VerificationError(f"site '{site}' is not marked in evaluation {e}")
-
-
-def _times_bound(program: ProgramGraph) -> None:
-    if isinstance(program, EvaluationGraph):
-        for node in program.graph.nodes:
-            if node.op != "output" and "binding" not in node.meta:
-                raise _violation(Fact.TIMES_BOUND.value, node, "has none")
 
 
 def _reads_cache(program: ProgramGraph) -> None:
@@ -127,7 +119,6 @@ def _none_left(target: torch._ops.OpOverload[..., torch.Tensor], fact: Fact) -> 
 
 _CHECKS: dict[Fact, Callable[[ProgramGraph], None]] = {
     Fact.SITES_MARKED: _sites_marked,
-    Fact.TIMES_BOUND: _times_bound,
     Fact.READS_CACHE: _reads_cache,
     Fact.NO_DEAD_NODES: _no_dead_nodes,
     Fact.READS_LOWERED: _none_left(CACHE_READ, Fact.READS_LOWERED),

@@ -1,4 +1,4 @@
-"""The forms of tensors and of calls: all that a capture knows of its inputs."""
+"""The forms of tensors and of calls, which are all that a capture knows of its inputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["CallSignature", "Form", "StaticValue", "TensorSpec", "tensors_in"]
+__all__ = ["CallSignature", "StaticValue", "TensorForm", "form_of", "signature_of", "tensors_in"]
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a tensor is, besides its elements."""
+class TensorForm:
+    """All properties of a tensor but its elements; a static graph is specialised on them."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -22,40 +22,32 @@ class Form:
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Form:
-        """Describe ``tensor``."""
+    def of(cls, tensor: Tensor) -> TensorForm:
+        """Return the form of ``tensor``."""
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
 
     def empty(self) -> Tensor:
         """Return an uninitialised tensor of this form (a fake one under a fake tensor mode)."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
+    def of_copy(self) -> TensorForm:
+        """Return the form of a copy of such a tensor: its strides have neither gaps nor overlaps."""
+        copy = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta").clone()
+        return replace(self, stride=copy.stride())
+
+    def fits(self, other: TensorForm) -> bool:
+        """Return whether shape, dtype and device are equal, whatever the strides."""
+        return (self.shape, self.dtype, self.device) == (other.shape, other.dtype, other.device)
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}, strides {list(self.stride)}"
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a static graph is specialised on: shape, strides, dtype and device of one tensor."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        """Describe ``tensor``."""
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-    def empty(self) -> Tensor:
-        """Return an uninitialised tensor of this description (a fake one under a fake tensor mode)."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-    def of_copy(self) -> TensorSpec:
-        """Return the description of a copy of such a tensor: its strides have neither gaps nor overlaps."""
-        copy = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta").clone()
-        return replace(self, stride=copy.stride())
+def form_of(value: object) -> object:
+    """Return the form of a tensor, nested tuples of forms for nested tensors, and anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(form_of, value))
+    return TensorForm.of(value) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -64,11 +56,11 @@ class StaticValue:
 
     value: object = field(compare=False)
     key: object
-    """Its type and what it equals: 1, 1.0 and True are three values, and so are 0.0 and -0.0."""
+    """The type and a representation of the value: 1, 1.0 and True are three keys, and 0.0 and -0.0 are two."""
 
     @classmethod
     def of(cls, value: object) -> StaticValue:
-        """Describe ``value``, which is hashable."""
+        """Return the description of ``value``, which is hashable."""
         return cls(value, (type(value), value.hex() if type(value) is float else value))
 
 
@@ -78,11 +70,11 @@ class CallSignature:
 
     spec: TreeSpec
     leaves: tuple[object, ...]
-    """A ``TensorSpec`` for each tensor, a ``StaticValue`` for anything else, in the order of ``spec``."""
+    """A ``TensorForm`` for each tensor, a ``StaticValue`` for anything else, in the order of ``spec``."""
 
-    def tensor_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the specs of the tensors, in order: the inputs of the evaluation graph."""
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorSpec))
+    def tensor_forms(self) -> tuple[TensorForm, ...]:
+        """Return the forms of the tensors, in order: the inputs of the evaluation graph."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorForm))
 
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return the ``(args, kwargs)`` of the call with ``tensors`` in the places of its tensors."""
@@ -95,3 +87,9 @@ class CallSignature:
 def tensors_in(tree: object) -> list[Tensor]:
     """Return the tensors of a nested container, in order."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def signature_of(*arguments: object) -> CallSignature:
+    """Return the form of nested arguments."""
+    leaves, spec = tree_flatten(arguments)
+    return CallSignature(spec, tuple(TensorForm.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))

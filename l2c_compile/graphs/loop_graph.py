@@ -1,6 +1,6 @@
-"""The graphs the compiler works on, the two marker ops in them, and the notes their nodes carry.
+"""The graphs that the compiler works on, the two marker ops in them, and the notes on their nodes.
 
-Two kinds of graph, both functional ATen on ``torch.fx``:
+There are two kinds of graph, both functional ATen on ``torch.fx``:
 
 ``EvaluationGraph``  one call of the denoiser, as captured; placeholders are the tensors of the call.
 ``LoopGraph``        the whole loop, every evaluation in execution order; placeholders are the loop's tensors.
@@ -15,9 +15,8 @@ change. Both are ordinary ops that run, so that a graph can be executed after an
 
 from __future__ import annotations
 
-import enum
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,31 +28,7 @@ from l2c_compile.graphs.nodes import draws_random_numbers
 from l2c_compile.schedules.schedule import CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Binding", "Dependency", "EvaluationGraph", "FoldedConstants", "LoopGraph", "ProgramGraph"]
-
-
-class Dependency(enum.Enum):
-    """What a value of the evaluation graph is made from, besides weights."""
-
-    TIME = "time"
-    """Constants of the loop that differ between evaluations."""
-    CONDITION = "condition"
-    """The loop's conditions."""
-    LATENT = "latent"
-    """The noise, a random draw, or what an evaluation returned."""
-
-
-class Binding(enum.Enum):
-    """When a value of the evaluation graph is known (its binding time)."""
-
-    CONSTANT = "constant"
-    """From weights and timesteps alone: known at compile time."""
-    CONDITION = "condition"
-    """From the conditions (labels, prompts): known once a call."""
-    STEP = "step"
-    """From timestep and condition, not the latent: known before the loop starts, for every evaluation."""
-    LATENT = "latent"
-    """From the latent: known only when its evaluation runs."""
+__all__ = ["EvaluationGraph", "EvaluationPrice", "FoldedConstants", "LoopGraph", "ProgramGraph", "copy_of"]
 
 
 @dataclass
@@ -63,7 +38,7 @@ class FoldedConstants:
     recipe: fx.Graph
     """A graph without inputs over the same weights; its output is the tuple of the folded values."""
     names: tuple[str, ...]
-    """The attribute of ``LoopGraph.root`` that holds each value."""
+    """For each value, the name of the attribute of ``LoopGraph.root`` that holds it."""
     weights: tuple[str, ...]
     """The weights (``denoiser.<path>``) that the values were made from."""
 
@@ -79,55 +54,63 @@ class ProgramGraph:
         """Return the graph as an ``nn.Module``; weights are shared with the denoiser, also after they are replaced."""
         module = fx.GraphModule(self.root, self.graph, class_name=type(self).__name__)
         for name, child in self.root.named_children():
-            # GraphModule copies the leaves it needs; the live child follows a weight that is assigned anew.
+            # GraphModule copies the attributes that it needs; the live child follows a weight that is assigned anew.
             setattr(module, name, child)
         return module
 
 
 @dataclass
 class EvaluationGraph(ProgramGraph):
-    """One evaluation of the denoiser: flat tensor inputs, flat tensor outputs."""
+    """The graph of one evaluation of the denoiser, with flat tensor inputs and flat tensor outputs."""
 
     sites: tuple[Site, ...] = ()
-    """The sites marked in the graph."""
+    """The sites that are marked in the graph."""
     out_spec: TreeSpec | None = None
     """The structure that the denoiser returns."""
     out_leaves: tuple[object, ...] = ()
-    """Its leaves: a fake tensor for each output of the graph, anything else as it is."""
+    """The leaves of that structure: a fake tensor for each output of the graph, anything else as it is."""
 
     def copy(self) -> EvaluationGraph:
-        """Return an evaluation graph to be rewritten apart from this one; tensors and submodules are shared."""
-        return replace(self, graph=_copy_of(self.graph))
+        """Return a copy that can be rewritten without changing this graph; tensors and submodules are shared."""
+        return replace(self, graph=copy_of(self.graph))
+
+
+@dataclass(frozen=True)
+class EvaluationPrice:
+    """The price of one evaluation that computes everything."""
+
+    multiply_adds: int
+    site_bytes: Mapping[str, int]
+    """The size in bytes of the value of each site, by the site's text."""
 
 
 @dataclass
 class LoopGraph(ProgramGraph):
-    """A whole sampling loop, unrolled."""
+    """The graph of a whole sampling loop, unrolled."""
 
     schedule: CacheSchedule
     num_noise: int
-    """How many of the inputs, the first ones, are the noise; the others are conditions."""
-    forms: list[EvaluationGraph]
-    """The evaluation graph that each evaluation is a copy of; evaluations with equal calls share one. Empty where the
-    loop was captured as a whole."""
+    """Number of inputs that are the noise; they come first, and the others are conditions."""
     out_spec: TreeSpec
     """The structure that the loop returns; the graph's output is the flat list of its leaves."""
+    prices: tuple[EvaluationPrice, ...] = ()
+    """The price of each evaluation without caching; empty if the loop was captured as a whole or read from a file."""
     folded: list[FoldedConstants] = field(default_factory=list)
 
     def copy(self) -> LoopGraph:
-        """Return a loop graph to be rewritten apart from this one; tensors and submodules are shared."""
+        """Return a copy that can be rewritten without changing this graph; tensors and submodules are shared."""
         root = nn.Module()
         for name, child in self.root.named_children():
             root.add_module(name, child)
         for name, tensor in self.root.named_buffers(recurse=False):
             root.register_buffer(name, tensor, persistent=False)
-        return replace(self, graph=_copy_of(self.graph), root=root, folded=list(self.folded))
+        return replace(self, graph=copy_of(self.graph), root=root, folded=list(self.folded))
 
     def module_to_trace(self) -> fx.GraphModule:
-        """Return the graph as a module for who traces it again, as torch.compile does.
+        """Return the graph as a module for a caller that traces it again, as ``torch.compile`` does.
 
-        Torch may choose another attention kernel then, which returns other strides, so no view may insist on those of
-        the capture.
+        Torch may then choose another attention kernel, which returns other strides, so no view may depend on the
+        strides of the capture.
         """
         copy = self.copy()
         for node in copy.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
@@ -142,7 +125,7 @@ class LoopGraph(ProgramGraph):
 
     @property
     def num_evaluations(self) -> int:
-        """How often the loop calls the denoiser."""
+        """The number of times that the loop calls the denoiser."""
         return self.schedule.num_evaluations
 
     def reads(self) -> Iterator[tuple[int, Site, Reuse]]:
@@ -175,7 +158,8 @@ class LoopGraph(ProgramGraph):
         return name
 
 
-def _copy_of(graph: fx.Graph) -> fx.Graph:
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph; the notes of its nodes are shared."""
     copy = fx.Graph()
     copies: dict[Node, Node] = {}
     for node in graph.nodes:

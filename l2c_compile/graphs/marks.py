@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 INPUT_PORT = -1
-"""The port of a site's input, marked only where the site or its rule needs it."""
+"""The port of a site's input, which is marked only where the site or its rule needs it."""
 
 
 def strided_copy(value: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def strided_copy(value: Tensor) -> Tensor:
 
 
 def write_into(target: Tensor, value: Tensor) -> None:
-    """Write ``value`` into a tensor of its strides; what expanded dimensions share is written once."""
+    """Write ``value`` into a tensor of the same strides; elements that expanded dimensions share are written once."""
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
         if stride == 0 and size > 1:
             target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
@@ -91,7 +91,7 @@ CACHE_READ: torch._ops.OpOverload[..., Tensor] = torch.ops.l2c.cache_read.defaul
 
 @dataclass(frozen=True)
 class SiteMark:
-    """An ``l2c::site`` node, its arguments by name."""
+    """An ``l2c::site`` node with its arguments by name."""
 
     node: Node
     value: Node
@@ -101,13 +101,13 @@ class SiteMark:
 
     @classmethod
     def of(cls, node: Node) -> SiteMark:
-        """Read the node."""
+        """Return the arguments of the node by name."""
         return cls(node, *node.args)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class CacheRead:
-    """An ``l2c::cache_read`` node, its arguments by name."""
+    """An ``l2c::cache_read`` node with its arguments by name."""
 
     node: Node
     history: Sequence[Node]
@@ -121,7 +121,7 @@ class CacheRead:
 
     @classmethod
     def of(cls, node: Node) -> CacheRead:
-        """Read the node."""
+        """Return the arguments of the node by name."""
         return cls(node, *node.args)  # type: ignore[arg-type]
 
     @property

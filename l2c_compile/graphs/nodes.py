@@ -1,4 +1,4 @@
-"""What is read off a node of a graph, and how a node is made."""
+"""Functions that read a property of a node, and functions that make nodes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ __all__ = [
     "num_bytes",
     "output_list",
     "outputs_of",
+    "own_evaluation",
     "packet_of",
+    "put_with",
     "root_tensor",
 ]
 
@@ -38,17 +40,38 @@ def emit(
     graph: fx.Graph,
     target: OpOverload,
     args: tuple[Argument, ...],
-    evaluation: int | None,
+    evaluation: int | None = None,
     kwargs: Mapping[str, Argument] | None = None,
+    *,
+    like: Node | None = None,
 ) -> Node:
-    """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs."""
+    """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs.
+
+    Args:
+        graph: where to.
+        target: what to call.
+        args: its arguments.
+        evaluation: the evaluation it belongs to; None: to the loop itself.
+        kwargs: its keyword arguments.
+        like: a node that it belongs with, in place of an evaluation.
+    """
     node = graph.call_function(target, args, dict(kwargs or {}))
     node.meta.update(val=infer(target, args, kwargs or {}), evaluation=evaluation)
+    if like is not None:
+        put_with(node, like)
     return node
 
 
+def put_with(node: Node, other: Node) -> None:
+    """Note that a node belongs where another one does: to its evaluation and to its module, if it is of any."""
+    node.meta["evaluation"] = evaluation_of(other)
+    node.meta.pop("nn_module_stack", None)
+    if "nn_module_stack" in other.meta:
+        node.meta["nn_module_stack"] = other.meta["nn_module_stack"]
+
+
 def outputs_of(node: Node) -> tuple[Node, ...]:
-    """Insert, right behind a node that returns several tensors, a node for each of them."""
+    """Insert a node for each tensor that a node returns, right behind it, and return these nodes."""
     outputs: list[Node] = []
     for index, value in enumerate(node.meta["val"]):
         with node.graph.inserting_after(outputs[-1] if outputs else node):
@@ -63,9 +86,9 @@ def infer(
     kwargs: Mapping[str, Argument],
     value: Callable[[Node], Any] = lambda node: node.meta["val"],
 ) -> Any:  # noqa: ANN401
-    """Return what ``target`` gives for these nodes, without values: fake tensors of the right form.
+    """Return what ``target`` returns for these nodes, as fake tensors: they have the form, but no values.
 
-    ``value`` says what a node stands for.
+    ``value`` is a function that returns the fake tensor, or other value, of a node.
     """
     fakes: Any = fx.node.map_arg((tuple(args), dict(kwargs)), lambda argument: _fake(value(argument)))
     assert callable(target)
@@ -74,7 +97,7 @@ def infer(
 
 
 def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node returns that is none
-    # The parts of a loop graph were captured under different fake modes; torch mixes none of them.
+    # The parts of a loop graph were captured under different fake modes, and torch refuses to mix these.
     if isinstance(value, (tuple, list)):
         return tuple(map(_fake, value))
     if not isinstance(value, Tensor):
@@ -84,29 +107,36 @@ def _fake(value: Any) -> Any:  # noqa: ANN401 - a fake tensor, or what a node re
 
 
 def evaluation_of(node: Node) -> int | None:
-    """Return the evaluation that a node of a loop graph belongs to, None for the loop's own arithmetic."""
+    """Return the evaluation that a node of a loop graph belongs to; None for the loop's own arithmetic."""
     return node.meta.get("evaluation")
 
 
+def own_evaluation(node: Node) -> int:
+    """Return the evaluation of a node that belongs to one."""
+    evaluation = evaluation_of(node)
+    assert evaluation is not None
+    return evaluation
+
+
 def output_list(graph: fx.Graph) -> list[Argument]:
-    """Return what a graph of ours returns: always a flat list."""
+    """Return the results of a graph, which are always a flat list."""
     (results,) = graph.output_node().args
     assert isinstance(results, (list, tuple))
     return list(results)
 
 
 def packet_of(node: Node) -> object:
-    """Return the operator of a node whatever its overload (``aten.clone``), None where it calls no torch operator."""
+    """Return the operator of a node without its overload (``aten.clone``); None if it calls no torch operator."""
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
 
 
 def is_pointwise(node: Node) -> bool:
-    """Tell whether each element of the result depends on one element of each argument only."""
+    """Return whether each element of the result depends on one element of each argument only."""
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def draws_random_numbers(node: Node) -> bool:
-    """Tell whether the node draws from a random number generator, so that it may be neither removed nor merged."""
+    """Return whether the node draws from a random number generator, so that it may be neither removed nor merged."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
@@ -132,22 +162,22 @@ def form_of(node: Node) -> object:
 
 
 def num_bytes(node: Node) -> int:
-    """Return the size in bytes of the tensors that a node produces, 0 where the graph does not say."""
+    """Return the size in bytes of the tensors that a node produces; 0 where the graph does not note it."""
     value = node.meta.get("val")
     tensors = value if isinstance(value, (tuple, list)) else (value,)
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 Expression = tuple[object, ...]
-"""What a node computes, as a hashable value: equal for two nodes of one graph iff they compute the same."""
+"""A hashable value for what a node computes, equal for two nodes of one graph iff they compute the same."""
 
 
 def expression(node: Node, rename: Callable[[Node], object] = lambda argument: argument) -> Expression:
     """Return the key under which two pure nodes are the same computation.
 
     Args:
-        node: a ``call_function`` or ``get_attr`` node.
-        rename: maps each argument node to what stands for it.
+        node: the ``call_function`` or ``get_attr`` node.
+        rename: a function from each argument node to the value that stands for it in the key.
     """
     kwargs = tuple(sorted((name, argument_key(value, rename)) for name, value in node.kwargs.items()))
     return (node.op, node.target, argument_key(node.args, rename), kwargs)
@@ -160,13 +190,13 @@ def argument_key(argument: Argument, rename: Callable[[Node], object]) -> object
     if isinstance(argument, (tuple, list)):
         return tuple(argument_key(element, rename) for element in argument)
     if isinstance(argument, float):
-        # 1 == 1.0 == True and 0.0 == -0.0 for Python, not for type promotion and division.
+        # 1 == 1.0 == True and 0.0 == -0.0 in Python, but they differ in type promotion and division.
         return float, argument.hex()
     return type(argument), argument
 
 
 def module_path(node: Node) -> str:
-    """Return the path, in the denoiser, of the module whose forward made the node; "" where there is none."""
+    """Return the path in the denoiser of the module whose forward made the node; "" where there is none."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((str(path) for path, _ in reversed(stack.values())), "")
     return path.removeprefix("L['self'].").removeprefix("denoiser").removeprefix(".")

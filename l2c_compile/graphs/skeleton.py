@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.fx.node import Argument, Node
 from torch.utils._pytree import TreeSpec
 
 from l2c_compile.graphs.forms import CallSignature
-from l2c_compile.graphs.loop_graph import Dependency, EvaluationGraph, ProgramGraph
-from l2c_compile.graphs.nodes import draws_random_numbers, output_list
+from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph, copy_of
+from l2c_compile.graphs.nodes import output_list
 
 __all__ = ["EvaluationCall", "LoopSkeleton"]
 
 
 @dataclass
 class EvaluationCall:
-    """One call of the denoiser."""
+    """One call of the denoiser, with the graph of what it computes."""
 
     signature: CallSignature
     graph: EvaluationGraph
-    """Shared by all calls of equal signature."""
+    """The evaluation graph, which all calls of equal signature share."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class LoopSkeleton(ProgramGraph):
     calls: list[EvaluationCall]
     num_inputs: int
     num_noise: int
-    """How many of the inputs, the first ones, are the noise; the others are conditions."""
+    """Number of inputs that are the noise; they come first, and the others are conditions."""
     constants: dict[str, Tensor]
-    """By name; a name that begins with ``denoiser.`` is the path of a weight."""
+    """The loop's constants by name; a name that begins with ``denoiser.`` is the path of a weight."""
     out_spec: TreeSpec
     num_outputs: int
 
@@ -59,7 +59,7 @@ class LoopSkeleton(ProgramGraph):
 
     def argument_nodes(self) -> list[list[Node]]:
         """Return, for each evaluation, the nodes of its tensor arguments."""
-        sizes = [len(call.signature.tensor_specs()) for call in self.calls]
+        sizes = [len(call.signature.tensor_forms()) for call in self.calls]
         return _split([n for n in output_list(self.graph)[: sum(sizes)] if isinstance(n, Node)], sizes)
 
     def result_nodes(self) -> list[Argument]:
@@ -67,32 +67,15 @@ class LoopSkeleton(ProgramGraph):
         results = output_list(self.graph)
         return results[len(results) - self.num_outputs :]
 
-    def note_dependencies(self) -> None:
-        """Write ``meta["depends"]`` on the inputs of every evaluation graph: what the loop feeds them with.
+    def evaluations(self) -> list[EvaluationGraph]:
+        """Return the distinct evaluation graphs, in the order of their first calls."""
+        return list({id(call.graph): call.graph for call in self.calls}.values())
 
-        An input that several evaluations share has what any of them needs; a constant that differs between the
-        evaluations of one graph is a timestep.
-        """
-        depends: dict[Node, frozenset[Dependency]] = {}
-        for node in self.constant_nodes():
-            depends[node] = frozenset()
-        for position, node in enumerate(self.input_nodes()):
-            depends[node] = frozenset({Dependency.LATENT if position < self.num_noise else Dependency.CONDITION})
-        for nodes in self.output_nodes():
-            depends.update(dict.fromkeys(nodes, frozenset({Dependency.LATENT})))
-        for node in self.graph.nodes:
-            if node.op not in ("placeholder", "output"):
-                own = frozenset({Dependency.LATENT}) if draws_random_numbers(node) else frozenset()
-                depends[node] = own.union(*(depends[argument] for argument in node.all_input_nodes))
-
-        fed: dict[Node, set[Node]] = {}
-        for call, arguments in zip(self.calls, self.argument_nodes(), strict=True):
-            for node, argument in zip(call.graph.graph.find_nodes(op="placeholder"), arguments, strict=True):
-                fed.setdefault(node, set()).add(argument)
-        for node, feeding in fed.items():
-            varies = sum(not depends[argument] for argument in feeding) > 1
-            own = frozenset({Dependency.TIME}) if varies else frozenset()
-            node.meta["depends"] = own.union(*(depends[argument] for argument in feeding))
+    def copy(self) -> LoopSkeleton:
+        """Return a copy, evaluations included, that can be rewritten without changing this one; tensors are shared."""
+        copies = {id(evaluation): evaluation.copy() for evaluation in self.evaluations()}
+        calls = [replace(call, graph=copies[id(call.graph)]) for call in self.calls]
+        return replace(self, graph=copy_of(self.graph), calls=calls)
 
     def _placeholders(self) -> list[Node]:
         return list(self.graph.find_nodes(op="placeholder"))

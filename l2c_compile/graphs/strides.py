@@ -1,6 +1,6 @@
-"""What becomes of a graph where a rewrite changes strides.
+"""Follow the strides through a graph where a rewrite changes some.
 
-Backends compile for the strides that nodes note, and kernels round as strides tell them to: a value that takes the
+Backends compile for the strides that nodes note, and how kernels round depends on strides. So a value that takes the
 place of another one either has its strides, or all that is computed from it is noted anew (``follow``).
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
+from l2c_compile.graphs.forms import form_of
 from l2c_compile.graphs.nodes import argument_key, emit, infer, output_list, packet_of
 
 __all__ = ["addresses_memory", "follow", "permutation", "relaid", "same_strides"]
@@ -23,11 +24,11 @@ aten = torch.ops.aten
 
 
 def relaid(changed: Mapping[Node, Any], without: Collection[Node] = ()) -> dict[Node, Any] | None:
-    """Return what each node makes once some nodes make tensors of the same shape in another memory layout.
+    """Return the values of all nodes once some nodes make tensors of the same shape in another memory layout.
 
     Args:
-        changed: what these nodes will make.
-        without: users that will be gone.
+        changed: the new fake values of these nodes.
+        without: the users that will be gone.
 
     Returns:
         The new fake value of every node whose value changes, those of ``changed`` included; None if an operation does
@@ -61,29 +62,29 @@ def addresses_memory(graph: fx.Graph) -> Node | None:
 
 
 def same_strides(node: Node, other: Node) -> bool:
-    """Tell whether two nodes make tensors of equal strides."""
+    """Return whether two nodes make tensors of equal strides."""
     return _strides(node.meta["val"]) == _strides(other.meta["val"])
 
 
 def permutation(value: Tensor) -> list[int] | None:
-    """Return the dimensions from the farthest apart to the nearest if the value fills its memory, else None."""
+    """Return the dimensions by stride, largest first, if the value fills its memory without gaps; otherwise None."""
     strides = value.stride()
     order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
     return order if value.permute(order).is_contiguous() else None
 
 
 def follow(graph: fx.Graph, replaced: Collection[Node], *, restore_results: bool = True) -> None:
-    """Find the strides of all that is computed from ``replaced``.
+    """Note the new strides of all that is computed from ``replaced``.
 
     Args:
-        graph: holds no node that ``addresses_memory``.
-        replaced: nodes that took the place of nodes with other strides; their own are noted.
-        restore_results: give what the graph returns the strides that it had.
+        graph: a graph that holds no node that ``addresses_memory``.
+        replaced: the nodes that took the place of nodes with other strides; their own strides are noted.
+        restore_results: whether the results of the graph are given the strides that they had.
     """
     if not replaced:
         return
     changed = set(replaced)
-    # Each once: a loop may return a value twice.
+    # Each result is restored once, because a loop may return a value twice.
     wanted = {node: node.meta["val"] for node in output_list(graph) if isinstance(node, Node)}
     known: dict[object, tuple[object, object]] = {}
     for node in graph.nodes:
@@ -103,21 +104,15 @@ def follow(graph: fx.Graph, replaced: Collection[Node], *, restore_results: bool
 
 
 def _infer(node: Node) -> tuple[object, object]:
-    """Return the operator for the arguments' new strides, and what it returns."""
+    """Return the operator that fits the arguments' new strides, and what it returns."""
     if packet_of(node) is aten.view:
-        # What was viewed in another shape may lie in another order now.
+        # The elements of a view in another shape may lie in another order now.
         return aten.reshape.default, infer(aten.reshape.default, node.args, node.kwargs)
     return node.target, infer(node.target, node.args, node.kwargs)
 
 
 def _form(node: Node) -> object:
-    return _forms(node.meta["val"])
-
-
-def _forms(value: object) -> object:
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_forms, value))
-    return (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
+    return form_of(node.meta["val"])
 
 
 def _strides(value: object) -> object:
@@ -127,14 +122,14 @@ def _strides(value: object) -> object:
 
 
 def _restore(graph: fx.Graph, node: Node, like: Tensor) -> None:
-    """Give what the graph returns the order in memory that it had."""
+    """Give a result of the graph the order in memory that it had."""
     order = permutation(like)
     if order is None:
         return  # it had gaps, or overlapped: the loop itself could not have kept that through an operator
     output = graph.output_node()
     back = [order.index(dim) for dim in range(len(order))]
     with graph.inserting_before(output):
-        permuted = emit(graph, aten.permute.default, (node, order), None)
-        copy = emit(graph, aten.contiguous.default, (permuted,), None)
-        restored = emit(graph, aten.permute.default, (copy, back), None)
+        permuted = emit(graph, aten.permute.default, (node, order))
+        copy = emit(graph, aten.contiguous.default, (permuted,))
+        restored = emit(graph, aten.permute.default, (copy, back))
     output.replace_input_with(node, restored)

@@ -33,10 +33,10 @@ def loop_from_dict(description: Mapping[str, Any]) -> BuiltInLoop:
     """Return the loop that ``BuiltInLoop.to_dict`` described.
 
     Args:
-        description: JSON-able; ``"name"`` says which loop, the other entries are its fields.
+        description: a JSON-able mapping; ``"name"`` says which loop it is, and the other entries are its fields.
 
     Raises:
-        LoopError: The name or a field is unknown, a field is missing or makes no sense.
+        LoopError: if the name or a field is unknown, or a field is missing or makes no sense.
     """
     name = str(description.get("name"))
     if name not in _LOOPS:

@@ -1,8 +1,8 @@
-"""What all loops have in common.
+"""The base class of all loops.
 
 A loop is a callable ``loop(denoiser, noise, **conditions) -> latent``. It runs eagerly as it stands, and it can be
-traced: whatever depends on the schedule alone is a Python number before the first evaluation, and no Python decision
-looks at the values of a latent.
+traced: every number that depends on the sampler's schedule alone is a Python number before the first evaluation, and no
+Python decision looks at the values of a latent.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class BuiltInLoop(ABC):
     """A sampler with all its settings; two loops with equal settings are equal."""
 
     name: ClassVar[str]
-    """What the loop is called in its description."""
+    """The name of the loop in its description."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
-        """Sample.
+        """Sample a batch of latents.
 
         Args:
-            denoiser: Called as ``denoiser(x, t_B, **conditions)``.
-            noise: Standard normal latents, shape (B, C, ...), floating.
-            **conditions: Passed to the denoiser by name, for example ``y=labels``.
+            denoiser: the model, called as ``denoiser(x, t_B, **conditions)``.
+            noise: standard normal latents, shape (B, C, ...), of a floating dtype.
+            **conditions: the arguments that are passed to the denoiser by name, for example ``y=labels``.
 
         Returns:
             Clean latents in the shape and dtype of ``noise``.
@@ -70,11 +70,11 @@ class BuiltInLoop(ABC):
 
     @property
     def num_evaluations(self) -> int:
-        """Number of denoiser calls; unbatched guidance makes two for each prediction."""
+        """The number of denoiser calls; unbatched guidance makes two for each prediction."""
         return len(self.timesteps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able description that ``loop_from_dict`` reads."""
+        """Return a JSON-able description of the loop, which ``loop_from_dict`` reads."""
         description: dict[str, Any] = {"name": self.name}
         for item in filter(_is_setting, fields(self)):
             value = getattr(self, item.name)
@@ -90,7 +90,7 @@ class BuiltInLoop(ABC):
         """Return the loop of a description; ``loop_from_dict`` also finds the class.
 
         Raises:
-            LoopError: A field is unknown, missing or makes no sense.
+            LoopError: if a field is unknown, missing or makes no sense.
         """
         values = {name: value for name, value in description.items() if name != "name"}
         if isinstance(values.get("guidance"), Mapping):
@@ -100,7 +100,7 @@ class BuiltInLoop(ABC):
         return _build(cls, values)
 
     def _predict(self, denoiser: Denoiser, x: Tensor, timestep: float, conditions: Mapping[str, Any]) -> Tensor:
-        """Return the prediction, guided if the loop is."""
+        """Return the prediction, with guidance if the loop has it."""
         guidance: Guidance | None = getattr(self, "guidance", None)
         if guidance is None:
             return evaluate(denoiser, x, timestep, conditions)
@@ -130,11 +130,12 @@ def check_number(what: str, value: object, *, above: float = -float("inf"), at_l
 
 
 def _is_setting(item: Field[Any]) -> bool:
-    return item.init  # the others follow from them
+    # A field that is not given to the constructor follows from the others.
+    return item.init
 
 
 def _build(cls: type[_T], values: Mapping[str, Any]) -> _T:
-    """Call a dataclass, with errors that name unknown and missing fields."""
+    """Make a dataclass, with errors that name unknown and missing fields."""
     known: dict[str, Field[Any]] = {item.name: item for item in fields(cls) if _is_setting(item)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:

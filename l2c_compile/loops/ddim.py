@@ -1,6 +1,6 @@
 """DDIM: Song et al., "Denoising Diffusion Implicit Models" (arXiv 2010.02502).
 
-Equation 12 is linear: one step is ``keep * x + change * predicted_noise + fresh * drawn_noise``.
+A step (equation 12 of the paper) is linear: ``keep * x + change * predicted_noise + fresh * drawn_noise``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["DDIM"]
 
 @dataclass(frozen=True)
 class DDIM(BuiltInLoop):
-    """DDIM over a trained beta schedule, for models that predict noise and take timesteps 0..N-1.
+    """The DDIM sampler over a trained beta schedule, for models that predict noise and take timesteps 0..N-1.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     name: ClassVar[str] = "ddim"
@@ -34,14 +34,15 @@ class DDIM(BuiltInLoop):
     steps: int
     """Number of sampler steps."""
     eta: float = 0.0
-    """0 is deterministic, 1 has the variance of DDPM. Above 0 every step but the last draws ``torch.randn_like``."""
+    """The amount of fresh noise: 0 is deterministic, 1 has the variance of DDPM. Above 0, every step but the last draws
+    ``torch.randn_like``."""
     spacing: Spacing = "linspace"
-    """Which timesteps to visit; see ``respaced_timesteps``."""
+    """How the timesteps are chosen; see ``respaced_timesteps``."""
     betas: BetaSchedule = LINEAR_BETAS
     """The schedule that the model was trained with."""
     guidance: Guidance | None = None
-    """Classifier-free guidance, if any."""
-    # Made once: torch.compile of a function that samples should find numbers here, not the arithmetic behind them.
+    """The classifier-free guidance; None for none."""
+    # These are made once, so that torch.compile of a function that samples finds numbers here, not their arithmetic.
     _coefficients: tuple[tuple[float, float, float], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ class DDIM(BuiltInLoop):
         object.__setattr__(self, "_coefficients", tuple(self._make_coefficients()))
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
-        """Sample; see ``BuiltInLoop``."""
+        """Sample a batch of latents; see ``BuiltInLoop``."""
         x = noise
         for timestep, (keep, change, fresh) in zip(self.network_timesteps, self._coefficients, strict=True):
             x = keep * x + change * self._predict(denoiser, x, timestep, conditions)
@@ -71,7 +72,7 @@ class DDIM(BuiltInLoop):
         return tuple((math.sqrt(alphas_bar[t]), math.sqrt(1.0 - alphas_bar[t])) for t in self.network_timesteps)
 
     def _make_coefficients(self) -> list[tuple[float, float, float]]:
-        """Return the factors of the latent, of the predicted and of the fresh noise, in execution order."""
+        """Return the factors of latent, predicted noise and fresh noise for each step, in execution order."""
         alphas_bar = self.betas.alphas_bar()
         levels = [float(alphas_bar[t]) for t in self.network_timesteps] + [1.0]
         coefficients = []

@@ -1,7 +1,7 @@
 """DPM-Solver and DPM-Solver++: Lu et al. (arXiv 2206.00927, 2211.01095).
 
 In half log-SNR ``l`` the sampling equation has an exact linear part, and a solver only has to guess how the model's
-prediction ``p`` changes over a step from ``s`` to ``t`` of length ``h``. With ``p(l) = p_s + slope * (l - l_s) / h``
+prediction ``p`` changes over a step from ``s`` to ``t`` of length ``h``. With ``p(l) = p_s + slope * (l - l_s) / h``:
 
     x_t = decay * x_s + hold * p_s + ramp * slope
 
@@ -29,14 +29,14 @@ __all__ = ["DPMSolver"]
 
 
 class _Step(NamedTuple):
-    """One solver step: where it ends, and the noise levels of its evaluations, the first of which is its start."""
+    """The noise levels of a solver step: those of its evaluations, the first of which is its start, and of its end."""
 
     stages: tuple[NoiseLevel, ...]
     end: NoiseLevel
 
 
-class _Move(NamedTuple):
-    """Factors of an exponential integrator; the module docstring has the equations."""
+class _Factors(NamedTuple):
+    """The factors of an exponential integrator; the module docstring has the equations."""
 
     decay: float
     hold: float
@@ -45,12 +45,12 @@ class _Move(NamedTuple):
 
 @dataclass(frozen=True)
 class DPMSolver(BuiltInLoop):
-    """DPM-Solver over a trained beta schedule, for models that predict noise.
+    """The DPM-Solver sampler over a trained beta schedule, for models that predict noise.
 
     Time is ``t`` in [1 / N, 1]; sampling ends at 1 / N, the cleanest training timestep.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     name: ClassVar[str] = "dpm_solver"
@@ -59,22 +59,22 @@ class DPMSolver(BuiltInLoop):
     """Number of guided predictions. A singlestep solver of order k makes up to k in each step, and ends with steps of
     lower order where k does not divide the number; order 3 always does (arXiv 2206.00927, appendix D.1)."""
     order: int = 2
-    """1, 2 or 3; multistep 1 or 2. Order 1 is DDIM in continuous time."""
+    """The order of the solver: 1, 2 or 3 for singlestep, 1 or 2 for multistep. Order 1 is DDIM in continuous time."""
     method: Literal["singlestep", "multistep"] = "singlestep"
-    """Evaluate inside a step, or re-use the prediction of the step before."""
+    """Where a step gets its further predictions: from evaluations inside the step, or from the step before."""
     algorithm: Literal["dpmsolver++", "dpmsolver"] = "dpmsolver++"
-    """Hold the predicted data, or the predicted noise."""
+    """What is integrated: the predicted data (``"dpmsolver++"``) or the predicted noise (``"dpmsolver"``)."""
     spacing: Literal["time", "log_snr"] = "time"
-    """What is cut into equal parts."""
+    """The quantity that the steps cut into equal parts."""
     betas: BetaSchedule = LINEAR_BETAS
     """The schedule that the model was trained with."""
     first_timestep: Literal[0, 1] = 0
-    """What the model calls its cleanest timestep: 0 (DiT, diffusers) or 1 (U-ViT)."""
+    """The number of the model's cleanest timestep: 0 (DiT, diffusers) or 1 (U-ViT)."""
     lower_order_final: bool = True
-    """Let a multistep solver make its last step with order 1, which is steadier for few evaluations."""
+    """Whether a multistep solver makes its last step with order 1, which is steadier for few evaluations."""
     guidance: Guidance | None = None
-    """Classifier-free guidance, if any."""
-    # Made once: torch.compile of a function that samples should find numbers here, not the arithmetic behind them.
+    """The classifier-free guidance; None for none."""
+    # These are made once, so that torch.compile of a function that samples finds numbers here, not their arithmetic.
     _steps: tuple[_Step, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class DPMSolver(BuiltInLoop):
         object.__setattr__(self, "_steps", tuple(self._make_steps()))
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
-        """Sample; see ``BuiltInLoop``."""
+        """Sample a batch of latents; see ``BuiltInLoop``."""
         sample = self._singlestep if self.method == "singlestep" else self._multistep
         return sample(denoiser, noise, conditions)
 
@@ -111,19 +111,20 @@ class DPMSolver(BuiltInLoop):
     def _singlestep(self, denoiser: Denoiser, x: Tensor, conditions: Mapping[str, Any]) -> Tensor:
         for stages, end in self._steps:
             start = stages[0]
-            whole = self._move(start, end)
+            whole = self._factors(start, end)
             first = self._prediction(denoiser, x, start, conditions)
             if len(stages) == 1:
                 x = whole.decay * x + whole.hold * first
                 continue
-            inner = self._move(start, stages[1])
+            inner = self._factors(start, stages[1])
             x_inner = inner.decay * x + inner.hold * first
             second = self._prediction(denoiser, x_inner, stages[1], conditions)
             if len(stages) == 2:
                 x = whole.decay * x + whole.hold * second
                 continue
-            # stages at 1/3 and 2/3: the slope over 2/3 is twice the first difference, over the whole 3/2 of the second
-            inner = self._move(start, stages[2])
+            # The stages are at 1/3 and 2/3: the slope over 2/3 is twice the first difference, and the slope over the
+            # whole step is 3/2 of the second.
+            inner = self._factors(start, stages[2])
             x_inner = inner.decay * x + (inner.hold - 2.0 * inner.ramp) * first + 2.0 * inner.ramp * second
             third = self._prediction(denoiser, x_inner, stages[2], conditions)
             x = whole.decay * x + (whole.hold - 1.5 * whole.ramp) * first + 1.5 * whole.ramp * third
@@ -135,33 +136,33 @@ class DPMSolver(BuiltInLoop):
         length_before = 0.0
         for i, (stages, end) in enumerate(steps):
             start = stages[0]
-            move = self._move(start, end)
+            factors = self._factors(start, end)
             length = end.log_snr - start.log_snr
             prediction = self._prediction(denoiser, x, start, conditions)
             is_last = i == len(steps) - 1
             if self.order == 1 or previous is None or (is_last and self.lower_order_final):
-                x = move.decay * x + move.hold * prediction
+                x = factors.decay * x + factors.hold * prediction
             else:
-                # arXiv 2211.01095, algorithm 2: extrapolate to the middle of the step
+                # The prediction is extrapolated to the middle of the step (arXiv 2211.01095, algorithm 2).
                 ahead = 0.5 * length / length_before
-                x = move.decay * x + (move.hold * (1.0 + ahead)) * prediction - (move.hold * ahead) * previous
+                x = factors.decay * x + (factors.hold * (1.0 + ahead)) * prediction - (factors.hold * ahead) * previous
             previous, length_before = prediction, length
         return x
 
     def _prediction(self, denoiser: Denoiser, x: Tensor, level: NoiseLevel, conditions: Mapping[str, Any]) -> Tensor:
-        """Return the quantity that the algorithm integrates: the predicted noise or the data that follow from it."""
+        """Return the quantity that the algorithm integrates: the predicted noise, or the data that follow from it."""
         noise = self._predict(denoiser, x, self._timestep(level), conditions)
         if self.algorithm == "dpmsolver":
             return noise
         return (1.0 / level.alpha) * x - (level.sigma / level.alpha) * noise
 
-    def _move(self, start: NoiseLevel, end: NoiseLevel) -> _Move:
+    def _factors(self, start: NoiseLevel, end: NoiseLevel) -> _Factors:
         length = end.log_snr - start.log_snr
         if self.algorithm == "dpmsolver++":
             decay, scale, z = end.sigma / start.sigma, end.alpha, -length
         else:
             decay, scale, z = end.alpha / start.alpha, end.sigma, length
-        return _Move(decay, -scale * math.expm1(z), scale * (1.0 - math.expm1(z) / z))
+        return _Factors(decay, -scale * math.expm1(z), scale * (1.0 - math.expm1(z) / z))
 
     def _timestep(self, level: NoiseLevel) -> float:
         return level.time * self.betas.num_timesteps + (self.first_timestep - 1)
@@ -170,7 +171,7 @@ class DPMSolver(BuiltInLoop):
         """Return the solver steps in execution order."""
         schedule = DiscreteVP(self.betas)
         orders = self._orders()
-        # equal parts per evaluation in time, per step in log-SNR: as in the authors' code
+        # As in the authors' code, the parts are equal for each evaluation in time, and for each step in log-SNR.
         if self.spacing == "time":
             ends = [sum(orders[:i]) for i in range(len(orders) + 1)]
             last = 1.0 / self.betas.num_timesteps

@@ -18,10 +18,10 @@ __all__ = ["FlowEuler"]
 
 @dataclass(frozen=True)
 class FlowEuler(BuiltInLoop):
-    """Euler steps from ``sigma`` 1 to 0, for models that predict a velocity.
+    """The Euler sampler from ``sigma`` 1 to 0, for models that predict a velocity.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     name: ClassVar[str] = "flow_euler"
@@ -29,11 +29,12 @@ class FlowEuler(BuiltInLoop):
     steps: int
     """Number of sampler steps."""
     shift: float = 1.0
-    """Above 1 spends more steps at the noisy end: Esser et al. (arXiv 2403.03206), equation 23; 3 for SD3."""
+    """The shift of the timesteps: above 1, more steps are at the noisy end (Esser et al., arXiv 2403.03206, equation
+    23; 3 for SD3)."""
     time_scale: float = 1000.0
-    """The model is given ``sigma * time_scale``."""
+    """The factor of the timesteps: the model is given ``sigma * time_scale``."""
     guidance: Guidance | None = None
-    """Classifier-free guidance, if any."""
+    """The classifier-free guidance; None for none."""
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
@@ -42,7 +43,7 @@ class FlowEuler(BuiltInLoop):
         self._check_parts()
 
     def __call__(self, denoiser: Denoiser, noise: Tensor, **conditions: object) -> Tensor:
-        """Sample; see ``BuiltInLoop``."""
+        """Sample a batch of latents; see ``BuiltInLoop``."""
         x = noise
         sigmas = self.sigmas
         for timestep, now, then in zip(self.network_timesteps, sigmas, sigmas[1:], strict=False):

@@ -1,6 +1,6 @@
-"""Classifier-free guidance: push the prediction away from what the model predicts without a condition.
+"""Classifier-free guidance, which moves the prediction away from what the model predicts without a condition.
 
-Ho and Salimans (arXiv 2207.12598), equation 6.
+The formula is equation 6 of Ho and Salimans (arXiv 2207.12598).
 
 Shapes: B batch, C channels; any shape may follow.
 """
@@ -19,29 +19,32 @@ from l2c_compile.errors import LoopError, nearest
 __all__ = ["Denoiser", "Guidance", "evaluate"]
 
 Denoiser = Callable[..., Tensor]
-"""``denoiser(x, t_B, **conditions)``: latents, one timestep a sample, conditions; returns at least C channels."""
+"""``denoiser(x, t_B, **conditions)`` takes latents, a timestep for each sample, and conditions; it returns at least C
+channels."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance.
+    """The settings of classifier-free guidance.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     scale: float
-    """Factor of the difference ``cond - uncond``."""
+    """The factor of the difference ``cond - uncond``."""
     null: Mapping[str, int | float | Tensor] = field(hash=False)
     """The conditions that stand for "none", by name. A number fills a tensor like the given condition, a tensor is
     expanded to its shape. Conditions that are not named here are the same in both predictions."""
     batched: bool = True
-    """One denoiser call on a doubled batch (conditional half first), or two calls (conditional first)."""
+    """Whether one denoiser call gets a doubled batch (conditional half first); otherwise two are made (conditional
+    first)."""
     channels: int | None = None
-    """Guide the first channels only; the others keep the conditional prediction. None guides all. DiT guides 3 of 4."""
+    """The number of first channels that are guided; the others keep the conditional prediction. None guides all. DiT
+    guides 3 of 4."""
     base: Literal["uncond", "cond"] = "uncond"
-    """What the scaled difference is added to: ``"uncond"`` (DiT, diffusers: scale 1 is no guidance) or ``"cond"``
-    (U-ViT: scale 0 is no guidance)."""
+    """The prediction that the scaled difference is added to: ``"uncond"`` (DiT and diffusers, where scale 1 is no
+    guidance) or ``"cond"`` (U-ViT, where scale 0 is no guidance)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
@@ -61,14 +64,14 @@ class Guidance:
 
     @property
     def num_calls(self) -> int:
-        """Denoiser calls for one guided prediction."""
+        """The number of denoiser calls for one guided prediction."""
         return 1 if self.batched else 2
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able description.
 
         Raises:
-            LoopError: A null condition is a tensor of more than one element.
+            LoopError: if a null condition is a tensor of more than one element.
         """
         null: dict[str, int | float] = {}
         for name, value in self.null.items():
@@ -93,16 +96,16 @@ class Guidance:
         """Return the guided prediction.
 
         Args:
-            denoiser: The model.
-            x: Latents, shape (B, C, ...).
-            timestep: The same for all samples.
-            conditions: What the model is conditioned on, by name.
+            denoiser: the model.
+            x: latents, shape (B, C, ...).
+            timestep: the timestep of all samples.
+            conditions: the conditions of the model, by name.
 
         Returns:
             The prediction, in the shape of ``x``.
 
         Raises:
-            LoopError: A null condition has no counterpart in ``conditions``, or a condition cannot be doubled.
+            LoopError: if a null condition has no counterpart in ``conditions``, or a condition cannot be doubled.
         """
         nulls = {**conditions, **self._null_conditions(conditions)}
         if self.batched:
@@ -137,13 +140,13 @@ def evaluate(denoiser: Denoiser, x: Tensor, timestep: float, conditions: Mapping
     """Call the denoiser once.
 
     Args:
-        denoiser: The model.
-        x: Latents, shape (B, C, ...).
-        timestep: The same for all samples; an int becomes an int64 tensor, a float a float32 tensor.
-        conditions: What the model is conditioned on, by name.
+        denoiser: the model.
+        x: latents, shape (B, C, ...).
+        timestep: the timestep of all samples; an int becomes an int64 tensor, a float a float32 tensor.
+        conditions: the conditions of the model, by name.
 
     Returns:
-        The prediction, in the shape of ``x``: a learned variance, channels C and up, is dropped.
+        The prediction, in the shape of ``x``; a learned variance, which has channels C and up, is dropped.
     """
     dtype = torch.int64 if isinstance(timestep, int) else torch.float32
     t_B = torch.full((x.shape[0],), timestep, dtype=dtype, device=x.device)
@@ -153,7 +156,7 @@ def evaluate(denoiser: Denoiser, x: Tensor, timestep: float, conditions: Mapping
 
 
 def _double(name: str, halves: tuple[Any, Any]) -> object:
-    """Return a condition for the conditional half, then for the other; plain Python values hold for both."""
+    """Return a condition for a doubled batch, conditional half first; plain Python values hold for both halves."""
     value = halves[0]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

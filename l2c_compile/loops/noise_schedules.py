@@ -1,6 +1,6 @@
-"""How much noise there is at which timestep, in float64 and without tensors.
+"""Noise schedules: how much noise there is at which timestep, in float64 and without tensors.
 
-Variance preserving throughout: a noisy latent is ``alpha * clean + sigma * noise`` with ``alpha**2 + sigma**2 == 1``.
+All are variance preserving: a noisy latent is ``alpha * clean + sigma * noise`` with ``alpha**2 + sigma**2 == 1``.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class BetaSchedule:
     """The variances that a model was trained with.
 
     Raises:
-        LoopError: A field makes no sense.
+        LoopError: if a field makes no sense.
     """
 
     kind: Literal["linear", "scaled_linear"] = "linear"
-    """What grows linearly: beta, or its square root (``scaled_linear``, as in Stable Diffusion)."""
+    """The quantity that grows linearly: beta, or its square root (``scaled_linear``, as in Stable Diffusion)."""
     start: float = 1e-4
-    """Beta of the cleanest timestep."""
+    """The beta of the cleanest timestep."""
     end: float = 0.02
-    """Beta of the noisiest timestep."""
+    """The beta of the noisiest timestep."""
     num_timesteps: int = 1000
     """Number of training timesteps."""
 
@@ -62,31 +62,31 @@ class BetaSchedule:
         return values * values if is_root else values
 
     def alphas_bar(self) -> NDArray[np.float64]:
-        """Return the share of signal variance that is left, shape (num_timesteps,), from clean to noisy."""
+        """Return the share of the signal's variance that is left, shape (num_timesteps,), from clean to noisy."""
         return np.cumprod(1.0 - self.betas(), dtype=np.float64)
 
 
 LINEAR_BETAS = BetaSchedule()
-"""Ho et al. (arXiv 2006.11239), section 4; used by DiT."""
+"""The schedule of Ho et al. (arXiv 2006.11239), section 4, which DiT uses."""
 
 STABLE_DIFFUSION_BETAS = BetaSchedule("scaled_linear", 0.00085, 0.012)
-"""Rombach et al. (arXiv 2112.10752), as in the released configurations; used by the latent U-ViT models."""
+"""The schedule of Rombach et al. (arXiv 2112.10752) in the released configurations, which the latent U-ViTs use."""
 
 
 def respaced_timesteps(num_timesteps: int, steps: int, spacing: Spacing = "linspace") -> tuple[int, ...]:
     """Pick the timesteps of a shorter sampler.
 
     Args:
-        num_timesteps: Number of training timesteps, N.
-        steps: How many to pick.
-        spacing: ``"linspace"`` spreads them from 0 to N - 1 (as the DiT code; needs two steps), ``"leading"`` takes
-            multiples of ``N // steps`` from 0 (as the DDIM code), ``"trailing"`` counts down from N - 1.
+        num_timesteps: the number N of training timesteps.
+        steps: the number of timesteps to pick.
+        spacing: ``"linspace"`` spreads them from 0 to N - 1 (as the DiT code does; it needs two steps), ``"leading"``
+            takes multiples of ``N // steps`` from 0 (as the DDIM code does), ``"trailing"`` counts down from N - 1.
 
     Returns:
-        Ascending timesteps, that is from clean to noisy.
+        The timesteps in ascending order, that is from clean to noisy.
 
     Raises:
-        LoopError: There are not that many timesteps, or the spacing is unknown.
+        LoopError: if there are not that many timesteps, or the spacing is unknown.
     """
     if not 1 <= steps <= num_timesteps:
         raise LoopError(f"a sampler over {num_timesteps} timesteps takes 1 to {num_timesteps} steps, got {steps}")
@@ -98,31 +98,32 @@ def respaced_timesteps(num_timesteps: int, steps: int, spacing: Spacing = "linsp
         raise LoopError(f"spacing is 'linspace', 'leading' or 'trailing', got {spacing!r}")
     if steps == 1:
         raise LoopError("spacing 'linspace' starts at the clean end and wants two steps, got 1; use 'trailing'")
-    # summed, not multiplied, so that ties round as they do in the DiT code
+    # The stride is summed, not multiplied, so that ties round as they do in the DiT code.
     stride = (num_timesteps - 1) / (steps - 1)
     return tuple(round(position) for position in itertools.accumulate([0.0] + [stride] * (steps - 1)))
 
 
 class NoiseLevel(NamedTuple):
-    """One point of a continuous noise schedule."""
+    """A point of a continuous noise schedule."""
 
     time: float
-    """Continuous time: 1 is noise."""
+    """The continuous time; 1 is noise."""
     alpha: float
-    """Factor of the signal."""
+    """The factor of the signal."""
     sigma: float
-    """Factor of the noise."""
+    """The factor of the noise."""
     log_snr: float
     """Half of the log signal-to-noise ratio, ``log(alpha / sigma)``: the lambda of the DPM-Solver papers."""
 
 
 class DiscreteVP:
-    """Continuous view of a trained schedule: ``log alpha`` is linear between training timesteps.
+    """A continuous view of a trained schedule, in which ``log alpha`` is linear between training timesteps.
 
-    Lu et al., "DPM-Solver" (arXiv 2206.00927), appendix D.4. Time runs from 1 / N (the cleanest) to 1 (noise).
+    The view is that of Lu et al., "DPM-Solver" (arXiv 2206.00927), appendix D.4. Time runs from 1 / N (the cleanest) to
+    1 (noise).
 
     Args:
-        betas: The schedule that the model was trained with.
+        betas: the schedule that the model was trained with.
     """
 
     def __init__(self, betas: BetaSchedule) -> None:
@@ -138,6 +139,6 @@ class DiscreteVP:
     def at_log_snr(self, log_snr: float) -> NoiseLevel:
         """Return the noise level with the given half log signal-to-noise ratio."""
         log_alpha = -0.5 * float(np.logaddexp(0.0, -2.0 * log_snr))
-        # np.interp wants ascending abscissae; log alpha falls with time
+        # np.interp wants ascending abscissae, but log alpha falls with time.
         time = float(np.interp(log_alpha, self._log_alphas[::-1], self._times[::-1]))
         return NoiseLevel(time, math.exp(log_alpha), math.exp(log_alpha - log_snr), log_snr)

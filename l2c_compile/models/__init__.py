@@ -1,4 +1,4 @@
-"""Denoisers whose published checkpoints load unchanged."""
+"""The denoisers, whose published checkpoints load unchanged."""
 
 from __future__ import annotations
 

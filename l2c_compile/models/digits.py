@@ -20,16 +20,16 @@ from l2c_compile.models.dit import DiT
 __all__ = ["GUIDANCE_SCALE", "DigitClassifier", "load_digit_classifier", "load_digits_dit"]
 
 GUIDANCE_SCALE = 2.0
-"""Of the digits model. From 1.5 to 5 it gives digits as asked; without guidance some are not, above 2 pixels overshoot
-their range."""
+"""The guidance scale of the digits model. From 1.5 to 5 it draws the digits that are asked for; without guidance some
+are other digits, and above 2 pixels overshoot their range."""
 
 
 class DigitClassifier(nn.Module):
-    """Small convolutional classifier of 8 x 8 digits.
+    """A small convolutional classifier of 8 x 8 digits.
 
     Args:
-        width: Channels of the two convolutions.
-        feature_dim: Width of the layer before the logits.
+        width: the number of channels of the two convolutions.
+        feature_dim: the width of the layer before the logits.
     """
 
     def __init__(self, *, width: int = 32, feature_dim: int = 64) -> None:
@@ -50,7 +50,7 @@ class DigitClassifier(nn.Module):
         """Return the activations before the logits, shape (B, D), for distances between sets of images.
 
         Args:
-            x_BCHW: Images, shape (B, 1, 8, 8), in [-1, 1].
+            x_BCHW: images, shape (B, 1, 8, 8), in [-1, 1].
         """
         return torch.relu(self.hidden(self.convolutions(x_BCHW)))
 
@@ -58,7 +58,7 @@ class DigitClassifier(nn.Module):
         """Return logits, shape (B, 10).
 
         Args:
-            x_BCHW: Images, shape (B, 1, 8, 8), in [-1, 1].
+            x_BCHW: images, shape (B, 1, 8, 8), in [-1, 1].
         """
         result: Tensor = self.head(self.features(x_BCHW))
         return result
@@ -70,7 +70,7 @@ def load_digits_dit() -> DiT:
     It takes (B, 1, 8, 8) latents, timesteps 0..999 of the linear beta schedule and labels 0..9; 10 is the null class.
 
     Raises:
-        FileFormatError: The installed file is damaged.
+        FileFormatError: if the installed file is damaged.
     """
     weights, config = _read("digits_dit.safetensors")
     model = DiT(**config)
@@ -82,7 +82,7 @@ def load_digit_classifier() -> DigitClassifier:
     """Return the trained digit classifier: float32, on the CPU, in evaluation mode.
 
     Raises:
-        FileFormatError: The installed file is damaged.
+        FileFormatError: if the installed file is damaged.
     """
     weights, config = _read("digit_classifier.safetensors")
     model = DigitClassifier(**config)

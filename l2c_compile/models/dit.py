@@ -31,13 +31,13 @@ DIT_PRESETS: Mapping[str, Mapping[str, int]] = {
     for size, shape in _SIZES.items()
     for patch_size in (2, 4, 8)
 }
-"""Constructor arguments of the published models (Table 1 of the paper) for 256 x 256 images: 32 x 32 latents."""
+"""The constructor arguments of the published models (Table 1 of the paper) for 256 x 256 images (32 x 32 latents)."""
 
 _FREQUENCY_DIM = 256
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep to conditioning vector."""
+    """Makes a conditioning vector of a timestep."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label to conditioning vector; the last row is the null class."""
+    """Makes a conditioning vector of a class label; the last row of its table is the null class."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to patches."""
+    """Makes patches of the tokens, which the conditioning shifts and scales."""
 
     def __init__(self, hidden_size: int, patch_values: int) -> None:
         super().__init__()
@@ -93,28 +93,28 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        """Return one patch a token, shape (B, T, P * P * C)."""
+        """Return a patch for each token, shape (B, T, P * P * C)."""
         shift, scale = self.adaLN_modulation(c_BD).unsqueeze(1).chunk(2, dim=-1)
         result: Tensor = self.linear(_modulate(self.norm_final(x_BTD), shift, scale))
         return result
 
 
 class DiT(nn.Module):
-    """Class-conditional diffusion transformer.
+    """The class-conditional diffusion transformer.
 
     Args:
-        input_size: Height and width of the latent.
-        patch_size: Side of one patch.
-        in_channels: Channels of the latent.
-        hidden_size: Width of a token; a multiple of 4 and of ``num_heads``.
-        depth: Number of blocks.
-        num_heads: Attention heads of a block.
-        mlp_ratio: Width of the MLP's middle, in multiples of ``hidden_size``.
-        num_classes: Classes without the null class, whose label is ``num_classes``.
-        learn_sigma: Return ``2 * in_channels`` channels: the noise prediction, then the variance's.
+        input_size: the height and width of the latent.
+        patch_size: the side of a patch.
+        in_channels: the number of channels of the latent.
+        hidden_size: the width of a token; a multiple of 4 and of ``num_heads``.
+        depth: the number of blocks.
+        num_heads: the number of attention heads of a block.
+        mlp_ratio: the width of the MLP's middle, in multiples of ``hidden_size``.
+        num_classes: the number of classes without the null class, whose label is ``num_classes``.
+        learn_sigma: whether ``2 * in_channels`` channels are returned, those of the noise, then those of its variance.
 
     Raises:
-        ValueError: The sizes do not fit together.
+        ValueError: if the sizes do not fit together.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class DiT(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: float) -> DiT:
-        """Return a freshly initialised published model.
+        """Return a model of a published size, freshly initialised.
 
         Args:
-            name: A key of ``DIT_PRESETS``, for example ``"DiT-XL/2"``.
-            **overrides: Constructor arguments that replace the preset's, for example ``input_size=64``.
+            name: the key of ``DIT_PRESETS``, for example ``"DiT-XL/2"``.
+            **overrides: the constructor arguments that replace the preset's, for example ``input_size=64``.
 
         Raises:
-            ValueError: There is no preset of that name.
+            ValueError: if there is no preset of that name.
         """
         if name not in DIT_PRESETS:
             hint = nearest(name, DIT_PRESETS) or f"known: {', '.join(DIT_PRESETS)}"
@@ -168,12 +168,12 @@ class DiT(nn.Module):
         """Predict the noise in a batch of latents.
 
         Args:
-            x_BCHW: Noisy latents in the dtype of the weights.
-            t_B: Timesteps, 0 (clean) to 999 (noise), integer or floating.
-            y: Class labels, shape (B,), int64; ``num_classes`` is the null class.
+            x_BCHW: the noisy latents, in the dtype of the weights.
+            t_B: the timesteps, 0 (clean) to 999 (noise), integer or floating.
+            y: the class labels, shape (B,), int64; ``num_classes`` is the null class.
 
         Returns:
-            Shape (B, out_channels, H, W); the first ``in_channels`` channels are the noise.
+            A tensor of shape (B, out_channels, H, W), whose first ``in_channels`` channels are the noise.
         """
         x_BTD = self.x_embedder(x_BCHW) + self.pos_embed
         c_BD = self.t_embedder(t_B) + self.y_embedder(y)
@@ -182,7 +182,7 @@ class DiT(nn.Module):
         return unpatchify(self.final_layer(x_BTD, c_BD), self.patch_size, self.out_channels)
 
     def _initialize(self) -> None:
-        """Make every block the identity and the output zero, so that training starts calmly (section 3.2)."""
+        """Make every block the identity and the output zero, so that training starts steadily (section 3.2)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -203,7 +203,7 @@ def _modulate(x_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
 
 
 def _position_embedding(dim: int, side: int) -> Tensor:
-    """Return fixed positions, shape (side * side, dim): half of the width for the column, half for the row."""
+    """Return embeddings of all positions, shape (side * side, dim): half the width for the column, half for the row."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,4 +1,4 @@
-"""Layers that DiT and U-ViT share.
+"""The layers that DiT and U-ViT share.
 
 Shapes: B batch, C channels, H height, W width, P patch size, T tokens, D width.
 Attribute names (``qkv``, ``proj``, ``fc1``, ``fc2``) are those of the published checkpoints.
@@ -49,7 +49,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into P x P patches and project each to one token, row by row."""
+    """Cuts an image into P x P patches and projects each to one token, row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(x_BTV: Tensor, patch_size: int, out_channels: int) -> Tensor:
-    """Put patches back in their place.
+    """Put the patches of an image back in their places.
 
     Args:
-        x_BTV: One patch a token, V = P * P * C with the channel innermost; T is a square.
-        patch_size: P.
-        out_channels: C.
+        x_BTV: a patch for each token, V = P * P * C with the channel innermost; T is a square.
+        patch_size: the side P of a patch.
+        out_channels: the number C of channels.
 
     Returns:
         The image, shape (B, C, H, W) with H = W = P * sqrt(T).
@@ -81,12 +81,12 @@ def timestep_embedding(t_B: Tensor, dim: int, max_period: float = 10000.0) -> Te
     """Embed timesteps as cosines, then sines, of geometrically spaced frequencies.
 
     Args:
-        t_B: Timesteps, integer or floating, one a sample.
-        dim: Width of the embedding; even.
-        max_period: Period of the slowest frequency is about ``2 * pi * max_period``.
+        t_B: the timesteps, integer or floating, one for each sample.
+        dim: the width of the embedding, an even number.
+        max_period: the factor of the slowest period, which is about ``2 * pi * max_period``.
 
     Returns:
-        Shape (B, dim), always float32: half precision cannot tell neighbouring timesteps apart.
+        A tensor of shape (B, dim), always float32: half precision cannot tell neighbouring timesteps apart.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half

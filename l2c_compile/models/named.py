@@ -1,4 +1,4 @@
-"""The denoisers that commands know by name, each with the loop its authors sample with."""
+"""The denoisers that commands know by name, each with the loop that its authors sample with."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _PRESETS = {name.lower(): name for name in (*DIT_PRESETS, *UVIT_PRESETS)}
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A denoiser of class-conditional images, and how it is sampled."""
+    """A denoiser of class-conditional images, with what is needed to sample from it."""
 
     name: str
     denoiser: DiT | UViT
     latent_shape: tuple[int, int, int]
-    """(channels, height, width)"""
+    """The shape (channels, height, width) of a latent."""
     num_classes: int
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; "meta" for a published size, which has none."""
+        """The device that the weights are on; "meta" for a published size, which has none."""
         return next(self.denoiser.parameters()).device
 
     @property
@@ -44,14 +44,14 @@ class NamedModel:
 
     @property
     def stacks(self) -> tuple[str, ...]:
-        """The whole stack of blocks as sites, its output and its change; empty where the blocks are no one run."""
+        """The output and the change of the whole stack of blocks, as sites; empty if the blocks are not one run."""
         if not isinstance(self.denoiser, DiT):
             return ()
         run = f"blocks.0..blocks.{len(self.denoiser.blocks) - 1}"
         return (run, f"delta({run})")
 
     def loop(self, steps: int, branches: int = 1) -> BuiltInLoop:
-        """Return the authors' loop; for a DPM-Solver ``steps`` are network evaluations."""
+        """Return the authors' loop; for a DPM-Solver, ``steps`` counts network evaluations."""
         if isinstance(self.denoiser, UViT):
             guidance = Guidance(
                 scale=0.4, null={"y": self.denoiser.num_classes - 1}, batched=branches == 1, base="cond"
@@ -63,10 +63,10 @@ class NamedModel:
         return DDIM(steps=steps, guidance=Guidance(1.5, null=null, channels=3, batched=branches == 1))
 
     def loop_of(self, schedule: CacheSchedule, steps: int | None = None) -> BuiltInLoop:
-        """Return the loop that a schedule is for: the one it names, else the authors'.
+        """Return the loop that a schedule is for: the one that it names, or else the authors'.
 
         Raises:
-            ScheduleError: with ``steps``, the loop has another number of evaluations.
+            ScheduleError: if the loop of that many ``steps`` has another number of evaluations than the schedule.
         """
         if steps is None and schedule.loop is not None:
             loop = loop_from_dict(schedule.loop)
@@ -80,20 +80,20 @@ class NamedModel:
         return loop
 
     def inputs(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return noise and labels, the classes in turn; equal for equal seeds."""
+        """Return noise and labels, which run through the classes; they are equal for equal seeds."""
         noise = torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
         return noise, torch.arange(count) % self.num_classes
 
 
 def named_model(name: str, *, with_weights: bool = False) -> NamedModel:
-    """Return the denoiser of that name.
+    """Return the denoiser of a name.
 
     Args:
-        name: "digits", the trained one, or a published size, without weights.
-        with_weights: refuse what has none.
+        name: "digits" for the trained model, or the name of a published size, which has no weights.
+        with_weights: whether a model without weights is refused.
 
     Raises:
-        ScheduleError: there is no such denoiser, or it has no weights.
+        ScheduleError: if there is no such denoiser, or it has no weights and they are wanted.
     """
     if name.lower() == DIGITS:
         return NamedModel(DIGITS, load_digits_dit(), (1, 8, 8), 10)
@@ -105,7 +105,7 @@ def named_model(name: str, *, with_weights: bool = False) -> NamedModel:
         raise ScheduleError(
             f"{preset} has no weights here and cannot be sampled; take digits, or give a model of your own in Python"
         )
-    # The weights of a published size would take minutes to draw, and are not needed to count.
+    # The weights of a published size would take minutes to draw, and counting does not need them.
     with torch.device("meta"):
         denoiser: nn.Module = (DiT if preset in DIT_PRESETS else UViT).from_preset(preset).eval()
     assert isinstance(denoiser, DiT | UViT)
@@ -115,7 +115,8 @@ def named_model(name: str, *, with_weights: bool = False) -> NamedModel:
 def tolerance(num_evaluations: int) -> float:
     """Return the relative error that a static graph of the digits model may have.
 
-    Where no bit may change it has none. Passes that round, packed weights among them, sum up to 384 products in another
-    order in the four linear layers of each of 8 blocks, four units of float32 each: 128 units an evaluation.
+    Where no bit may change, it has no error. Passes that round, packed weights among them, sum up to 384 products in
+    another order in the four linear layers of each of 8 blocks. At four units of float32 each, that is 128 units for
+    each evaluation.
     """
     return 128 * torch.finfo(torch.float32).eps * num_evaluations

@@ -27,7 +27,7 @@ UVIT_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "H": {"embed_dim": 1152, "depth": 28, "num_heads": 16},
     }.items()
 }
-"""Constructor arguments of the published ImageNet models for 256 x 256 images; label 1000 is the null class."""
+"""The constructor arguments of the published ImageNet models for 256 x 256 images; label 1000 is the null class."""
 
 
 class UViTBlock(nn.Module):
@@ -52,23 +52,24 @@ class UViTBlock(nn.Module):
 
 
 class UViT(nn.Module):
-    """Diffusion transformer with long skips.
+    """The diffusion transformer with long skips.
 
     Args:
-        img_size: Height and width of the latent.
-        patch_size: Side of one patch.
-        in_chans: Channels of the latent, and of the prediction.
-        embed_dim: Width of a token; a multiple of ``num_heads``.
-        depth: Number of blocks around the middle block, half of them decoder blocks; even.
-        num_heads: Attention heads of a block.
-        mlp_ratio: Width of the MLP's middle, in multiples of ``embed_dim``.
-        qkv_bias: Give the attention's input projection a bias.
-        mlp_time_embed: Put an MLP between the timestep's frequencies and its token.
-        num_classes: Rows of the label table, the null class included; 0 or less for an unconditional model.
-        conv: End with a 3 x 3 convolution.
+        img_size: the height and width of the latent.
+        patch_size: the side of a patch.
+        in_chans: the number of channels of the latent, and of the prediction.
+        embed_dim: the width of a token; a multiple of ``num_heads``.
+        depth: the number of blocks around the middle block, half of them decoder blocks; even.
+        num_heads: the number of attention heads of a block.
+        mlp_ratio: the width of the MLP's middle, in multiples of ``embed_dim``.
+        qkv_bias: whether the attention's input projection has a bias.
+        mlp_time_embed: whether an MLP stands between the timestep's frequencies and its token.
+        num_classes: the number of rows of the label table, the null class included; 0 or less for an unconditional
+            model.
+        conv: whether the model ends with a 3 x 3 convolution.
 
     Raises:
-        ValueError: The sizes do not fit together.
+        ValueError: if the sizes do not fit together.
     """
 
     def __init__(
@@ -120,14 +121,14 @@ class UViT(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: float) -> UViT:
-        """Return a freshly initialised published model.
+        """Return a model of a published size, freshly initialised.
 
         Args:
-            name: A key of ``UVIT_PRESETS``, for example ``"U-ViT-H/2"``.
-            **overrides: Constructor arguments that replace the preset's, for example ``img_size=64``.
+            name: the key of ``UVIT_PRESETS``, for example ``"U-ViT-H/2"``.
+            **overrides: the constructor arguments that replace the preset's, for example ``img_size=64``.
 
         Raises:
-            ValueError: There is no preset of that name.
+            ValueError: if there is no preset of that name.
         """
         if name not in UVIT_PRESETS:
             hint = nearest(name, UVIT_PRESETS) or f"known: {', '.join(UVIT_PRESETS)}"
@@ -139,15 +140,15 @@ class UViT(nn.Module):
         """Predict the noise in a batch of latents.
 
         Args:
-            x_BCHW: Noisy latents in the dtype of the weights.
-            timesteps: Shape (B,), 0 (clean) to 1000 (noise), integer or floating.
-            y: Class labels, shape (B,), int64; for a model with classes only, and then required.
+            x_BCHW: the noisy latents, in the dtype of the weights.
+            timesteps: the timesteps, shape (B,), 0 (clean) to 1000 (noise), integer or floating.
+            y: the class labels, shape (B,), int64; a model with classes requires them, any other takes none.
 
         Returns:
             The noise, in the shape of ``x_BCHW``.
 
         Raises:
-            ValueError: Labels are missing, or the model takes none.
+            ValueError: if labels are missing, or the model takes none.
         """
         if (y is None) != (self.label_emb is None):
             wanted = "no labels y" if self.label_emb is None else "labels y"
@@ -175,6 +176,6 @@ class UViT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                # annotated as a Tensor, None without a bias
+                # The attribute is annotated as a Tensor, but it is None without a bias.
                 if getattr(module, "bias") is not None:  # noqa: B009
                     nn.init.zeros_(module.bias)

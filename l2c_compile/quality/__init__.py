@@ -1,1 +1,1 @@
-"""How good samples are, and the judge that compares them."""
+"""Measures of how good samples are, and the judge that compares them."""

@@ -1,10 +1,10 @@
-"""The judge: samples with and without caching on equal noise, compared by every measure."""
+"""The judge, which compares samples with and without caching on equal noise by every measure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,38 +26,38 @@ from l2c_compile.schedules.schedule import CacheSchedule
 __all__ = ["Judge", "Verdict"]
 
 _DATA_RANGE = 2.0
-"""Of digits, which lie in [-1, 1]."""
+"""The range of the pixels of digits, which lie in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a schedule does to the samples, and what it leaves to do."""
+    """What a schedule does to the samples, and how many multiply-adds it leaves."""
 
     quality: Quality
     as_asked: Estimate
-    """Share of the samples that the classifier takes for the class that was asked for."""
+    """The share of the samples that the classifier takes for the class that was asked for."""
     multiply_adds: int
-    """Of one batch."""
+    """Multiply-adds of one batch."""
     multiply_adds_kept: float
-    """Over those of the reference."""
+    """Multiply-adds of one batch over those of the reference."""
 
 
 class Judge:
-    """Samples of the uncached digits model, and what others are like beside them.
+    """Compares samples of the digits model under a schedule with its samples without caching.
 
     Everything is sampled through the compiled path, on equal noise, in equal batches.
 
-    Raises:
-        QualityError: there are not more samples than features.
-
     Args:
-        known: the digits model; its judge is a classifier that was trained by itself.
-        loop: the loop of the reference.
-        num_samples: more than the features of the classifier (64), better ten times that.
-        batch: samples a call.
-        seed: of the noise and the bootstrap.
-        reference: what an earlier judge of the same settings has as ``reference`` and ``multiply_adds``; None samples.
-        on_batch: called after each batch, for progress.
+        known: the digits model; the classifier that judges it was trained separately.
+        loop: the loop that makes the samples without caching.
+        num_samples: the number of samples; more than the features of the classifier (64), better ten times that.
+        batch: the number of samples in a call.
+        seed: the seed of the noise and the bootstrap.
+        reference: the ``reference`` and ``multiply_adds`` of an earlier judge of the same settings; None samples anew.
+        on_batch: a function that is called after each batch, to show progress.
+
+    Raises:
+        QualityError: if there are not more samples than features.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Judge:
         self.noise, self.labels = known.inputs(num_samples, seed)
         self._on_batch = on_batch
         self._classifier = load_digit_classifier()
-        # Now, not after the sampling.
+        # The number is checked now, not after the sampling.
         check_num_samples(num_samples, self._classifier.head.in_features)
         uncached = CacheSchedule.all_compute(loop.num_evaluations)
         self.reference, self.multiply_adds = reference or self._sample(uncached, loop)
@@ -86,11 +86,11 @@ class Judge:
 
     @property
     def num_batches(self) -> int:
-        """How many calls one judgement takes."""
+        """The number of calls that one judgement takes."""
         return math.ceil(len(self.noise) / self.batch)
 
     def judge(self, schedule: CacheSchedule, loop: BuiltInLoop) -> Verdict:
-        """Sample under a schedule and compare; the loop may be another than the reference's."""
+        """Sample under a schedule and compare the samples; the loop may be another than the reference's."""
         samples, multiply_adds = self._sample(schedule, loop)
         quality = measure_quality(
             samples,
@@ -103,8 +103,8 @@ class Judge:
         return Verdict(quality, self._as_asked(samples), multiply_adds, multiply_adds / self.multiply_adds)
 
     def _sample(self, schedule: CacheSchedule, loop: BuiltInLoop) -> tuple[Tensor, int]:
-        # Twice as fast on a CPU, and what it rounds is a thousandth of what the best schedule changes.
-        sampler = l2c_compile(self.known.denoiser, replace(schedule, loop=None), loop, numerics="rounding")
+        # "rounding" is twice as fast on a CPU, and it changes a thousandth of what the best schedule changes.
+        sampler = l2c_compile(self.known.denoiser, schedule, loop, numerics="rounding")
         samples = sample_all(sampler, self.noise, {"y": self.labels}, self.batch, self._on_batch)
         return samples, sampler.summary().multiply_adds
 

@@ -1,6 +1,7 @@
-"""What reuse costs: samples against those of the uncached model on equal noise.
+"""Measures of what reuse costs: samples against those of the uncached model on equal noise.
 
-Sample by sample: PSNR, SSIM and relative errors. As distributions of features: Frechet distance, precision and recall.
+PSNR, SSIM and relative errors compare sample by sample; Frechet distance, precision and recall compare distributions
+of features.
 
 Shapes: N samples, C channels, H height, W width, D features.
 """
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 NUM_NEIGHBOURS = 3
-"""The neighbours of improved precision and recall, as published."""
+"""The number of neighbours in improved precision and recall, as published (arXiv 1904.06991)."""
 
 _NUM_RESAMPLES = 200
 _MIN_SSIM_PIXELS = 6
@@ -58,20 +59,20 @@ class Quality:
 
     num_samples: int
     psnr_db: Estimate
-    """Mean over the samples; infinite where all are equal."""
+    """The mean PSNR over the samples, in dB; infinite where all are equal."""
     ssim: Estimate | None
-    """Mean over the samples; None for samples that are no images or have fewer than 6 pixels a side."""
+    """The mean SSIM over the samples; None for samples that are no images or have fewer than 6 pixels a side."""
     relative_l1: Estimate
-    """Mean over the samples of |sample - reference|_1 / |reference|_1."""
+    """The mean over the samples of |sample - reference|_1 / |reference|_1."""
     relative_l2: Estimate
-    """The same with L2 norms."""
+    """The same mean with L2 norms."""
     frechet: Estimate | None
-    """Frechet distance of the features; None without features. Its bias at this number of samples stays in it, and its
+    """The Frechet distance of the features; None without features. It keeps its bias at this number of samples, and its
     interval is that of the distance at this number."""
     precision: Estimate | None
-    """Share of the samples whose features lie among those of the reference; None without features."""
+    """The share of the samples whose features lie among those of the reference; None without features."""
     recall: Estimate | None
-    """Share of the reference whose features lie among those of the samples; None without features."""
+    """The share of the reference whose features lie among those of the samples; None without features."""
 
     def to_dict(self) -> dict[str, object]:
         """Return a JSON-able description; numbers that are not finite become None."""
@@ -94,15 +95,15 @@ def measure_quality(
     """Compare samples with reference samples made from equal noise.
 
     Args:
-        samples: (N, C, H, W), or any (N, ...).
-        reference: the same shape; sample i of both comes from one noise.
+        samples: the samples, shape (N, C, H, W), or any (N, ...).
+        reference: the reference samples, of the same shape; sample i of both comes from one noise.
         data_range: the span of the reference's values, 2 for [-1, 1].
-        features: (N, D) of the samples, from an extractor that was not trained with the model.
-        reference_features: (N, D) of the reference.
-        seed: of the bootstrap.
+        features: the features (N, D) of the samples, from an extractor that was not trained with the model.
+        reference_features: the features (N, D) of the reference.
+        seed: the seed of the bootstrap.
 
     Raises:
-        QualityError: shapes differ, numbers are not finite, or there are not more samples than features.
+        QualityError: if shapes differ, numbers are not finite, or there are not more samples than features.
     """
     _check_samples(samples, reference)
     large_enough = samples.dim() == 4 and min(samples.shape[2:]) >= _MIN_SSIM_PIXELS
@@ -132,17 +133,18 @@ def sample_all(
 ) -> Tensor:
     """Return the samples for all of the noise, made batch by batch.
 
-    All batches have one form, so that a compiled sampler is captured once: the last is filled up from the first.
+    All batches have one form, so that a compiled sampler is captured once: the last is filled up with the first rows.
 
     Args:
-        sampler: ``sampler(noise, **conditions) -> latent``.
-        noise: (N, ...).
-        conditions: a tensor of N rows is split along, anything else is given to every batch.
-        batch: samples a call, at most N.
-        on_batch: called after each batch, for progress.
+        sampler: the sampler, called as ``sampler(noise, **conditions) -> latent``.
+        noise: the noise, shape (N, ...).
+        conditions: the conditions; a tensor of N rows is split as the noise is, anything else is given to every batch.
+        batch: the number of samples in a call, at most N.
+        on_batch: a function that is called after each batch, to show progress.
 
     Raises:
-        QualityError: the batch is not from 1 to N, or the sampler does not return one tensor with a row a sample.
+        QualityError: if the batch is not from 1 to N, or the sampler does not return one tensor with a row for each
+            sample.
     """
     count = len(noise)
     if not 1 <= batch <= count:
@@ -173,7 +175,7 @@ def check_num_samples(num_samples: int, num_features: int) -> None:
 
 
 def psnr(samples: Tensor, reference: Tensor, data_range: float) -> Tensor:
-    """Return the peak signal-to-noise ratio of each sample, (N,) in dB; infinite where it equals the reference."""
+    """Return the peak signal-to-noise ratio of each sample in dB, (N,); infinite where it equals the reference."""
     axes = tuple(range(1, samples.dim()))
     metrics = _image_metrics()
     ratio = metrics.peak_signal_noise_ratio(samples, reference, data_range=data_range, reduction="none", dim=axes)
@@ -182,10 +184,10 @@ def psnr(samples: Tensor, reference: Tensor, data_range: float) -> Tensor:
 
 
 def ssim(samples: Tensor, reference: Tensor, data_range: float) -> Tensor:
-    """Return the structural similarity of each image, (N,) (Wang et al. 2004, the usual Gaussian window of 11).
+    """Return the structural similarity of each image, (N,), with the usual Gaussian window of 11 (Wang et al. 2004).
 
     Raises:
-        QualityError: they are no images, or smaller than the reflection at their borders.
+        QualityError: if the samples are no images, or are smaller than the reflection at their borders.
     """
     if samples.dim() != 4 or min(samples.shape[2:]) < _MIN_SSIM_PIXELS:
         raise QualityError(
@@ -210,14 +212,14 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Return the squared Frechet distance of two Gaussians fitted to features (Heusel et al., arXiv 1706.08500).
 
     Args:
-        features: (N, D).
-        reference: (M, D).
+        features: the features of one set, shape (N, D).
+        reference: the features of the other set, shape (M, D).
 
     Raises:
-        QualityError: one of them has no more rows than columns, so that its covariance is not determined.
+        QualityError: if one of them has no more rows than columns, so that its covariance is not determined.
 
     Warns:
-        UserWarning: there are fewer than 10 samples a feature: the distance is then mostly bias.
+        UserWarning: if there are fewer than 10 samples for each feature: the distance is then mostly bias.
     """
     _check_features(features, reference)
     return _frechet(features.double(), reference.double())
@@ -226,19 +228,19 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 def in_precision_and_recall(
     features: Tensor, reference: Tensor, neighbours: int = NUM_NEIGHBOURS
 ) -> tuple[Tensor, Tensor]:
-    """Return what improved precision and recall count (Kynkaanniemi et al., arXiv 1904.06991, equation 1).
+    """Return the samples that improved precision and recall count (Kynkaanniemi et al., arXiv 1904.06991, equation 1).
 
     Args:
-        features: (N, D).
-        reference: (M, D).
-        neighbours: a row stands for a ball that reaches its k-th neighbour in its own set.
+        features: the features of the samples, shape (N, D).
+        reference: the features of the reference, shape (M, D).
+        neighbours: the number k; a row stands for a ball that reaches its k-th neighbour in its own set.
 
     Returns:
-        (N,) bool: which samples lie in a ball of the reference (the mean is precision), and (M,) bool: which of the
-        reference lie in a ball of the samples (recall).
+        Two bool tensors: (N,), which samples lie in a ball of the reference (the mean is precision), and (M,), which
+        of the reference lie in a ball of the samples (the mean is recall).
 
     Raises:
-        QualityError: a set has no more rows than neighbours.
+        QualityError: if a set has no more rows than neighbours.
     """
     if min(len(features), len(reference)) <= neighbours:
         raise QualityError(
@@ -273,13 +275,13 @@ def _image_metrics() -> ModuleType:
 
 
 def _bootstrap_frechet(features: Tensor, reference: Tensor, seed: int) -> Estimate:
-    """Resample pairs: sample i of both sets comes from one noise."""
+    """Return the distance with its bootstrap interval; pairs are resampled, since sample i of both has one noise."""
     value = frechet_distance(features, reference)
     features, reference = features.double(), reference.double()
     drawn = [_frechet(features[rows], reference[rows]) for rows in _resamples(len(features), _NUM_RESAMPLES, seed)]
     distances = torch.tensor(drawn, dtype=torch.float64)
     low, high = torch.quantile(distances, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    # Resampling adds as much bias again as the sample has; the interval is moved back by it.
+    # Resampling adds as much bias again as the sample has, so the interval is moved back by that much.
     bias = distances.mean().item() - value
     return Estimate(value, max(0.0, low - bias), high - bias)
 
@@ -296,7 +298,7 @@ def _frechet(features: Tensor, reference: Tensor) -> float:
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
     """Return the distance of each point to its k-th neighbour in its own set."""
-    # The nearest is the point itself.
+    # The nearest neighbour is the point itself.
     return torch.cat(
         [torch.cdist(rows, points).kthvalue(neighbours + 1).values for rows in torch.split(points, _CHUNK)]
     )

@@ -1,1 +1,1 @@
-"""A loop graph as a file, and back."""
+"""Write a loop graph as a file, and read it back."""

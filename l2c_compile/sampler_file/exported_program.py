@@ -1,6 +1,6 @@
-"""A loop graph as a ``torch.export`` program: what ``torch.export.save`` and AOTInductor take.
+"""Make a ``torch.export`` program of a loop graph, which ``torch.export.save`` and AOTInductor take.
 
-The program is put together from the graph as it stands, not traced again, which would take minutes for 50 evaluations.
+The program is made of the nodes of the graph; tracing the graph again would take minutes for 50 evaluations.
 Weights and constants become inputs that the program's signature binds; the loop's tensors stay inputs, flat and in
 order, and the result is the flat list of the loop's results.
 """
@@ -28,7 +28,7 @@ from torch.export.graph_signature import (
 from torch.utils._pytree import tree_map, tree_structure
 
 from l2c_compile.errors import BackendError
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import argument_key, expression, is_pointwise, output_list, root_tensor
 
@@ -41,8 +41,8 @@ def to_exported_program(
     """Return the graph as an ``ExportedProgram``; weights are shared.
 
     Args:
-        program: a graph whose nodes are operators, ``getitem`` and ``get_attr`` of tensors.
-        before: see ``infer_values``.
+        program: the graph, whose nodes are operators, ``getitem`` and ``get_attr`` of tensors.
+        before: a function that is told each node before it is run; see ``infer_values``.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -99,11 +99,12 @@ def to_exported_program(
 def compile_ahead_of_time(program: ProgramGraph, path: str | os.PathLike[str]) -> None:
     """Compile with AOTInductor into a package that ``torch._inductor.aoti_load_package`` runs.
 
-    The package is native code with the weights in it. Inductor takes the graph as a whole: a minute for 3 evaluations
-    of 2 blocks, hours for 50 of 28. Where the loop draws noise, it draws other numbers than torch does eagerly.
+    The package is native code with the weights in it. Inductor compiles the graph as a whole, which takes a minute for
+    3 evaluations of 2 blocks, and hours for 50 evaluations of 28. Where the loop draws noise, the package draws other
+    numbers than torch does eagerly.
 
     Raises:
-        BackendError: the graph calls regions (``invoke_subgraph``), which AOTInductor's C++ wrapper cannot call.
+        BackendError: if the graph calls regions (``invoke_subgraph``), which AOTInductor's C++ wrapper cannot call.
     """
     if program.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
         raise BackendError(
@@ -113,7 +114,7 @@ def compile_ahead_of_time(program: ProgramGraph, path: str | os.PathLike[str]) -
     exported = to_exported_program(program)
     # AOTInductor wants examples; a saved program has none, because torch pickles them.
     placeholders = program.graph.find_nodes(op="placeholder")
-    zeros = tuple(TensorSpec.of(node.meta["val"]).empty().zero_() for node in placeholders)
+    zeros = tuple(TensorForm.of(node.meta["val"]).empty().zero_() for node in placeholders)
     exported._example_inputs = (zeros, {})
     with warnings.catch_warnings():
         # torch warns of its own copying of specs.
@@ -123,28 +124,28 @@ def compile_ahead_of_time(program: ProgramGraph, path: str | os.PathLike[str]) -
 
 def infer_values(
     graph: fx.Graph,
-    known: Callable[[fx.Node], TensorSpec],
+    known: Callable[[fx.Node], TensorForm],
     before: Callable[[fx.Node], None] = lambda node: None,
 ) -> None:
-    """Write ``meta["val"]`` on every node by running the graph on fake tensors, all of one fake mode.
+    """Note ``meta["val"]`` on every node by running the graph on fake tensors, all of one fake mode.
 
     Equal operations on equal forms run once, so 50 evaluations cost little more than one. Nodes of equal form share
-    their fake tensor. Pointwise operations that differ in a float count as equal: it changes no form.
+    their fake tensor. Pointwise operations that differ only in a float count as equal, because it changes no form.
 
     Args:
-        graph: functional ATen.
-        known: returns the form of what a placeholder or ``get_attr`` node stands for.
-        before: told each node that is run, when its arguments have their values.
+        graph: the graph, in functional ATen.
+        known: a function that returns the form of the tensor of a placeholder or ``get_attr`` node.
+        before: a function that is told each node before it is run, when its arguments have their values.
     """
-    # Without a fake kernel torch would run the real one, on memory of the claimed size.
-    # AOTInductor goes on in this mode, with constants that are not fake.
+    # For an operator without a fake kernel, torch would run the real one on memory of the claimed size. AOTInductor
+    # continues in this mode, with constants that are not fake.
     mode = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
-    by_form: dict[TensorSpec, Tensor] = {}
+    by_form: dict[TensorForm, Tensor] = {}
     by_operation: dict[object, Any] = {}
 
     def shared(value: Any) -> Any:  # noqa: ANN401 - whatever an operator returns
-        return by_form.setdefault(TensorSpec.of(value), value) if isinstance(value, Tensor) else value
+        return by_form.setdefault(TensorForm.of(value), value) if isinstance(value, Tensor) else value
 
     with mode, torch.no_grad():
         for node in graph.nodes:
@@ -179,5 +180,5 @@ def _kind(root: nn.Module, node: fx.Node) -> InputKind:
     return InputKind.PARAMETER if isinstance(root_tensor(root, node), nn.Parameter) else InputKind.BUFFER
 
 
-def _form(program: ProgramGraph, node: fx.Node) -> TensorSpec:
-    return TensorSpec.of(root_tensor(program.root, node) if node.op == "get_attr" else node.meta["val"])
+def _form(program: ProgramGraph, node: fx.Node) -> TensorForm:
+    return TensorForm.of(root_tensor(program.root, node) if node.op == "get_attr" else node.meta["val"])

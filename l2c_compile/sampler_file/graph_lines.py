@@ -1,11 +1,11 @@
-"""A static graph as lines of JSON, one a node, and back; what comes from a stranger is checked line by line.
+"""Write a static graph as lines of JSON, one for each node, and read it back, checking a stranger's file line by line.
 
     {"input": 0}
     {"tensor": "denoiser.fc.weight", "record": "data/weights/weight_0", "sha256": "...", "dtype": "float32", ...}
     {"op": "aten::linear", "args": ["%0", "%1"], "evaluation": 0, "path": "fc"}
     {"output": ["%2"]}
 
-``%n`` is the value of line n. Nothing of a line becomes Python code: names of inputs, tensors and nodes are made here,
+``%n`` is the value of line n. Nothing in a line becomes Python code: names of inputs, tensors and nodes are made here,
 operators are looked up among torch's own and must be functions that return tensors, and the names of their arguments
 must be in their schema.
 """
@@ -29,7 +29,7 @@ from torch.fx.node import Argument, Node
 from l2c_compile.errors import FileFormatError, SaveError, VerificationError
 from l2c_compile.files.documents import MAX_JSON_BYTES, parse_json
 from l2c_compile.graphs.facts import Fact, check
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import evaluation_of, module_path, output_list
 from l2c_compile.sampler_file.exported_program import infer_values
@@ -48,7 +48,7 @@ __all__ = [
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 8
 _MAX_DIMS = 64
-# Of a list of tensors, as an argument or as a result.
+# The most tensors in a list that is an argument or a result.
 _MAX_PIECES = 10_000
 _MAX_INT = 2**63 - 1
 
@@ -65,7 +65,7 @@ _GETITEM = "getitem"
 
 aten = torch.ops.aten
 
-# The operators that return a list: of as many tensors as they are given, or as _check_pieces counts.
+# The operators that return a list, either of as many tensors as they are given or of as many as _check_pieces counts.
 _CUTS = frozenset(
     {aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unbind, aten.chunk}
     | {aten.unsafe_chunk, aten.tensor_split, aten.hsplit, aten.vsplit, aten.dsplit, aten.meshgrid}
@@ -74,10 +74,10 @@ _CUTS = frozenset(
 
 
 class OperationBudget:
-    """Bounds how many different operations a graph may have, each of which is tried on fake tensors when it is read.
+    """Limits how many different operations a graph may have, because each is tried on fake tensors when it is read.
 
-    Evaluations are copies of one another, so a loop has few of them: 1500, and one for every 8 lines, are enough for
-    any, and keep the reading of a hostile file as short as that of an honest one of its size.
+    Evaluations are copies of one another, so a loop has few different operations: 1500, and one for every 8 lines, are
+    enough for any loop, and a hostile file then takes no longer to read than an honest one of its size.
     """
 
     def __init__(self, num_lines: int, error: type[SaveError] | type[FileFormatError]) -> None:
@@ -89,7 +89,8 @@ class OperationBudget:
         """Count one operation.
 
         Raises:
-            SaveError, FileFormatError: There are too many; which one was chosen when the budget was made.
+            SaveError: if there are too many, and the budget was made with this error.
+            FileFormatError: if there are too many, and the budget was made with this error.
         """
         self._num_spent += 1
         if self._num_spent > self._limit:
@@ -101,18 +102,18 @@ class OperationBudget:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where the values of a tensor lie: a record of the archive that holds the bytes of a storage."""
+    """The place of a tensor's values in the archive: a record that holds the bytes of a storage, and the form in it."""
 
     record: str
     sha256: str
-    """Of the whole record."""
-    form: TensorSpec
+    """The digest of the whole record."""
+    form: TensorForm
     offset: int
-    """Of the first element in the storage, in elements."""
+    """The position of the first element in the storage, in elements."""
 
     @property
     def end_bytes(self) -> int:
-        """How many bytes the storage needs at least."""
+        """The number of bytes that the storage needs at least."""
         if 0 in self.form.shape:
             return 0
         steps = zip(self.form.shape, self.form.stride, strict=True)
@@ -123,11 +124,11 @@ def encode_graph(program: ProgramGraph, stored: Callable[[Node], StoredTensor]) 
     """Yield the lines of a graph.
 
     Args:
-        program: functional ATen; weights and constants are ``get_attr`` nodes.
-        stored: says where the tensor of a ``get_attr`` node lies.
+        program: the graph, in functional ATen, with weights and constants as ``get_attr`` nodes.
+        stored: a function that returns the place of the tensor of a ``get_attr`` node.
 
     Raises:
-        SaveError: a node calls what a file cannot hold.
+        SaveError: if a node calls what a file cannot hold.
     """
     numbers: dict[Node, str] = {}
     for node in program.graph.nodes:
@@ -149,32 +150,33 @@ def encode_graph(program: ProgramGraph, stored: Callable[[Node], StoredTensor]) 
 
 def decode_graph(
     content: bytes,
-    inputs: Sequence[TensorSpec],
+    inputs: Sequence[TensorForm],
     num_evaluations: int,
     place: Callable[[torch.device], torch.device],
     load: Callable[[StoredTensor], Tensor],
 ) -> ProgramGraph:
-    """Return the graph of ``encode_graph``'s lines, every operator of it tried on fake tensors.
+    """Return the graph of ``encode_graph``'s lines, after trying every operator of it on fake tensors.
 
     Args:
-        content: the lines.
+        content: the bytes of the lines.
         inputs: the forms of the graph's inputs, on the devices where they will be.
-        num_evaluations: how many evaluations a line may name.
-        place: maps a device of the file to one of this machine.
-        load: reads a tensor, onto the device where it will be.
+        num_evaluations: the number of evaluations that a line may name.
+        place: a function from a device of the file to one of this machine.
+        load: a function that reads a tensor onto the device where it will be.
 
     Raises:
-        FileFormatError: A line is malformed, calls something else than a function of tensors, or does not fit the rest.
+        FileFormatError: if a line is malformed, calls anything but a function of tensors, or does not fit the other
+            lines.
     """
-    reader = _Reader(num_evaluations, place, load)
+    reader = _GraphBuilder(num_evaluations, place, load)
     stream = io.BytesIO(content)
     while line := stream.readline(MAX_JSON_BYTES + 1):
         reader.read(parse_json(line))
     return reader.finish(inputs)
 
 
-class _Reader:
-    """Builds the graph, line by line."""
+class _GraphBuilder:
+    """Builds the graph line by line."""
 
     def __init__(
         self,
@@ -209,14 +211,14 @@ class _Reader:
         else:
             raise self._error(f"wants an input, a tensor, an op or the output, got {kind!r:.80}")
 
-    def finish(self, inputs: Sequence[TensorSpec]) -> ProgramGraph:
+    def finish(self, inputs: Sequence[TensorForm]) -> ProgramGraph:
         if not self.finished or self.num_inputs != len(inputs):
             raise FileFormatError(
                 f"the graph is cut off, or has {self.num_inputs} inputs where the manifest names {len(inputs)}"
             )
         graph, root = self.program.graph, self.program.root
         forms = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
-        forms |= {node: TensorSpec.of(root.get_buffer(str(node.target))) for node in graph.find_nodes(op="get_attr")}
+        forms |= {node: TensorForm.of(root.get_buffer(str(node.target))) for node in graph.find_nodes(op="get_attr")}
         budget = OperationBudget(len(self.nodes), FileFormatError)
 
         def before(node: Node) -> None:
@@ -224,7 +226,7 @@ class _Reader:
             _check_pieces(node)
 
         try:
-            # The cheap check first: what nobody uses is not tried either.
+            # The cheap check comes first, so that no operator is tried that nothing uses.
             check(self.program, (Fact.SITES_LOWERED, Fact.READS_LOWERED, Fact.NO_DEAD_NODES))
             infer_values(graph, forms.__getitem__, before)
         except FileFormatError:
@@ -245,7 +247,7 @@ class _Reader:
         if not _is_count(offset):
             raise self._error(f"wants an offset in elements, got {offset!r:.80}")
         tensor = self.load(StoredTensor(record, sha256, decode_form(line, self._where), offset))
-        # The tensor's own name would become code.
+        # The name in the file is not taken, because it would become code.
         name = f"tensor_{len(self.nodes)}"
         self.program.root.register_buffer(name, tensor)
         return self.program.graph.create_node("get_attr", name)
@@ -311,12 +313,12 @@ def encode_literal(value: object, what: str, numbers: Mapping[Node, str] | None 
     """Return the JSON form of an argument of an operator: a Python value, or a nested list of them.
 
     Args:
-        value: what to encode.
-        what: what the value is, for the error.
-        numbers: what stands for each node.
+        value: the argument to encode.
+        what: the name of the value in an error.
+        numbers: the reference that stands for each node.
 
     Raises:
-        SaveError: it has none.
+        SaveError: if the value has no JSON form.
     """
     if numbers is not None and isinstance(value, Node):
         return numbers[value]
@@ -344,17 +346,17 @@ def decode_literal(
     place: Callable[[torch.device], torch.device] = lambda device: device,
     depth: int = _MAX_DEPTH,
 ) -> Argument:
-    """Return what ``encode_literal`` encoded.
+    """Return the value that ``encode_literal`` encoded.
 
     Args:
-        value: parsed JSON.
-        where: where it stands, for the error.
-        nodes: what references refer to.
-        place: maps a device of the file to one of this machine.
-        depth: how deeply lists may be nested.
+        value: the parsed JSON.
+        where: the place of the value in the file, for an error.
+        nodes: the nodes that references refer to.
+        place: a function from a device of the file to one of this machine.
+        depth: the depth to which lists may be nested.
 
     Raises:
-        FileFormatError: It is no such value.
+        FileFormatError: if the JSON is no such value.
     """
     if isinstance(value, str):
         match = _REFERENCE.fullmatch(value)
@@ -380,17 +382,17 @@ def decode_literal(
     raise FileFormatError(f"{where} has the value {value!r:.80}, which is of no known form")
 
 
-def encode_form(form: TensorSpec) -> dict[str, object]:
-    """Return the JSON form of the form of a tensor."""
+def encode_form(form: TensorForm) -> dict[str, object]:
+    """Return a tensor's form in JSON types."""
     dtype = str(form.dtype).removeprefix("torch.")
     return {"dtype": dtype, "shape": list(form.shape), "stride": list(form.stride), "device": str(form.device)}
 
 
-def decode_form(document: Mapping[str, object], where: str) -> TensorSpec:
-    """Return what ``encode_form`` encoded.
+def decode_form(document: Mapping[str, object], where: str) -> TensorForm:
+    """Return the form that ``encode_form`` encoded.
 
     Raises:
-        FileFormatError: It describes no tensor.
+        FileFormatError: if the document describes no tensor.
     """
     name, shape, stride = document.get("dtype"), document.get("shape"), document.get("stride")
     dtype = _NAMED["dtype"].get(name) if isinstance(name, str) else None
@@ -400,7 +402,7 @@ def decode_form(document: Mapping[str, object], where: str) -> TensorSpec:
         raise FileFormatError(f"{where} wants a shape and a stride of equal length")
     if not all(_is_count(size) for size in [*shape, *stride]) or math.prod(shape) > _MAX_INT:
         raise FileFormatError(f"{where} wants a shape and a stride of counts, got {shape!r:.80} and {stride!r:.80}")
-    return TensorSpec(tuple(shape), tuple(stride), dtype, _decode_device(document.get("device"), where))
+    return TensorForm(tuple(shape), tuple(stride), dtype, _decode_device(document.get("device"), where))
 
 
 def _encode_call(node: Node, numbers: Mapping[Node, str]) -> dict[str, object]:

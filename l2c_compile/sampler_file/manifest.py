@@ -1,4 +1,4 @@
-"""The manifest of a saved sampler: what stands beside its graph and its tensors."""
+"""The manifest of a saved sampler, which describes what is not in its graph and its tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from l2c_compile.errors import FileFormatError, SaveError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import MAX_JSON_BYTES, check_header, parse_json
-from l2c_compile.graphs.forms import StaticValue, TensorSpec
+from l2c_compile.graphs.forms import StaticValue, TensorForm
 from l2c_compile.sampler_file.graph_lines import encode_form, encode_literal
 
 __all__ = [
@@ -53,7 +53,7 @@ def read_manifest(archive: Archive) -> dict[str, object]:
     """Return the manifest of an archive.
 
     Raises:
-        FileFormatError: if it is damaged, of a newer version or something else.
+        FileFormatError: if the manifest is damaged, of a newer version, or something else.
     """
     manifest = parse_json(archive.read(MANIFEST, max_bytes=MAX_JSON_BYTES))
     check_header(manifest, "saved sampler", FORMAT, VERSION, _MANIFEST_KEYS)
@@ -73,10 +73,10 @@ def hashed(archive: Archive, name: str, sha256: object, max_bytes: int) -> bytes
 
 
 def encode_tree(value: object, what: str, leaf: Callable[[object, str], object]) -> object:
-    """Return nested tuples, lists and dicts as JSON, each leaf as ``leaf(leaf, what)`` gives it.
+    """Return nested tuples, lists and dicts as JSON, with the result of ``leaf(leaf, what)`` for each leaf.
 
     Raises:
-        SaveError: if there is another container in it.
+        SaveError: if the value holds another kind of container.
     """
     if type(value) is tuple or type(value) is list:
         return {type(value).__name__: [encode_tree(item, what, leaf) for item in value]}
@@ -91,17 +91,17 @@ def encode_tree(value: object, what: str, leaf: Callable[[object, str], object])
 
 
 def encode_input(leaf: object, what: str) -> object:
-    """Return a leaf of the inputs as JSON: the form of a tensor, or a Python value."""
-    if isinstance(leaf, TensorSpec):
+    """Return a leaf of the inputs as JSON, which is the form of a tensor or a Python value."""
+    if isinstance(leaf, TensorForm):
         return {"tensor": encode_form(leaf)}
     return {"value": encode_literal(leaf, what)}
 
 
 def decode_tree(document: object, what: str, leaf: Callable[[str, object], object], depth: int = _MAX_DEPTH) -> object:
-    """Return what ``encode_tree`` encoded; ``leaf(kind, content)`` decodes a leaf.
+    """Return the tree that ``encode_tree`` encoded; ``leaf(kind, content)`` decodes a leaf.
 
     Raises:
-        FileFormatError: if it is no such tree, or deeper than 16.
+        FileFormatError: if the document is no such tree, or is deeper than 16.
     """
     if not isinstance(document, dict) or len(document) != 1 or depth == 0:
         raise FileFormatError(f"{what} wants a tree at most {_MAX_DEPTH} deep, got {document!r:.80}")
@@ -115,7 +115,7 @@ def decode_tree(document: object, what: str, leaf: Callable[[str, object], objec
 
 
 def decode_numbers(document: object, form: Any) -> Any:  # noqa: ANN401 - a type, and a value of it
-    """Return a value of type ``form``, which is int, a tuple of such, or a dataclass of such fields."""
+    """Return a value of type ``form``, which is int, a tuple of ints, or a dataclass with fields of such types."""
     if form is int and type(document) is int:
         return document
     if get_origin(form) is tuple and isinstance(document, list):
@@ -128,13 +128,13 @@ def decode_numbers(document: object, form: Any) -> Any:  # noqa: ANN401 - a type
 
 
 def raw_value(leaf: object) -> object:
-    """Return the Python value of a static leaf; any other leaf as it is."""
+    """Return the Python value of a static leaf, and any other leaf as it is."""
     return leaf.value if isinstance(leaf, StaticValue) else leaf
 
 
 def describe_input(leaf: object) -> str:
-    """Return how a message names a leaf of the inputs."""
-    if isinstance(leaf, TensorSpec):
+    """Return the words for a leaf of the inputs in a message."""
+    if isinstance(leaf, TensorForm):
         return f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)} on {leaf.device}"
     return f"the value {raw_value(leaf)!r:.80}"
 
@@ -143,7 +143,7 @@ def list_of(value: object, what: str) -> list[Any]:
     """Return the value if it is a list.
 
     Raises:
-        FileFormatError: if it is none.
+        FileFormatError: if it is no list.
     """
     if not isinstance(value, list):
         raise FileFormatError(f"{what} wants a list, got {type(value).__name__}")
@@ -151,7 +151,7 @@ def list_of(value: object, what: str) -> list[Any]:
 
 
 def own_version() -> str:
-    """Return the version of the installed package, "checkout" where it is not installed."""
+    """Return the version of the installed package, or "checkout" if it is not installed."""
     try:
         return metadata.version("l2c-compile")
     except metadata.PackageNotFoundError:

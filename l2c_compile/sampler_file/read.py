@@ -1,20 +1,20 @@
-"""Compiled samplers as files: one ``.pt2`` archive with the static graph, its weights and a manifest.
+"""Read a compiled sampler from a ``.pt2`` archive with the static graph, its weights and a manifest.
 
-The archive is what ``torch.export.save`` writes, so ``torch.export.load`` opens it: flat tensors in, flat list out. We
-do not read it that way. torch's reader unpickles (example inputs, subclass weights, script objects, older layouts),
-loads native code from ``data/aotinductor``, evaluates symbolic sizes as Python, and calls any attribute of torch that
-the graph names. So the archive carries a second, small form of the graph beside torch's, and only that form and the raw
-bytes of the weights are read here:
+The archive is what ``torch.export.save`` writes, so ``torch.export.load`` opens it, as a program that takes flat
+tensors and returns a flat list. We do not read it that way. Torch's reader unpickles (example inputs, subclass weights,
+script objects, older layouts), loads native code from ``data/aotinductor``, evaluates symbolic sizes as Python, and
+calls any attribute of torch that the graph names. So the archive carries a second, small form of the graph beside
+torch's, and only that form and the raw bytes of the weights are read here:
 
     data/extra/l2c_compile/manifest.json   format, version, inputs, result, summary, sha256 of the next two
     data/extra/l2c_compile/graph.jsonl     the graph (``graph_lines``), with record and sha256 of each weight
     data/extra/l2c_compile/schedule.json   the schedule
-    data/weights/weight_0 ...              storages, each once, tied weights once
+    data/weights/weight_0 ...              the storages; a storage is there once, also one of tied weights
     models/model.json ...                  torch's own form; never read here
 
-Our form is also 6 times smaller, does not change with torch's schema, and keeps what the backend needs: evaluation
-numbers and module paths. Nothing is unpickled and no text of the file becomes code. What a stranger's file can do is
-have torch's own functions compute for a long time, and that only when the sampler is called.
+Our form is also 6 times smaller, does not change with torch's schema, and keeps the evaluation numbers and module paths
+that the backend needs. Nothing is unpickled and no text of the file becomes code. A stranger's file can do no more than
+let torch's own functions compute for a long time, and only when the sampler is called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from l2c_compile.errors import BackendError, FileFormatError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import MAX_JSON_BYTES
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.sampler_file.graph_lines import StoredTensor, decode_form, decode_graph, decode_literal
 from l2c_compile.sampler_file.manifest import (
@@ -50,7 +50,7 @@ from l2c_compile.schedules.schedule import CacheSchedule
 __all__ = ["MapLocation", "read_sampler"]
 
 MapLocation = str | torch.device | Mapping[str, str | torch.device] | None
-"""Where to put what was saved on another device: one device for all, or a mapping from the names of the saved ones."""
+"""Where tensors of other devices are put: one device for all, or a mapping from the names of the saved devices."""
 
 _STORAGE = re.compile(r"data/(weights/weight|constants/tensor)_[0-9]+", re.ASCII)
 _SAMPLE_INPUTS = "data/sample_inputs/model.pt"
@@ -68,12 +68,12 @@ def read_sampler(
 
     Args:
         path: the file. It may come from a stranger: nothing of it is unpickled or run as code.
-        map_location: where to put what was saved on another device.
+        map_location: the device, or devices, for tensors that were saved on another device.
 
     Raises:
-        FileFormatError: the file is damaged, hostile, of a newer version or something else.
-        BackendError: a device of the file is not here and not mapped.
-        OSError: the file cannot be read.
+        FileFormatError: if the file is damaged, hostile, of a newer version, or something else.
+        BackendError: if a device of the file is neither on this machine nor mapped.
+        OSError: if the file cannot be read.
     """
     devices = _DeviceMap(map_location)
     with Archive(path) as archive:
@@ -86,13 +86,13 @@ def read_sampler(
         inputs, num_noise = _decode_inputs(manifest, devices)
         program = decode_graph(
             hashed(archive, GRAPH, sha256["graph"], MAX_GRAPH_BYTES),
-            inputs.tensor_specs(),
+            inputs.tensor_forms(),
             schedule.num_evaluations,
             devices.place,
             _SavedStorages(archive, devices).load,
         )
     out_spec = _decode_result(manifest["result"], program.graph)
-    return manifest, inputs, LoopGraph(program.graph, program.root, schedule, num_noise, [], out_spec)
+    return manifest, inputs, LoopGraph(program.graph, program.root, schedule, num_noise, out_spec)
 
 
 class _DeviceMap:
@@ -111,7 +111,7 @@ class _DeviceMap:
     def _find(self, saved: torch.device) -> torch.device:
         wanted = self._map.get(str(saved), saved) if isinstance(self._map, Mapping) else self._map or saved
         try:
-            # With its index: "cuda" means the current one.
+            # The tensor's device has an index, whereas "cuda" means the current one.
             return torch.empty(0, device=wanted).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise BackendError(
@@ -121,7 +121,7 @@ class _DeviceMap:
 
 
 class _SavedStorages:
-    """Reads the records of an archive that are storages, each once."""
+    """Reads those records of an archive that are storages, each of them once."""
 
     def __init__(self, archive: Archive, devices: _DeviceMap) -> None:
         self._archive = archive
@@ -130,7 +130,7 @@ class _SavedStorages:
         self._read: dict[tuple[str, torch.device], torch.UntypedStorage] = {}
 
     def load(self, stored: StoredTensor) -> Tensor:
-        """Return a tensor of the file, on its device."""
+        """Return a tensor of the file on its device."""
         if not _STORAGE.fullmatch(stored.record):
             raise FileFormatError(f"a tensor lies in {stored.record!r:.80}, which is no storage")
         if stored.end_bytes > self._archive.size_bytes(stored.record):
@@ -174,7 +174,7 @@ def _check_names(archive: Archive) -> None:
 
 
 def _decode_inputs(manifest: Mapping[str, object], devices: _DeviceMap) -> tuple[CallSignature, int]:
-    """Return the form of the inputs, and how many tensors the noise has."""
+    """Return the form of the inputs and the number of tensors in the noise."""
 
     def leaf(kind: str, content: object) -> object:
         if kind == "tensor" and isinstance(content, dict):
@@ -190,8 +190,8 @@ def _decode_inputs(manifest: Mapping[str, object], devices: _DeviceMap) -> tuple
     noise = decode_tree(manifest["noise"], "noise", leaf)
     named = {name: decode_tree(value, f"condition {name!r:.80}", leaf) for name, value in conditions.items()}
     leaves, spec = tree_flatten((noise, named))
-    signature = CallSignature(spec, tuple(x if isinstance(x, TensorSpec) else StaticValue.of(x) for x in leaves))
-    return signature, sum(isinstance(x, TensorSpec) for x in tree_flatten(noise)[0])
+    signature = CallSignature(spec, tuple(x if isinstance(x, TensorForm) else StaticValue.of(x) for x in leaves))
+    return signature, sum(isinstance(x, TensorForm) for x in tree_flatten(noise)[0])
 
 
 def _decode_result(document: object, graph: fx.Graph) -> TreeSpec:

@@ -20,7 +20,7 @@ from l2c_compile.analyses.summary import Summary
 from l2c_compile.errors import SaveError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import parse_json, replaced_at_once
-from l2c_compile.graphs.forms import CallSignature, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import root_tensor
 from l2c_compile.sampler_file.exported_program import compile_ahead_of_time, to_exported_program
@@ -51,21 +51,22 @@ def save_sampler(
     summary: Summary,
     aot_inductor: bool = False,
 ) -> None:
-    """Write a loop graph after the passes, weights included, as one file. Atomic.
+    """Write a loop graph after the passes, weights included, as one file, at once or not at all.
 
     Args:
-        path: ends in ``.pt2``, which torch asks for.
-        graph: flat, without sites and cache reads.
-        inputs: the form of ``(noise, conditions)`` that it was compiled for.
-        loop: a JSON description of the loop, if there is one.
+        path: the file to write; its name ends in ``.pt2``, because torch wants that.
+        graph: the loop graph, flat, without sites and cache reads.
+        inputs: the form of ``(noise, conditions)`` that the graph was compiled for.
+        loop: the JSON description of the loop; None if there is none.
         passes: the names of the passes that made the graph.
-        summary: what the graph computes.
-        aot_inductor: also write ``<stem>.aoti.pt2``, a package of native code; see ``compile_ahead_of_time``.
+        summary: the summary of what the graph computes.
+        aot_inductor: whether ``<stem>.aoti.pt2``, a package of native code, is written too; see
+            ``compile_ahead_of_time``.
 
     Raises:
-        SaveError: the graph, its inputs or its result hold what a file cannot.
-        BackendError: AOTInductor cannot take the graph.
-        OSError: the folder cannot be written to.
+        SaveError: if the graph, its inputs or its result hold what a file cannot.
+        BackendError: if AOTInductor cannot take the graph.
+        OSError: if the folder cannot be written to.
     """
     target = Path(path)
     if target.suffix != ".pt2":
@@ -91,12 +92,12 @@ def save_sampler(
         ),
         "summary": dataclasses.asdict(summary),
     }
-    # Found out before minutes are spent on the archive.
+    # A graph that cannot be written is found before minutes are spent on the archive.
     for _ in encode_graph(graph, lambda node: _NOWHERE):
         pass
     exported = to_exported_program(graph, OperationBudget(len(graph.graph.nodes), SaveError).spend)
     with replaced_at_once(target) as temporary:
-        with _Patient(temporary) as file:
+        with _DeferredErrorFile(temporary) as file:
             torch.export.save(exported, file)
         with Archive(temporary) as archive:
             stored = _stored_tensors(archive)
@@ -107,7 +108,7 @@ def save_sampler(
             "schedule": hashlib.sha256(schedule).hexdigest(),
         }
         text = json.dumps(manifest, allow_nan=False, indent=1).encode()
-        # What load would refuse is refused here.
+        # A manifest that load would refuse is refused here.
         parse_json(text)
         if len(lines) > MAX_GRAPH_BYTES:
             raise SaveError(
@@ -115,17 +116,17 @@ def save_sampler(
             )
         with zipfile.ZipFile(temporary, "a") as appended:
             for name, content in ((MANIFEST, text), (GRAPH, lines), (SCHEDULE, schedule)):
-                # A fixed date, so that equal samplers are equal files.
+                # ZipInfo has a fixed date, so that equal samplers are equal files.
                 appended.writestr(zipfile.ZipInfo(f"{archive.root}/{name}"), content)
     if aot_inductor:
         with replaced_at_once(target.with_suffix(".aoti.pt2")) as temporary:
             compile_ahead_of_time(graph, temporary)
 
 
-class _Patient(io.FileIO):
-    """A file for torch's writer: what goes wrong in a write is raised when the file is closed.
+class _DeferredErrorFile(io.FileIO):
+    """A file for torch's writer that raises the error of a write only when the file is closed.
 
-    In C++ the destructor of the writer writes as well, and an error there, as of a full disk, ends the process.
+    The destructor of the C++ writer writes as well, and an error there, for example of a full disk, ends the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,18 +134,18 @@ class _Patient(io.FileIO):
         self._error: BaseException | None = None
 
     def write(self, content: Any, /) -> int:  # noqa: ANN401 - whatever has bytes
-        """Write unless an earlier write failed; return how many bytes were taken."""
+        """Write unless an earlier write failed; return the number of bytes that were taken."""
         remaining = memoryview(content).cast("B")
         size_bytes = len(remaining)
         try:
             while self._error is None and remaining:
                 remaining = remaining[super().write(remaining) :]
-        except BaseException as error:  # an interrupt, too, would reach the destructor
+        except BaseException as error:  # an interrupt would reach the destructor, too
             self._error = error
         return size_bytes
 
     def close(self) -> None:
-        """Close, and raise the first error of all writes."""
+        """Close the file, and raise the first error of all writes."""
         super().close()
         error, self._error = self._error, None
         if error is not None:
@@ -152,7 +153,7 @@ class _Patient(io.FileIO):
 
 
 def _stored_tensors(archive: Archive) -> Callable[[LoopGraph, fx.Node], StoredTensor]:
-    """Return a function that says where ``torch.export.save`` has put the tensor of a ``get_attr`` node."""
+    """Return a function that finds where ``torch.export.save`` has put the tensor of a ``get_attr`` node."""
     records: dict[str, str] = {}
     offsets: dict[str, int] = {}
     for folder in ("weights", "constants"):
@@ -168,10 +169,10 @@ def _stored_tensors(archive: Archive) -> Callable[[LoopGraph, fx.Node], StoredTe
 
     def stored(graph: LoopGraph, node: fx.Node) -> StoredTensor:
         name = str(node.target)
-        form = TensorSpec.of(root_tensor(graph.root, node))
+        form = TensorForm.of(root_tensor(graph.root, node))
         return StoredTensor(records[name], hashes[records[name]], form, offsets[name])
 
     return stored
 
 
-_NOWHERE = StoredTensor("", "", TensorSpec((), (), torch.float32, torch.device("cpu")), 0)
+_NOWHERE = StoredTensor("", "", TensorForm((), (), torch.float32, torch.device("cpu")), 0)

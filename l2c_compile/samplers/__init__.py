@@ -1,1 +1,1 @@
-"""What users hold: a compiled sampler, and one from a file."""
+"""The samplers that users call: a compiled one, and one from a file."""

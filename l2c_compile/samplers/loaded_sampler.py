@@ -1,4 +1,4 @@
-"""``load`` and ``LoadedSampler``: a sampler from a file."""
+"""``load``, which reads a sampler from a file, and ``LoadedSampler``, which it returns."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from l2c_compile.analyses.summary import Summary
-from l2c_compile.backends.choice import EAGER, Backend, check_backend, check_mode, kernels_for
 from l2c_compile.backends.lower import lower_to_backend
+from l2c_compile.backends.options import EAGER, Backend, Options
 from l2c_compile.errors import InputFormError
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, TensorForm, signature_of
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.progress import Progress, silent
 from l2c_compile.sampler_file.manifest import (
@@ -38,33 +38,33 @@ def load(
     mode: Literal["reduce-overhead"] | None = None,
     progress: Progress | None = None,
 ) -> LoadedSampler:
-    """Load what ``CompiledSampler.save`` wrote. The model's class is not needed.
+    """Load a sampler that ``CompiledSampler.save`` wrote; the model's class is not needed.
 
     Args:
         path: the file. It may come from a stranger: nothing of it is unpickled or run as code.
-        backend: what runs the graph: "eager", "aot_eager", "inductor" or any other that ``torch.compile`` takes.
-        map_location: where to put what was saved on another device.
+        backend: what runs the graph: "eager", "aot_eager", "inductor" or any other backend that ``torch.compile``
+            takes.
+        map_location: the device, or devices, for tensors that were saved on another device.
         mode: "reduce-overhead" runs the loop as one CUDA graph, as in ``l2c_compile``.
-        progress: told what is compiled.
+        progress: a function that is told what is compiled.
 
     Raises:
-        FileFormatError: the file is damaged, hostile, of a newer version or something else.
-        BackendError: there is no such backend, or a device of the file is not here and not mapped.
-        OSError: the file cannot be read.
+        FileFormatError: if the file is damaged, hostile, of a newer version, or something else.
+        BackendError: if there is no such backend, or a device of the file is neither on this machine nor mapped.
+        OSError: if the file cannot be read.
     """
-    check_backend(backend)
-    check_mode(mode)
+    options = Options(backend, mode=mode)
     manifest, inputs, graph = read_sampler(path, map_location)
     module = graph.module()
-    run = lower_to_backend(graph, backend, progress or silent, kernels_for(backend, None, ()), mode)
+    run = lower_to_backend(graph, options, progress or silent)
     return LoadedSampler(manifest, inputs, graph, module, run)
 
 
 class LoadedSampler(nn.Module):
-    """A sampler from a file: called as the one that was saved, with inputs of the form it was saved for.
+    """A sampler from a file, which is called as the saved one was, with inputs of the form that it was saved for.
 
-    Holds no state between calls. Runs under ``torch.no_grad``. Its weights are its own; to follow a model whose weights
-    change, save again.
+    It holds no state between calls, and runs under ``torch.no_grad``. Its weights are its own; to follow a model whose
+    weights change, save that again.
     """
 
     def __init__(
@@ -77,17 +77,17 @@ class LoadedSampler(nn.Module):
     ) -> None:
         super().__init__()
         self.graph_module = module
-        """The static graph: flat tensors in, flat list of results out."""
+        """The static graph, which takes flat tensors and returns a flat list of results."""
         self.schedule = graph.schedule
         self.denoiser = str(manifest["denoiser"])
         """The name of the class that was compiled."""
         self.passes = tuple(map(str, list_of(manifest["passes"], "passes")))
         """The passes that made the graph."""
         self.versions = {name: str(manifest[name]) for name in ("l2c_compile", "torch")}
-        """What saved it."""
+        """The versions of this package and of torch that saved the file."""
         loop = manifest["loop"]
         self.loop: Mapping[str, object] | None = loop if isinstance(loop, dict) else None
-        """The description of the loop; None if it was a function of the user's."""
+        """The description of the loop; None if the loop was a function of the user's."""
         self._summary: Summary = decode_numbers(manifest["summary"], Summary)
         self.inputs = inputs
         """The form of ``(noise, conditions)``."""
@@ -95,19 +95,21 @@ class LoadedSampler(nn.Module):
         """The static graph as the compiler knows it."""
         self._names = _names(inputs)
         self._out_spec = graph.out_spec
-        # Not as a submodule: it has the weights of graph_module.
+        # A function, so that it is no submodule: it has the weights of graph_module.
         self._run: Callable[..., Sequence[object]] = lambda *tensors: run(*tensors)
         self.eval()
 
     def forward(self, noise: object, **conditions: object) -> object:
-        """Sample.
+        """Sample a batch of latents.
 
         Args:
-            noise: as when the sampler was saved: same shape, dtype and device. Other strides are copied into the saved.
-            **conditions: tensors likewise; Python values must be equal to the saved, they are part of the graph.
+            noise: the noise, of the shape, dtype and device that was saved. A tensor of other strides is copied into
+                the saved ones.
+            **conditions: the conditions; the same holds for tensors. Python values must be equal to the saved ones,
+                which are part of the graph.
 
         Raises:
-            InputFormError: the inputs are of another form.
+            InputFormError: if the inputs are of another form.
         """
         tensors = self._tensors(noise, conditions)
         with torch.no_grad():
@@ -115,7 +117,7 @@ class LoadedSampler(nn.Module):
         return tree_unflatten(list(leaves), self._out_spec)
 
     def summary(self) -> Summary:
-        """Return what is computed, read and kept in each evaluation; printable."""
+        """Return what each evaluation computes, reads and keeps; ``print`` shows it."""
         return self._summary
 
     def print_readable(self) -> str:
@@ -123,7 +125,7 @@ class LoadedSampler(nn.Module):
         return self.graph_module.print_readable()
 
     def extra_repr(self) -> str:
-        """Describe the sampler in one line."""
+        """Return a description of the sampler in one line."""
         inputs = ", ".join(
             f"{name}: {describe_input(leaf)}" for name, leaf in zip(self._names, self.inputs.leaves, strict=True)
         )
@@ -140,9 +142,9 @@ class LoadedSampler(nn.Module):
                 f"the sampler was saved with the inputs {', '.join(self._names)}, got others; give the same containers"
             )
         tensors = []
-        for what, leaf, wanted in zip(self._names, leaves, self.inputs.leaves, strict=True):
-            given = TensorSpec.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf)
-            if isinstance(wanted, TensorSpec) and isinstance(leaf, Tensor) and _fits(leaf, wanted):
+        given_forms = signature_of(*tree_unflatten(leaves, spec)).leaves
+        for what, leaf, given, wanted in zip(self._names, leaves, given_forms, self.inputs.leaves, strict=True):
+            if isinstance(given, TensorForm) and isinstance(wanted, TensorForm) and given.fits(wanted):
                 tensors.append(leaf if given == wanted else wanted.empty().copy_(leaf))
             elif given != wanted:
                 raise InputFormError(
@@ -153,13 +155,9 @@ class LoadedSampler(nn.Module):
 
 
 def _names(inputs: CallSignature) -> list[str]:
-    """Return what to call each leaf of the inputs in a message."""
+    """Return the name of each leaf of the inputs for a message."""
     noise, conditions = tree_unflatten(list(inputs.leaves), inputs.spec)
     names = ["noise" + keystr(path) for path, _ in tree_flatten_with_path(noise)[0]]
     for name, value in conditions.items():
         names += [f"condition '{name}'" + keystr(path) for path, _ in tree_flatten_with_path(value)[0]]
     return names
-
-
-def _fits(tensor: Tensor, wanted: TensorSpec) -> bool:
-    return (tuple(tensor.shape), tensor.dtype, tensor.device) == (wanted.shape, wanted.dtype, wanted.device)

@@ -1,1 +1,1 @@
-"""Which evaluation reuses what, and how; no graph is known here."""
+"""Schedules: which evaluation reuses which site, and how. Nothing here knows of graphs."""

@@ -1,4 +1,4 @@
-"""Which sites cover which: what a reuse makes superfluous, and where each reuse takes its value from."""
+"""Which sites cover which, so that a reuse makes them superfluous, and where each reuse takes its value from."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def entry_states(num_evaluations: int, sites: Sequence[Site], reused: Iterable[t
     """Return for each site its state at every evaluation: computed, reused or hidden.
 
     Raises:
-        ScheduleError: If two sites that overlap without nesting are reused in the same evaluation.
+        ScheduleError: if two sites that overlap without nesting are reused in the same evaluation.
     """
     rows = {site: bytearray(num_evaluations) for site in sites}
     for e, site in reused:
         rows[site][e] = REUSED
     pairs = _overlapping_pairs(sites, num_evaluations)
-    # Whether a whole is reused does not depend on states: if it is hidden itself, what hides it hides its parts too.
+    # Whether a whole is reused does not depend on states: if it is hidden itself, the site that hides it also hides its
+    # parts.
     whole_rows = {whole: bytes(rows[whole]) for whole, _, nested in pairs if nested}
     for whole, part, nested in pairs:
         if nested:
@@ -51,10 +52,10 @@ def entry_states(num_evaluations: int, sites: Sequence[Site], reused: Iterable[t
 
 
 def covering_sites(sites: Sequence[Site]) -> dict[Site, tuple[Site, ...]]:
-    """Return for each site those that cover it: where one of them is reused, the site is hidden.
+    """Return for each site the sites that cover it: where one of them is reused, the site is hidden.
 
     Raises:
-        ScheduleError: If two sites share work and neither covers the other.
+        ScheduleError: if two sites share work and neither covers the other.
     """
     covering: dict[Site, list[Site]] = {site: [] for site in sites}
     for whole, part, nested in _overlapping_pairs(sites, 1):
@@ -67,7 +68,7 @@ def covering_sites(sites: Sequence[Site]) -> dict[Site, tuple[Site, ...]]:
 def _overlapping_pairs(sites: Sequence[Site], num_evaluations: int) -> list[tuple[Site, Site, bool]]:
     """Return (whole, part, True) for nested sites and (one, other, False) for sites that overlap otherwise.
 
-    Most schedules have none, so sites are looked up by module instead of compared with each other.
+    Most schedules have no such pairs, so sites are looked up by module instead of compared with each other.
     """
     by_module: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
@@ -114,7 +115,7 @@ def derive_sources(states: bytes, rules: Mapping[int, Rule], branches: int) -> d
             derived[e] = ()
         elif state == REUSED:
             rule = rules[e]
-            past = any_origin[branch] if rule.history == "trace" else computed[branch]
+            past = any_origin[branch] if rule.history == "held" else computed[branch]
             if len(past) >= rule.num_sources:
                 derived[e] = tuple(past[: -rule.num_sources - 1 : -1])
         if state == COMPUTED:

@@ -1,7 +1,7 @@
-"""Importers: schedules and routers of other projects, turned into execution order at the door.
+"""Importers, which read schedules and routers of other projects and convert them to execution order.
 
-Nothing behind this file knows how another project counts. Each importer states how its file counts and what it means.
-Pickles are read by ``torch.load(weights_only=True)`` with ``argparse.Namespace`` as the one addition, never otherwise.
+No other file knows how another project counts. Each importer says how its file counts and what the entries mean.
+Pickles are read only by ``torch.load(weights_only=True)``, with ``argparse.Namespace`` as the one addition.
 
 Shapes: E evaluations, S sites, N rows of the file.
 """
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Family = Literal["dit", "uvit", "harmonica"]
-"""Which code base a pickle of router logits comes from; the files alone do not always say."""
+"""The code base that a pickle of router logits comes from; the file alone does not always show it."""
 
 _Source = str | os.PathLike[str] | Mapping[str, object]
 _MAX_ROW_ENTRIES = 100_000
@@ -55,19 +55,20 @@ def load_schedule_file(
 ) -> Router | CacheSchedule:
     """Read a router or schedule file of this package or of a known other project.
 
-    Known are our JSON and safetensors, Learning-to-Cache (DiT and U-ViT), HarmoniCa, SmoothCache and InvarDiff.
+    The known forms are our JSON and safetensors, and the files of Learning-to-Cache (DiT and U-ViT), HarmoniCa,
+    SmoothCache and InvarDiff.
 
     Args:
-        path: The file.
-        threshold: In place of the one that the router, or its project, uses. Only for routers.
-        family: For pickles: which project wrote it. By default ``dit`` if the file has ``routers``, else ``uvit``.
-        num_evaluations: If given, the file must describe this many evaluations.
-        loop: The description of the loop to store with what was read; by default the one in the file, if any.
+        path: the file to read.
+        threshold: the threshold in place of the one that the router, or its project, uses. Only for routers.
+        family: the project that wrote a pickle; by default ``dit`` if the file has ``routers``, else ``uvit``.
+        num_evaluations: the number of evaluations that the file must describe; None accepts any number.
+        loop: the description of the loop to store with what was read; by default the one in the file, if any.
 
     Raises:
-        FileFormatError: If the file has none of these forms.
-        ScheduleError: If it does not have ``num_evaluations``, or an option has no meaning for this file.
-        OSError: If it cannot be read.
+        FileFormatError: if the file has none of these forms.
+        ScheduleError: if the file does not describe ``num_evaluations``, or an option has no meaning for it.
+        OSError: if the file cannot be read.
     """
     with open_regular(path) as file:
         start, size_bytes = file.read(9), os.fstat(file.fileno()).st_size
@@ -100,15 +101,16 @@ def import_l2c_dit(source: _Source, threshold: float = 0.1, *, loop: Mapping[str
     """Import a router of Learning-to-Cache for DiT (arXiv 2406.01733; the authors' default threshold is 0.1).
 
     The file has a row of 2 * depth logits for every evaluation: entry 2i is the attention of block i, 2i + 1 its MLP.
-    Rows count from the CLEAN end, idx = E - 1 - e. Evaluations of even idx may reuse; those of odd idx are full.
+    Rows count from the CLEAN end: row idx is for evaluation E - 1 - idx. Evaluations of even idx may reuse; those of
+    odd idx are full.
 
     Args:
-        source: The file, its content, or only its ``routers``.
-        threshold: A sublayer is computed where the sigmoid of its logit is above this.
-        loop: The description of the loop to store.
+        source: the file, its content, or only its ``routers``.
+        threshold: the score above which a sublayer is computed; the score is the sigmoid of its logit.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     rows, info = _logit_rows(source)
     if len(rows) % 2:
@@ -120,15 +122,15 @@ def import_l2c_dit(source: _Source, threshold: float = 0.1, *, loop: Mapping[str
 def import_harmonica(source: _Source, threshold: float = 0.1, *, loop: Mapping[str, object] | None = None) -> Router:
     """Import a router of HarmoniCa for DiT (arXiv 2410.01723): the same file as ``import_l2c_dit``, used differently.
 
-    Every evaluation but the first may reuse, from the latest that computed the sublayer, however old.
+    Every evaluation but the first may reuse, from the latest evaluation that computed the sublayer, however old it is.
 
     Args:
-        source: The file, its content, or only its ``routers``.
-        threshold: A sublayer is computed where the sigmoid of its logit is above this.
-        loop: The description of the loop to store.
+        source: the file, its content, or only its ``routers``.
+        threshold: the score above which a sublayer is computed; the score is the sigmoid of its logit.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     rows, info = _logit_rows(source)
     return _router_from_clean_end(rows, tuple(range(1, len(rows))), threshold, loop, {"method": "HarmoniCa", **info})
@@ -144,23 +146,24 @@ def import_l2c_uvit(
     2k - 1. All other network evaluations are full; the rows beyond are never trained. A row has 2 * (depth + 1) logits,
     blocks in call order: in_blocks, mid_block, out_blocks.
 
-    The authors guide with two separate calls, conditional and unconditional, each with its own cache: network
-    evaluation n is evaluation branches * n + branch, and the branches share the decision.
+    The authors guide with two separate calls, conditional and unconditional, each with its own cache: branch b of
+    network evaluation n is evaluation branches * n + b, and the branches share the decision.
 
     Args:
-        source: The file or its content.
-        threshold: A sublayer is computed where the sigmoid of its logit is above this.
-        branches: Denoiser calls per network evaluation; 1 for no guidance or for guidance in one doubled batch.
-        loop: The description of the loop to store.
+        source: the file, or its content.
+        threshold: the score above which a sublayer is computed; the score is the sigmoid of its logit.
+        branches: the number of denoiser calls in a network evaluation; 1 for no guidance or for guidance in one doubled
+            batch.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     rows, info = _logit_rows(source)
     num_network_evaluations, num_entries = rows.shape
     if type(branches) is not int or not 1 <= branches <= 16:
         raise ScheduleError(f"branches wants a number from 1 to 16, got {branches!r}")
-    # 2 entries a block and an odd number of blocks: half before the middle, half after.
+    # There are 2 entries for each block and an odd number of blocks: half before the middle block, half after it.
     if num_network_evaluations % 2 or num_entries % 4 != 2:
         raise FileFormatError(
             "a Learning-to-Cache router for U-ViT wants an even number of rows of 2 * (2 * n + 1) logits, got "
@@ -185,18 +188,18 @@ def import_l2c_uvit(
 def import_smoothcache(
     source: _Source, site: str = "blocks.{block}.{kind}", *, loop: Mapping[str, object] | None = None
 ) -> CacheSchedule:
-    """Import a schedule of SmoothCache (arXiv 2411.10510), the form in which FORA and L2C schedules also circulate.
+    """Import a schedule of SmoothCache (arXiv 2411.10510), a form in which FORA and L2C schedules also circulate.
 
     The file has a row for each kind of layer (``attn``: all blocks) or for single layers (``attn-7``: block 7); rows
-    are in execution order, 1 is compute, 0 is reuse the latest computed.
+    are in execution order; 1 is to compute, 0 is to reuse the latest computed value.
 
     Args:
-        source: The file or its content.
-        site: The site of a layer, with ``{block}`` and ``{kind}`` where the file's number and kind go.
-        loop: The description of the loop to store.
+        source: the file, or its content.
+        site: the site of a layer, with ``{block}`` and ``{kind}`` in place of the number and the kind in the file.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     table: dict[Site, list[int]] = {}
     for key, row in _json_object(source).items():
@@ -211,17 +214,17 @@ def import_smoothcache(
 
 
 def import_invardiff(source: _Source, *, loop: Mapping[str, object] | None = None) -> CacheSchedule:
-    """Import the books of InvarDiff for DiT (arXiv 2512.05134): two levels, the stack of blocks over its sublayers.
+    """Import the books of InvarDiff for DiT (arXiv 2512.05134), one for the stack of blocks, one for its sublayers.
 
-    Books are in execution order, true is reuse the latest computed. ``step_cache_book`` is for the output of the last
-    block; where it reuses, the entries of the sublayers have no effect, and their caches are not refreshed.
+    Books are in execution order; true is to reuse the latest computed value. ``step_cache_book`` is for the output of
+    the last block; where it reuses, the entries of the sublayers have no effect, and their caches are not refreshed.
 
     Args:
-        source: The file or its content.
-        loop: The description of the loop to store.
+        source: the file, or its content.
+        loop: the description of the loop to store.
 
     Raises:
-        FileFormatError: If the file is not of this form.
+        FileFormatError: if the file is not of this form.
     """
     document = _json_object(source)
     steps = document.get("step_cache_book")
@@ -283,7 +286,7 @@ def _router_from_clean_end(
     if num_entries % 2:
         raise FileFormatError(f"a router for DiT wants two logits a block, got rows of {num_entries}")
     scores_ES = torch.ones(num_evaluations, num_entries)
-    # Rows of evaluations that never reuse were never trained; a score of 1 says what happens there.
+    # Rows of evaluations that never reuse were never trained; a score of 1 says that these compute.
     reusing = list(cacheable)
     scores_ES[reusing] = torch.sigmoid(rows.flip(0)[reusing])
     sites = _sublayers([f"blocks.{i}" for i in range(num_entries // 2)])
@@ -295,7 +298,7 @@ def _sublayers(blocks: Sequence[str]) -> tuple[Site, ...]:
 
 
 def _logit_rows(source: _Source) -> tuple[Tensor, dict[str, object]]:
-    """Return the logits (N, S), rows in the order of the file, and what the file tells about its making."""
+    """Return the logits (N, S), with rows in the order of the file, and what the file says of how it was made."""
     content = source if isinstance(source, Mapping) else load_pickle(source)
     state = content.get("routers", content)
     if not isinstance(state, Mapping) or not 1 <= len(state) <= MAX_EVALUATIONS:
@@ -308,7 +311,7 @@ def _logit_rows(source: _Source) -> tuple[Tensor, dict[str, object]]:
     rows = [_logits(name, state[name]) for name in names]
     if len({row.shape for row in rows}) != 1:
         raise FileFormatError("router logits want rows of one length")
-    # Before any is copied: rows of a few bytes each can be expanded to any length.
+    # This comes before any row is copied, because rows of a few bytes each can be expanded to any length.
     if len(rows) * rows[0].numel() > MAX_CELLS:
         raise FileFormatError(
             f"router logits want at most {MAX_CELLS} entries, got {len(rows)} rows of {rows[0].numel()}"
@@ -340,7 +343,7 @@ def _training_info(args: object) -> dict[str, object]:
 
 
 def _is_plain(value: object) -> bool:
-    """Tell whether a value is one that a router can keep and save: short, finite."""
+    """Return whether a router can keep and save a value, which has to be short and finite."""
     if type(value) is str:
         return len(value) <= _MAX_INFO_CHARS
     return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))

@@ -1,4 +1,4 @@
-"""Routers: the learned scores that a threshold turns into a schedule.
+"""Routers, which are learned scores that a threshold turns into a schedule.
 
 Learning-to-Cache (arXiv 2406.01733, section 3.3) learns one number in (0, 1) for each evaluation and site; a site is
 computed where its number exceeds a threshold. Rows are in execution order, whatever the order of the original file.
@@ -28,32 +28,34 @@ FORMAT = "l2c_compile.router"
 VERSION = 1
 
 _KEYS = frozenset({"format", "version", "orientation", "sites", "cacheable", "threshold", "branches", "loop", "info"})
-# Float32 scores, the metadata, and that metadata once more as an escaped string.
+# A file holds float32 scores, the metadata, and that metadata once more as an escaped string.
 _MAX_FILE_BYTES = 4 * MAX_CELLS + 2 * MAX_JSON_BYTES
 
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """Learned scores and the threshold that decides. Immutable: never write to ``scores``.
+    """Learned scores, and the threshold above which a site is computed; immutable, so never write to ``scores``.
 
     Raises:
-        ScheduleError: If shapes, scores, sites, evaluations or the threshold do not fit together.
+        ScheduleError: if shapes, scores, sites, evaluations or the threshold do not fit together.
     """
 
     scores: Tensor
-    """(E, S) float32 in [0, 1]: row e is evaluation e in execution order. A private CPU copy, no gradient."""
+    """The scores, (E, S) float32 in [0, 1]; row e is evaluation e in execution order. It is a private copy on the CPU,
+    without a gradient."""
     sites: tuple[Site, ...]
-    """What the columns score."""
+    """The sites that the columns score."""
     cacheable: tuple[int, ...]
     """The evaluations in which a site may be reused; in all others every site is computed, whatever its score."""
     threshold: float
-    """A site is computed where its score is above this."""
+    """The score above which a site is computed."""
     branches: int = 1
-    """Evaluations e with equal ``e % branches`` share caches: 2 for guidance in two separate calls."""
+    """Number of branches, 2 for guidance in two separate calls; evaluations e with equal ``e % branches`` share
+    caches."""
     loop: Mapping[str, object] | None = None
-    """A JSON description of the loop the router was learned for. Read-only."""
+    """The JSON description of the loop that the router was learned for, read-only."""
     info: Mapping[str, object] = field(default_factory=dict)
-    """Where the router comes from. Read-only."""
+    """Information on where the router comes from, read-only."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -73,13 +75,13 @@ class Router:
         """Return the schedule that computes a site where its score is above the threshold or reuse is not allowed.
 
         Args:
-            threshold: In place of the router's own.
+            threshold: the threshold in place of the router's own.
 
         Raises:
-            ScheduleError: If a site would be reused before it was ever computed.
+            ScheduleError: if a site would be reused before it was ever computed.
         """
         limit = self.threshold if threshold is None else _checked_threshold(threshold)
-        # Compared in float32, as the authors do.
+        # The scores are compared in float32, as the authors do.
         computed_ES = self.scores > limit
         always = torch.ones(self.num_evaluations, dtype=torch.bool)
         always[list(self.cacheable)] = False
@@ -108,16 +110,16 @@ class Router:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: the scores as a tensor, the rest as versioned JSON metadata. Atomic."""
+        """Write the scores and versioned JSON metadata as a safetensors file, at once or not at all."""
         write_tensors(path, self._document(), {"scores": self.scores})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Router:
-        """Read a file written by ``save``.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            FileFormatError: If it is not such a file, is of a newer version, or its parts do not fit together.
-            OSError: If it cannot be read.
+            FileFormatError: if the file is not of this form, is of a newer version, or its parts do not fit together.
+            OSError: if the file cannot be read.
         """
         document, tensors = read_tensors(path, "router", names=("scores",), max_bytes=_MAX_FILE_BYTES)
         with honoured("router"):
@@ -156,7 +158,7 @@ def schedule_of(router: object, threshold: float | None = None) -> CacheSchedule
     """Return the schedule that a ``Router`` or ``CacheSchedule`` stands for.
 
     Raises:
-        ScheduleError: it is neither, or a schedule with a threshold.
+        ScheduleError: if ``router`` is neither, or is a schedule and a threshold is given.
     """
     if isinstance(router, Router):
         return router.schedule(threshold)

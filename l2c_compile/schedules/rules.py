@@ -1,8 +1,8 @@
-"""Rules: how a reused value is made from earlier ones.
+"""Rules, which say how a reused value is made from earlier ones.
 
 A rule is a frozen dataclass whose ``combine`` is written with ``torch.ops.aten`` overloads only. The reference calls it
-with tensors, the compiler with fx proxies: one body, so the two cannot drift apart. Another rule is another subclass
-(here or anywhere) and nothing else: its ``name`` enters the registry when the class is made.
+with tensors, the compiler with fx proxies: since there is one body, the two cannot differ. Another rule is another
+subclass (here or anywhere) and nothing else: its ``name`` enters the registry when the class is made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RULES: dict[str, type[Rule]] = {}
 
 @dataclass(frozen=True)
 class Reading(Generic[T]):
-    """What a rule may look at when one site is reused in one evaluation. ``T`` is a tensor or an fx proxy."""
+    """The values that a rule may read when one site is reused in one evaluation. ``T`` is a tensor or an fx proxy."""
 
     history: tuple[T, ...]
     """The values of the site at the sources of the entry, newest first."""
@@ -35,14 +35,15 @@ class Reading(Generic[T]):
 
 
 class Rule(ABC):
-    """How a reused value is made. Subclasses are frozen dataclasses; their fields are the constants of the rule."""
+    """A way to make a reused value. Subclasses are frozen dataclasses; their fields are the constants of the rule."""
 
     name: ClassVar[str]
-    """The word in files; unique."""
-    history: ClassVar[Literal["computed", "trace"]] = "computed"
-    """``computed``: sources must have computed the site. ``trace``: its value there may itself be a reused one."""
+    """The word for the rule in files, which no other rule has."""
+    history: ClassVar[Literal["computed", "held"]] = "computed"
+    """The values that a source may have: ``computed`` if it must have computed the site, ``held`` if the value there
+    may itself be a reused one."""
     needs_input: ClassVar[bool] = False
-    """Whether the rule also reads the input of the site, at the sources and now."""
+    """Whether the rule also reads the input of the site, at the sources and in the evaluation that reads."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -58,20 +59,20 @@ class Rule(ABC):
     @property
     @abstractmethod
     def num_sources(self) -> int:
-        """How many source evaluations an entry with this rule names."""
+        """The number of source evaluations that an entry with this rule names."""
 
     @abstractmethod
     def combine(self, reading: Reading[T]) -> T:
-        """Make the value. Use ``torch.ops.aten.<op>.<overload>`` only, and never write to an operand."""
+        """Return the value. Use ``torch.ops.aten.<op>.<overload>`` only, and never write to an operand."""
 
     def to_dict(self) -> dict[str, object]:
-        """Return the JSON form: ``name`` and the fields. Override together with ``from_fields`` for tensors."""
+        """Return ``name`` and the fields in JSON types. A rule with tensors overrides this and ``from_fields``."""
         assert dataclasses.is_dataclass(self)
         return {"name": self.name, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object]) -> Rule:
-        """Make the rule from the fields of its JSON form, lists as tuples."""
+        """Return the rule with these fields of its JSON form, after turning lists into tuples."""
         return cls(**{key: _tuples(value) for key, value in fields.items()})
 
 
@@ -79,7 +80,7 @@ def rule_from_dict(document: Mapping[str, object]) -> Rule:
     """Return the rule whose ``to_dict`` is ``document``.
 
     Raises:
-        FileFormatError: If no rule has that name, or the rule does not take those fields.
+        FileFormatError: if no rule has that name, or the rule does not take those fields.
     """
     name = document.get("name")
     if not isinstance(name, str) or name not in _RULES:
@@ -94,13 +95,13 @@ def rule_from_dict(document: Mapping[str, object]) -> Rule:
 
 @dataclass(frozen=True)
 class Hold(Rule):
-    """The value at the source, unchanged (Learning-to-Cache, arXiv 2406.01733, and most static caches)."""
+    """The rule that takes the value at the source unchanged (Learning-to-Cache, arXiv 2406.01733, and most caches)."""
 
     name: ClassVar[str] = "hold"
 
     @property
     def num_sources(self) -> int:
-        """One: the evaluation whose value is held."""
+        """The number 1: the one source is the evaluation whose value is held."""
         return 1
 
     def combine(self, reading: Reading[T]) -> T:

@@ -1,11 +1,12 @@
-"""Schedules: which evaluation computes which site, which reuses it, and from where.
+"""Schedules, which say which evaluation computes a site, which reuses it, and from where.
 
 A schedule is made, checked, priced, saved and compared here without a model and without torch. Rows are always in
 execution order: evaluation 0 is the first call of the denoiser, on pure noise.
 
-At evaluation ``e`` a site is in one of three states. *Computed*: it runs, and later evaluations may read it. *Reused*:
-a rule makes its value from the values at its sources. *Hidden*: a reused site covers it, so that it neither runs nor
-has a value; a reuse of it there is inactive (InvarDiff, arXiv 2512.05134: the whole stack over its sublayers).
+At evaluation ``e`` a site is in one of three states. A *computed* site runs, and later evaluations may read it. For a
+*reused* site, a rule makes its value from the values at its sources. A *hidden* site is covered by a reused one, so
+that it neither runs nor has a value; a reuse of it there is inactive (as in InvarDiff, arXiv 2512.05134, where the
+whole stack covers its sublayers).
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ _OPTIONAL_KEYS = frozenset({"branches", "cacheable", "loop", "info", "rules", "s
 
 MAX_EVALUATIONS = 100_000
 MAX_CELLS = 2_000_000
-"""The most evaluations x sites of one schedule; bounds what a hostile file can make us allocate."""
-# 1000 evaluations x 100 sites: more than any sampler has. Checking so many takes a second.
+"""The most evaluations x sites of one schedule, which limits the memory that a hostile file can make us allocate."""
+# This is 1000 evaluations x 100 sites, more than any sampler has. Checking so many takes a second.
 _MAX_REUSES = 100_000
 _MAX_MODULES = 200_000
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """One entry of a schedule: the site is not computed, ``rule`` makes its value."""
+    """One entry of a schedule: the site is not computed, but ``rule`` makes its value."""
 
     sources: tuple[int, ...]
-    """The evaluations that are read, newest first; as many as the rule wants. May be empty in an inactive entry."""
+    """The evaluations that are read, newest first, as many as the rule wants; an inactive entry may have none."""
     rule: Rule = HOLD
-    """How the value is made from those at the sources."""
+    """The rule that makes the value from those at the sources."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
@@ -65,28 +66,29 @@ class Reuse:
 
 @dataclass(frozen=True, eq=False)
 class CacheSchedule:
-    """An immutable table evaluation x site, every entry of it checked.
+    """An immutable table evaluation x site, whose entries are all checked.
 
     Two schedules are equal if they have the same ``digest``: everything but ``info`` counts.
 
     Raises:
-        ScheduleError: If an entry could not take effect. The message names the site, the evaluation and the way out.
+        ScheduleError: if an entry could not take effect. The message names the site, the evaluation and the way out.
     """
 
     num_evaluations: int
-    """How often the loop calls the denoiser."""
+    """The number of times that the loop calls the denoiser."""
     sites: tuple[Site, ...]
     """The columns of the table. A site with a ``*`` is a pattern until ``resolve``."""
     reuses: Mapping[tuple[int, Site], Reuse]
-    """The entries that are not computed, by (evaluation, site). Read-only."""
+    """The entries that are not computed, by (evaluation, site), read-only."""
     cacheable: frozenset[int] = frozenset()
-    """The evaluations in which the method that made the schedule may reuse at all; if empty, those with a reuse."""
+    """The evaluations in which the method that made the schedule may reuse; if empty, those with a reuse."""
     branches: int = 1
-    """Evaluations e with equal ``e % branches`` share caches: 2 for guidance in two separate calls."""
+    """Number of branches, 2 for guidance in two separate calls; evaluations e with equal ``e % branches`` share
+    caches."""
     loop: Mapping[str, object] | None = None
-    """A JSON description of the loop the schedule was made for. Read-only."""
+    """The JSON description of the loop that the schedule was made for, read-only."""
     info: Mapping[str, object] = field(default_factory=dict)
-    """Where the schedule comes from. Read-only; has no part in ``digest``."""
+    """Information on where the schedule comes from, read-only; it has no part in ``digest``."""
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -100,7 +102,7 @@ class CacheSchedule:
 
     @classmethod
     def all_compute(cls, num_evaluations: int, sites: Iterable[Site | str] = ()) -> CacheSchedule:
-        """Return the schedule that reuses nothing: the original model."""
+        """Return the schedule that reuses nothing, under which a model computes what it does without caching."""
         return cls(num_evaluations, tuple(map(as_site, sites)), {})
 
     @classmethod
@@ -114,13 +116,13 @@ class CacheSchedule:
         loop: Mapping[str, object] | None = None,
         info: Mapping[str, object] | None = None,
     ) -> CacheSchedule:
-        """Make a schedule of rows of 1 (compute) and 0 (reuse), one row a site, in execution order.
+        """Return the schedule for rows of 1 (compute) and 0 (reuse), one row for each site, in execution order.
 
         The source of a reuse is the latest evaluation before it, of the same branch, in which the site is computed; a
-        rule with several sources gets the latest several.
+        rule with n sources gets the latest n.
 
         Raises:
-            ScheduleError: If rows differ in length, an entry is neither 0 nor 1, or a reuse has nothing to read.
+            ScheduleError: if rows differ in length, an entry is neither 0 nor 1, or a reuse has nothing to read.
         """
         rows: dict[Site, list[bool]] = {}
         for key, row in table.items():
@@ -147,7 +149,7 @@ class CacheSchedule:
         loop: Mapping[str, object] | None,
         info: Mapping[str, object],
     ) -> CacheSchedule:
-        """Make a schedule whose sources are derived where they are not given."""
+        """Return a schedule whose sources are derived where they are not given."""
         sites = tuple(reused)
         _check_counts(num_evaluations, sites, branches)
         _check_num_reuses(sum(map(len, reused.values())))
@@ -180,7 +182,7 @@ class CacheSchedule:
         return self._state(e, site) == COMPUTED
 
     def row(self, site: Site | str) -> list[int]:
-        """Return the row of the table: 1 where the entry says compute, 0 where it says reuse, active or not."""
+        """Return the row of a site: 1 where the entry says compute, 0 where it says reuse, active or not."""
         site = self._known(site)
         return [int((e, site) not in self.reuses) for e in range(self.num_evaluations)]
 
@@ -192,11 +194,11 @@ class CacheSchedule:
         only now it shows which sites cover a pattern.
 
         Args:
-            module_paths: All modules of the denoiser, as in ``nn.Module.named_modules``.
+            module_paths: the paths of all modules of the denoiser, as in ``nn.Module.named_modules``.
 
         Raises:
-            UnknownSiteError: If a site names no module or a pattern stands for none.
-            ScheduleError: If two patterns name a path and neither is more specific.
+            UnknownSiteError: if a site names no module or a pattern stands for none.
+            ScheduleError: if two patterns name a path and neither is more specific.
         """
         paths = list(dict.fromkeys(module_paths))
         known = set(paths)
@@ -256,10 +258,10 @@ class CacheSchedule:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 of the canonical JSON of everything but ``info``: one name for one behaviour."""
+        """The sha256 of the canonical JSON of everything but ``info``, which is equal for equal behaviour."""
         document = self._document()
         del document["info"]
-        # The order of the columns counts; that of the keys elsewhere does not.
+        # The order of the columns counts, but the order of keys elsewhere does not.
         document["sites"] = list(map(str, self.sites)), document["sites"]
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -283,7 +285,7 @@ class CacheSchedule:
         return CacheSchedule.from_json, (self.to_json(),)
 
     def to_json(self) -> str:
-        """Return the JSON form, one line a site. Derived sources and the rule ``hold`` are left out."""
+        """Return the JSON form, a line for each site; derived sources and the rule ``hold`` are left out."""
         document = self._document()
         rows = document.pop("sites")
         assert isinstance(rows, dict)
@@ -296,7 +298,8 @@ class CacheSchedule:
         """Read the JSON form.
 
         Raises:
-            FileFormatError: If it is not one, is of a newer version, or describes a schedule that cannot be honoured.
+            FileFormatError: if the text is not of this form, is of a newer version, or describes a schedule that cannot
+                be honoured.
         """
         document = parse_json(text)
         check_header(document, "schedule", FORMAT, VERSION, _KEYS, _OPTIONAL_KEYS)
@@ -304,16 +307,16 @@ class CacheSchedule:
             return cls._from_document(document)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form, atomically."""
+        """Write the JSON form, at once or not at all."""
         write_atomically(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CacheSchedule:
-        """Read a file written by ``save``.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            FileFormatError: As ``from_json``.
-            OSError: If the file cannot be read.
+            FileFormatError: if ``from_json`` refuses the content.
+            OSError: if the file cannot be read.
         """
         return cls.from_json(read_bytes(path, max_bytes=MAX_JSON_BYTES))
 
@@ -385,7 +388,7 @@ class CacheSchedule:
 
     @cached_property
     def _default_sources(self) -> dict[tuple[int, Site], tuple[int, ...]]:
-        """The sources that would be derived, where there are enough."""
+        """The sources that would be derived, for each entry where there are enough."""
         rules: dict[Site, dict[int, Rule]] = {site: {} for site in self.sites}
         for (e, site), entry in self.reuses.items():
             rules[site][e] = entry.rule
@@ -409,7 +412,7 @@ class CacheSchedule:
 
 
 def _check_shape(schedule: CacheSchedule) -> None:
-    """Check counts, sites and that every entry lies in the table."""
+    """Check the counts, the sites, and that every entry lies in the table."""
     num_evaluations, sites = schedule.num_evaluations, schedule.sites
     _check_counts(num_evaluations, sites, schedule.branches)
     _check_num_reuses(len(schedule.reuses))
@@ -467,7 +470,7 @@ def _check_entries(schedule: CacheSchedule) -> None:
                 raise ScheduleError(
                     f"{here} from source {source!r}; a source is an earlier evaluation: compute it at {e}"
                 )
-            has_value = row[source] == COMPUTED or (entry.rule.history == "trace" and row[source] == REUSED)
+            has_value = row[source] == COMPUTED or (entry.rule.history == "held" and row[source] == REUSED)
             if not inactive and not has_value:
                 reason = "it is reused itself" if row[source] == REUSED else "a site that shares its work is reused"
                 computed = [earlier for earlier in range(e) if row[earlier] == COMPUTED]

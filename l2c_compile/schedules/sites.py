@@ -1,4 +1,4 @@
-"""Sites: the named cuts in one evaluation whose value a schedule may reuse.
+"""Sites, which are the named cuts in one evaluation whose value a schedule may reuse.
 
 A site is the output of a module (``blocks.3.attn``), the output of a run of sibling modules (``blocks.0..blocks.27``),
 or the change that either makes, out - in (``delta(blocks.0..blocks.27)``). Sites say nothing about when a value is
@@ -19,7 +19,7 @@ __all__ = ["MAX_RUN_MODULES", "Site", "as_site", "expand_patterns"]
 
 
 def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, Site]:
-    """Return which key of the table each concrete site gets its entries from."""
+    """Return for each concrete site the key of the table that it gets its entries from."""
     concrete = [site for site in sites if not site.is_pattern]
     origin = {site: site for site in concrete}
     specificity: dict[Site, tuple[int, int]] = {}
@@ -46,7 +46,7 @@ def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, S
 
 
 MAX_RUN_MODULES = 4096
-"""The most modules one run may name; no network has as many siblings, and a hostile file may not ask for more."""
+"""The most modules that a run may name; no network has as many siblings, and a hostile file may not ask for more."""
 
 _MAX_TEXT_CHARS = 1024
 _NAME = r"[^\s.@()]+"
@@ -65,17 +65,18 @@ class Site:
     before ``blocks.10``.
 
     Raises:
-        ScheduleError: If the fields do not name a cut; the message says which field and why.
+        ScheduleError: if the fields do not name a cut. The message says which field is wrong, and why.
     """
 
     path: str
-    """The module, or the first module of the run, as in ``nn.Module.named_modules``. May hold one ``*`` a component."""
+    """The path of the module, or of the first module of the run, as in ``nn.Module.named_modules``; each component may
+    hold one ``*``."""
     last: str | None = None
-    """The last module of the run, included; None for a single module."""
+    """The path of the last module of the run, which belongs to it; None for a single module."""
     kind: Literal["out", "delta"] = "out"
-    """``out``: the output. ``delta``: out - in, where in is the first positional tensor argument of ``path``."""
+    """``out`` for the output, ``delta`` for out - in, where in is the first positional tensor argument of ``path``."""
     call: int = 0
-    """Which call of the module within one evaluation, counted from 0: a shared module may be called more than once."""
+    """The number of the module's call within one evaluation, from 0: a shared module may be called more than once."""
 
     def __post_init__(self) -> None:
         for field in (self.path, self.last):
@@ -88,7 +89,7 @@ class Site:
         if self.last is None:
             return
         if self.last == self.path and not self.is_pattern:
-            # One spelling for one cut: blocks.3..blocks.3 is blocks.3.
+            # A cut has only one spelling: blocks.3..blocks.3 is blocks.3.
             object.__setattr__(self, "last", None)
             return
         _, first_index, last_index = self._run()
@@ -100,10 +101,10 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read the text form, for example ``delta(blocks.0..blocks.27@1)``.
+        """Return the site of a text such as ``delta(blocks.0..blocks.27@1)``.
 
         Raises:
-            ScheduleError: If ``text`` is not a site.
+            ScheduleError: if ``text`` is not a site.
         """
         match = _TEXT.fullmatch(text) if len(text) <= _MAX_TEXT_CHARS else None
         if match is None:
@@ -132,14 +133,14 @@ class Site:
 
     @property
     def num_modules(self) -> int:
-        """How many modules the run has, without naming them."""
+        """The number of modules in the run, which is counted without naming them."""
         if self.last is None:
             return 1
         _, first_index, last_index = self._run()
         return last_index - first_index + 1
 
     def matches(self, path: str) -> bool:
-        """Return whether the module ``path`` is the one this site names, or one that its pattern stands for."""
+        """Return whether ``path`` is the module that this site names, or one that its pattern stands for."""
         if not self.is_pattern:
             return path == self.path
         wanted, got = self.path.split("."), path.split(".")
@@ -148,19 +149,13 @@ class Site:
     def covers(self, other: Site) -> bool:
         """Return whether the work of ``other`` is a proper part of the work of this site.
 
-        That is: every module of ``other`` is at or below a module of this site, and they are not the same modules.
+        It is if every module of ``other`` is at or below a module of this site, and they are not the same modules.
         Calls must agree only where the two name the same module: how often a module calls another is not known here.
         """
         if other.modules()[0] in self._module_set:
             return self.call == other.call and self._module_set > other._module_set
         # The modules of a run share their parent, so one ancestor decides for all of them.
         return any(ancestor in self._module_set for ancestor in _ancestors(other.path))
-
-    def overlaps(self, other: Site) -> bool:
-        """Return whether the two share work: one covers the other, or they have a module (and its call) in common."""
-        if self.call == other.call and not self._module_set.isdisjoint(other._module_set):
-            return True
-        return self.covers(other) or other.covers(self)
 
     def __lt__(self, other: Site) -> bool:
         return self._sort_key < other._sort_key
@@ -187,7 +182,7 @@ class Site:
 
     @cached_property
     def _sort_key(self) -> tuple[object, ...]:
-        # A whole before its parts, hence the length of the run, negated.
+        # A whole comes before its parts, so the length of the run is negated.
         return (_natural(self.path), -len(self._modules), self.kind, self.call)
 
     def _run(self) -> tuple[str, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from tests.tiny import Residual, captured_once, check_equals_reference, draw, residual, seeded
+from tests.tiny import Residual, check_equals_reference, draw, residual, seeded
 
 diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Residual]:
-    with captured_once():
-        yield residual()
+def model() -> Residual:
+    return residual()
 
 
 def loop_over(name: str, num_steps: int = 4) -> Callable[..., Tensor]:

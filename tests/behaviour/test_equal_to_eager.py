@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
 from l2c_compile.loops import DDIM, BuiltInLoop, DPMSolver, FlowEuler, Guidance
-from tests.tiny import captured_once, check_equals_reference, draw, tiny_dit, tiny_uvit
+from tests.tiny import check_equals_reference, draw, tiny_dit, tiny_uvit
 
 BATCHED = Guidance(2.5, {"y": 5})
 GUIDANCES = {
@@ -46,15 +45,13 @@ UVIT_SITES = ("in_blocks.0.attn", "in_blocks.0.mlp", "mid_block.attn", "mid_bloc
 
 
 @pytest.fixture(scope="module")
-def dit() -> Iterator[nn.Module]:
-    with captured_once():
-        yield tiny_dit()
+def dit() -> nn.Module:
+    return tiny_dit()
 
 
 @pytest.fixture(scope="module")
-def uvit() -> Iterator[nn.Module]:
-    with captured_once():
-        yield tiny_uvit()
+def uvit() -> nn.Module:
+    return tiny_uvit()
 
 
 def with_guidance(loop: BuiltInLoop, guidance: Guidance | None) -> BuiltInLoop:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, L2CError, l2c_compile
 from l2c_compile.errors import BackendError, CaptureError, LoopTraceError, ScheduleError, UnknownSiteError
-from tests.tiny import at, captured_once, draw, residual, seeded, steps
+from tests.tiny import at, draw, residual, seeded, steps
 
 MODEL = residual()
 
@@ -155,7 +155,7 @@ def passes_a_list_of_sets(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
     ],
 )
 def test_a_loop_that_cannot_be_unrolled_is_told_where_and_what_else(loop: Callable[..., object], message: str) -> None:
-    with captured_once(), pytest.raises(LoopTraceError, match=message) as caught:
+    with pytest.raises(LoopTraceError, match=message) as caught:
         compiled(loop)(draw(3, 4))
     assert isinstance(caught.value, ValueError)
 

@@ -11,8 +11,9 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ from l2c_compile.samplers import compiled_sampler as compiled_module
 from l2c_compile.schedules.router import Router
 from tests.root import ROOT
 from tests.tiny import draw, residual, steps
+
+pytestmark = pytest.mark.usefixtures("captured_anew")
 
 ERRORS = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
 
@@ -58,22 +61,35 @@ def assert_usable(sampler: CompiledSampler, noise: Tensor) -> None:
 
 
 @contextmanager
-def raising_at_call(number: int, error: type[BaseException]) -> Iterator[list[int]]:
-    """Raise in the ``number``-th call of a Python function from here on, wherever that is; count the calls."""
-    calls = [0]
+def raising_in(code: CodeType, error: type[BaseException]) -> Iterator[None]:
+    """Raise at the beginning of the next call of the function that has this code."""
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call":
-            calls[0] += 1
-            if calls[0] == number:
-                sys.setprofile(None)
-                raise error("made up")
+        if event == "call" and frame.f_code is code:
+            sys.setprofile(None)
+            raise error("made up")
 
     sys.setprofile(profile)
     try:
-        yield calls
+        yield
     finally:
         sys.setprofile(None)
+
+
+def first_calls(function: Callable[[], object]) -> dict[str, CodeType]:
+    """Return which function of each module is called first while ``function`` runs."""
+    first: dict[str, CodeType] = {}
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            first.setdefault(str(frame.f_globals.get("__name__")), frame.f_code)
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return first
 
 
 class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -96,24 +112,26 @@ class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+INTERRUPTED = re.compile(r"l2c_compile\.(?!passes\.(?!base))|torch\.export\.(?!_tree_utils)|torch\._export\.")
+"""The modules that an interrupt is tried in: ours (the runner stands for the passes), and those that do the export."""
+
+
 def interrupt_captures() -> None:
-    """Interrupt captures evenly over all that they do, at odd places, and check what they leave."""
+    """Interrupt captures where each of many modules is entered first, and check what they leave."""
     sampler, noise = compiled(), draw(2, 4)
     sampler.capture(noise)  # the first one imports much
     sampler._begin_empty()
-    with raising_at_call(-1, KeyboardInterrupt) as calls:
-        compiled().capture(noise)
     before = state_of(sampler.model)
-    num_interrupted = 0
-    for number in range(97, calls[0], calls[0] // 8):
-        try:
-            with raising_at_call(number, KeyboardInterrupt):
-                sampler.capture(noise)
-        except (KeyboardInterrupt, L2CError):
-            num_interrupted += 1
-        assert state_of(sampler.model) == before, number
-        sampler._begin_empty()
-    assert num_interrupted > 4
+    entered = {
+        name: code for name, code in first_calls(lambda: sampler.capture(noise)).items() if INTERRUPTED.match(name)
+    }
+    sampler._begin_empty()
+    assert {"l2c_compile.frontend.capture", "l2c_compile.backends.lower", "torch.export._trace"} <= entered.keys()
+    for name, code in entered.items():
+        with pytest.raises(KeyboardInterrupt, match="made up"), raising_in(code, KeyboardInterrupt):
+            sampler.capture(noise)
+        assert state_of(sampler.model) == before, name
+        assert not sampler._programs, name
     assert_usable(sampler, noise)
 
 
@@ -155,7 +173,7 @@ class TestCapture:
             with pytest.raises(error, match="made up"):
                 sampler(noise)
         assert state_of(sampler.model) == before
-        assert not sampler._programs
+        assert not sampler._forms
         assert_usable(sampler, noise)
 
     @pytest.mark.parametrize("error", ERRORS)
@@ -175,7 +193,7 @@ class TestCapture:
 
     def test_an_interrupt_anywhere_leaves_everything_as_it_was(self) -> None:
         # In a process of its own: torch's table of decompositions does not survive every interrupt.
-        code = "from tests.unit.test_faults import interrupt_captures; interrupt_captures()"
+        code = "from tests.behaviour.test_faults import interrupt_captures; interrupt_captures()"
         done = run_alone(code)
         assert done.returncode == 0, done.stderr
 
@@ -242,7 +260,7 @@ class TestCacheFolder:
     def test_one_that_cannot_be_made_is_named_by_the_capture(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
         # In a process of its own: torch makes the folder in the first capture only.
-        code = "import sys; from tests.unit.test_faults import capture_below_a_file as f; f(sys.argv[1])"
+        code = "import sys; from tests.behaviour.test_faults import capture_below_a_file as f; f(sys.argv[1])"
         done = run_alone(code, str(tmp_path))
         assert done.returncode == 0, done.stderr
 
@@ -251,7 +269,7 @@ class TestCacheFolder:
         self, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sampler, noise = compiled(), draw(2, 4)
-        sampler.backend = "inductor"
+        sampler.options = replace(sampler.options, backend="inductor")
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
         def fail(*args: object, **kwargs: object) -> None:
@@ -264,8 +282,8 @@ class TestCacheFolder:
             with pytest.raises(BackendError, match=WAY_OUT.format(os.strerror(code))) as raised:
                 sampler.capture(noise)
         assert_no_internals(raised.value)
-        assert not sampler._programs
-        sampler.backend = "eager"
+        assert not sampler._forms
+        sampler.options = replace(sampler.options, backend="eager")
         assert_usable(sampler, noise)
 
     def test_other_errors_of_files_stay_what_they_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +353,7 @@ class TestFiles:
         # A limit on the size of files is a disk that is full after so many bytes, for torch's own writer, too.
         code = """
 import resource, signal, sys, torch
-from tests.unit.test_faults import compiled
+from tests.behaviour.test_faults import compiled
 from tests.tiny import draw
 sampler = compiled()
 sampler.capture(draw(2, 4))

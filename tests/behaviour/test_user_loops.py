@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from tests.tiny import Residual, at, captured_once, check_equals_reference, draw, residual, same_bits, seeded
+from tests.tiny import Residual, at, check_equals_reference, draw, residual, same_bits, seeded
 
 Denoiser = Callable[..., Any]
 Result = Any
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Residual]:
-    with captured_once():
-        yield residual()
+def model() -> Residual:
+    return residual()
 
 
 def check(model: nn.Module, loop: Any, evaluations: int, noise: object = None, **conditions: object) -> None:  # noqa: ANN401

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import bench.report
 from bench.__main__ import app
-from bench.cases import CASES, BenchError, load, no_arguments, summary
+from bench.cases import CASES, BenchError, load, summary
 from bench.measure import MeasureError, Timing, compare, quantile, ratio
 from bench.report import Record, ReportError, Row, Surroundings, records, write_json
 from bench.targets import check, read_targets
@@ -270,12 +270,6 @@ def test_the_catalogue_reads_docstrings_without_importing(tmp_path: Path, monkey
     assert summary("one") == "Time an explosion."
     assert summary("two") == "(garbled does not parse)"
     assert summary("three") == "(absent does not exist)"
-
-
-def test_a_case_without_arguments_refuses_some() -> None:
-    no_arguments([])
-    with pytest.raises(BenchError, match="takes no arguments, got --fast"):
-        no_arguments(["--fast"])
 
 
 # The command.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,10 +15,10 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.cases import BenchError
+from bench.cases import CASES, BenchError
 from bench.report import Row
-from bench.speed import gpu_all
-from bench.speed.gpu_all import CASES, PARTS, TOTAL_S, Budget, Part, Workshop
+from bench.speed import gpu_all, kernels
+from bench.speed.gpu_all import PARTS, TOTAL_S, Part, parts
 
 REHEARSAL = ["--device", "cpu", "--tiny"]
 
@@ -44,9 +47,10 @@ def test_a_rehearsal_runs_every_part_and_writes_a_file_for_each(rehearsed: tuple
     assert set(together["parts"]) == set(PARTS)
     assert all(document["error"] is None and document["records"] for document in found.values())
     metrics = {row.metric for row in rows}
-    assert metrics >= {"equality_relative_error", "seconds_loop", "loop_over_one_evaluation", "time_ratio"}
-    assert metrics >= {"skip_efficiency", "graph_time_ratio", "graph_relative_error", "planned_cache_peak_MiB"}
-    assert metrics >= {"share_of_copy", "part_seconds", "skipped"}
+    assert metrics >= {"over_allowed", "seconds_one_evaluation", "seconds_loop", "loop_over_one_evaluation"}
+    assert metrics >= {"sampling", "multiply_adds_kept", "time_ratio", "skip_efficiency", "relative_error"}
+    assert metrics >= {"seconds_to_record", "graph_time_ratio", "graph_relative_error", "planned_cache_peak_MiB"}
+    assert metrics >= {"share_of_copy", "over_eager", "kernel_gigabytes_a_second", "part_seconds", "skipped"}
 
 
 def test_no_figure_of_a_rehearsal_can_be_taken_for_one_of_a_gpu(rehearsed: tuple[Path, list[Row]]) -> None:
@@ -61,13 +65,15 @@ def test_a_rehearsal_measures_what_is_right(rehearsed: tuple[Path, list[Row]]) -
     _, rows = rehearsed
     by_metric = {row.metric: row for row in rows}
     assert by_metric["graph_relative_error"].value == 0.0
-    equal = [row for row in rows if row.metric == "equality_over_allowed"]
+    equal = [row for row in rows if row.metric == "over_allowed"]
     assert {row.conditions["dtype"] for row in equal} == {"bfloat16", "float16", "float32"}
     assert all(row.value <= 1 for row in equal)
     assert all(row.value == 0 for row in equal if row.conditions["numerics"] == "bitwise")
     sides = {row.conditions["side"] for row in rows if row.metric == "sampling"}
     assert sides >= {"compiled cached", "compiled uncached", "torch.compile in the eager loop", "eager uncached"}
     assert sides >= {"eager cached by hooks", "compiled cached, CUDA graph", "compiled uncached, CUDA graph"}
+    peaks = {row.conditions["side"] for row in rows if row.metric == "planned_cache_peak_MiB"}
+    assert peaks == {"uncached", "cached", "fp8", "int8"}
     schedules = {row.conditions.get("schedule") for row in rows} - {None}
     assert schedules == {"formula: odd evaluations reuse everything"}
 
@@ -75,26 +81,32 @@ def test_a_rehearsal_measures_what_is_right(rehearsed: tuple[Path, list[Row]]) -
 def test_what_was_skipped_is_said(rehearsed: tuple[Path, list[Row]]) -> None:
     _, rows = rehearsed
     skipped = [str(row.conditions["what"]) for row in rows if row.metric == "skipped"]
-    assert any("no records" in what for what in skipped)
-    assert any("torch measures memory on a GPU only" in what for what in skipped)
+    for what in ("no records in", "no published routers in", "peak of hooks: torch measures memory on a GPU only"):
+        assert any(what in each for each in skipped)
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace the parts by one that counts and one that fails while ``fails`` is in the list."""
+    """Replace the parts by one that counts and one that fails while ``fixed`` is not in the list."""
     log: list[str] = []
 
-    def good(shop: Workshop, budget: Budget, rows: list[Row]) -> None:
-        log.append("golden")
-        rows.append(shop.row("answer", 42, {}))
-
-    def bad(shop: Workshop, budget: Budget, rows: list[Row]) -> None:
-        log.append("memory")
-        rows.append(shop.row("before", 1, {}))
-        if "fixed" not in log:
+    def run_fake(args: Sequence[str], progress: Progress) -> list[Row]:
+        progress.add_task("faking")
+        log.append(args[0])
+        if args[0] == "fails" and "fixed" not in log:
             raise RuntimeError("out of luck")
+        return [Row("answer", 42)]
 
-    monkeypatch.setattr(gpu_all, "PARTS", {"golden": Part(good, 10), "memory": Part(bad, 10)})
+    module = ModuleType("a_fake_bench")
+    module.__dict__["run"] = run_fake
+    monkeypatch.setitem(sys.modules, "a_fake_bench", module)
+    monkeypatch.setitem(CASES, "fake", "a_fake_bench:run")
+    fake = {
+        "golden": Part(10, 1, [["fake", "works"]]),
+        "memory": Part(10, 1, [["fake", "before"], ["fake", "fails"], ["fake", "after"]]),
+    }
+    monkeypatch.setattr(gpu_all, "PARTS", tuple(fake))
+    monkeypatch.setattr(gpu_all, "parts", lambda tiny: fake)
     return log
 
 
@@ -102,24 +114,24 @@ def test_a_part_that_is_done_is_not_run_again_unless_asked(counted: list[str], t
     counted.append("fixed")
     first = run(tmp_path, *REHEARSAL)
     again = run(tmp_path, *REHEARSAL)
-    assert counted == ["fixed", "golden", "memory"]
+    assert counted == ["fixed", "works", "before", "fails", "after"]
     assert [(row.metric, row.value) for row in again] == [(row.metric, row.value) for row in first]
     run(tmp_path, *REHEARSAL, "--redo", "--parts", "golden")
-    assert counted == ["fixed", "golden", "memory", "golden"]
+    assert counted == ["fixed", "works", "before", "fails", "after", "works"]
 
 
-def test_a_part_that_fails_loses_nothing_and_is_run_again(counted: list[str], tmp_path: Path) -> None:
+def test_a_call_that_fails_loses_nothing_and_its_part_is_run_again(counted: list[str], tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="memory: RuntimeError: out of luck; tracebacks in"):
         run(tmp_path, *REHEARSAL)
     found = documents(tmp_path)
     assert found["rehearsal-memory"]["error"][-1] == "RuntimeError: out of luck"
-    assert [record["metric"] for record in found["rehearsal-memory"]["records"]] == ["before", "part_seconds"]
+    assert [record["metric"] for record in found["rehearsal-memory"]["records"]] == ["answer", "answer", "part_seconds"]
     assert found["rehearsal-golden"]["error"] is None
     assert set(found["rehearsal-gpu-all"]["parts"]) == {"golden", "memory"}
-    counted.append("fixed")
+    counted[:] = ["fixed"]
     rows = run(tmp_path, *REHEARSAL)
-    assert counted == ["golden", "memory", "fixed", "memory"]
-    assert {row.metric for row in rows} == {"answer", "before", "part_seconds"}
+    assert counted == ["fixed", "before", "fails", "after"]
+    assert {row.metric for row in rows} == {"answer", "part_seconds"}
 
 
 def test_a_damaged_or_renamed_result_is_named(counted: list[str], tmp_path: Path) -> None:
@@ -135,33 +147,56 @@ def test_a_damaged_or_renamed_result_is_named(counted: list[str], tmp_path: Path
         run(tmp_path, *REHEARSAL)
 
 
+def test_a_call_is_skipped_if_one_before_it_took_longer_than_is_left(
+    counted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [0.0]
+
+    def take_six_seconds(args: Sequence[str], progress: Progress) -> list[Row]:
+        now_s[0] += 6.0
+        return []
+
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    monkeypatch.setattr(sys.modules["a_fake_bench"], "run", take_six_seconds)
+    monkeypatch.setattr(gpu_all, "parts", lambda tiny: {"memory": Part(10, 1, [["fake", "a"], ["fake", "b"]])})
+    rows = run(tmp_path, *REHEARSAL, "--parts", "memory")
+    (skipped,) = [row for row in rows if row.metric == "skipped"]
+    assert skipped.conditions["what"] == "fake b: would take 6 s, 4 s are left"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_run_and_the_exit_says_so(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["gpu-all", "--out", str(tmp_path / "results")])
-    assert result.exit_code != 0
-    assert "there is no CUDA device, so nothing was run" in result.output
+    assert result.exit_code == 2
+    assert "gpu-all wants a CUDA device, got a machine without one" in result.output
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("args", [["--device", "cpu"], ["--tiny"], ["--device", "cuda", "--tiny"]])
-def test_a_rehearsal_is_asked_for_in_full(args: list[str], tmp_path: Path) -> None:
+def test_a_rehearsal_is_asked_for_in_full(args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(BenchError, match="--device cpu and --tiny go together"):
         run(tmp_path, *args)
 
 
-def test_the_parts_fit_into_nine_minutes_and_the_cases_are_those_promised() -> None:
-    assert sum(part.budget_s for part in PARTS.values()) <= TOTAL_S < 9 * 60
-    assert set(PARTS) == {"golden", "equality", "compile-time", "latency", "cuda-graph", "memory", "kernels"}
-    assert {(case.steps, case.batch) for case in CASES} == {(20, 1), (20, 8), (50, 1), (50, 8)}
-    assert {case.dtype for case in CASES} == {"bfloat16", "float32"}
-
-
-def test_a_budget_skips_what_takes_longer_than_is_left() -> None:
-    now = [0.0]
-    budget = Budget(10.0, clock_s=lambda: now[0])
-    with budget.fits("a", 1) as fits:
-        assert fits
-        now[0] = 6.0
-    with budget.fits("b", 1) as fits:
-        assert not fits
-    assert budget.skipped == ["b: would take 6 s, 4 s are left"]
+@pytest.mark.parametrize("published", [True, False])
+def test_the_parts_fit_into_nine_minutes_and_the_loops_are_those_promised(
+    published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("L2C_SHARED", str(tmp_path))
+    if published:
+        for file in ("routers/l2c_DDIM20_router.pt", "routers/l2c_DDIM50_router.pt", "golden/a.pt"):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+    found = parts(tiny=False)
+    assert sum(part.budget_s for part in found.values()) <= TOTAL_S < 9 * 60
+    assert tuple(found) == PARTS
+    timed = [" ".join(call) for call in found["latency"].calls]
+    for schedule in ("published", "every-second"):
+        of_schedule = [call for call in timed if f"--schedule {schedule}" in call]
+        wanted = published or schedule == "every-second"
+        for steps, batch in ((20, 1), (20, 8), (50, 1), (50, 8)):
+            assert any(f"--steps {steps} --batch {batch} " in call for call in of_schedule) == wanted
+    assert all("dit-xl" in call and "--device cuda" in call for call in timed)
+    assert (not found["golden"].absent, not found["latency"].absent) == (published, published)
+    assert len(found["kernels"].calls) == len({*kernels.DIT, *kernels.VIDEO})

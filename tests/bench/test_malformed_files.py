@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import bench.trust.malformed_files as bench_module
+from bench.trust.file_mutations import KINDS
 from bench.trust.malformed_files import ALLOWED, outcomes
-from bench.trust.malformed_worker import KINDS
 from l2c_compile import CacheSchedule, load, load_schedule_file
 from l2c_compile.errors import FileFormatError, ScheduleError
 
@@ -38,6 +38,9 @@ def test_a_reader_that_dies_or_hangs_is_one_outcome(monkeypatch: pytest.MonkeyPa
     line = json.dumps({"index": 7, "kind": "k", "mutation": "m", "outcome": "refused", "detail": "", "seconds": 0.0})
     worker = tmp_path / "bench" / "trust" / "malformed_worker.py"
     worker.parent.mkdir(parents=True)
+    # Packages: a checkout on PYTHONPATH would win over folders that are none.
+    for folder in (worker.parent, worker.parent.parent):
+        (folder / "__init__.py").touch()
     monkeypatch.setattr(bench_module, "ROOT", tmp_path)
     # Long enough for Python to start on a busy machine.
     monkeypatch.setattr(bench_module, "_HANG_SECONDS", 60.0)

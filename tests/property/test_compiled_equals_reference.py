@@ -5,15 +5,15 @@ Captures are the expensive part: there are few models, each captured once for ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bench.trust.programs.rules import Combination, Decay
 from l2c_compile import CacheSchedule, Rule, run_reference
 from l2c_compile.compile import build_loop_graph
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -24,8 +24,7 @@ from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.merge_common import MergeCommon
 from l2c_compile.schedules.rules import HOLD
-from tests.behaviour.test_site_forms import Combination, Decay
-from tests.tiny import captured_once, draw, run, same_bits, seeded, steps
+from tests.tiny import draw, run, same_bits, seeded, steps
 
 
 class Sublayer(nn.Module):
@@ -77,12 +76,6 @@ LOOPS: dict[str, Callable[[int], Any]] = {
     "dpm-solver": lambda e: DPMSolver(e, order=2),
 }
 RULES: list[Rule] = [HOLD, Combination((2.0, -1.0)), Decay()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def captures() -> Iterator[None]:
-    with captured_once():
-        yield
 
 
 def sites_of(model: Network) -> list[str]:

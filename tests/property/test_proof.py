@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2c_compile import CacheSchedule
 from l2c_compile.checking.proof import prove
-from l2c_compile.compile import build_loop_graph, trace_and_capture
+from l2c_compile.compile import build_loop_graph, graph_of, trace_and_capture
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.pipeline import BITWISE, LOOP
 from tests.property.test_compiled_equals_reference import Network, cases
-from tests.tiny import captured_once, draw
+from tests.tiny import draw
 
 # What may be left out without another pass missing what it needs.
 OPTIONAL = ("drop-no-ops", "merge-common", "fold-constants", "gate-at-source", "merge-deltas", "prune-projections")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def captures() -> Iterator[None]:
-    with captured_once():
-        yield
 
 
 @st.composite
@@ -39,8 +31,8 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
 def test_a_right_graph_is_proven(case: tuple[Network, Any, CacheSchedule], pipeline: Pipeline) -> None:
     model, loop, schedule = case
     noise = draw(2, 4)
-    graph, _ = build_loop_graph(model, loop, schedule, noise, {}, pipeline)
     skeleton = trace_and_capture(model, loop, schedule, noise, {})
+    graph, _ = graph_of(skeleton, model, schedule, pipeline)
     proof = prove(graph, skeleton, model, exact=pipeline.is_bitwise, facts=pipeline.facts)
     assert proof.holds, str(proof)
     computed = {(e, site) for site in schedule.sites for e in range(schedule.num_evaluations)}

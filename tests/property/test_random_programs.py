@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from bench.trust.programs.checking import Checker, Program, draw_programs, evaluations_of
+from bench.trust.programs.denoisers import build_denoiser, draw_denoiser
+from bench.trust.programs.shrinking import failure_of, minimise
 from l2c_compile.graphs.marks import CacheRead
 from l2c_compile.passes import lower_cache_reads, merge_common
 from l2c_compile.passes.pipeline import BITWISE, LOOP
-from tests.programs.checking import Checker, Program, draw_programs, evaluations_of
-from tests.programs.denoisers import build_denoiser, draw_denoiser
-from tests.programs.shrinking import failure_of, minimise
 
 _PROGRAMS_PER_DENOISER = 5
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
-from l2c_compile.analyses.cost import NodeTimes, bytes_moved
+from l2c_compile.analyses import cost
+from l2c_compile.analyses.cost import MultiplyAdds, NodeTimes, bytes_moved
+from l2c_compile.graphs.nodes import infer
 
 WIDE, DIM = 256, 4
 
@@ -59,3 +63,16 @@ def test_a_view_moves_no_bytes_and_a_product_reads_its_weight() -> None:
     middle = next(node for node in nodes if "linear" in node.name and node.meta["val"].shape == (2, WIDE))
     assert bytes_moved(middle) == 4 * (2 * DIM + DIM * WIDE + WIDE + 2 * WIDE)
     assert all(bytes_moved(node) == 0 for node in nodes if "unsqueeze" in node.name or node.op != "call_function")
+
+
+def test_counting_hooks_no_module_that_another_thread_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = sampler({"heavy": [1, 1, 1, 1]}).capture(torch.zeros(2, DIM)).graph.graph
+    hooks: list[int] = []
+
+    def watched(*args: Any) -> object:  # noqa: ANN401
+        hooks.append(len(module._global_forward_pre_hooks) + len(module._global_forward_hooks))
+        return infer(*args)
+
+    monkeypatch.setattr(cost, "infer", watched)
+    assert MultiplyAdds().total(graph.nodes) > 0
+    assert set(hooks) == {0}

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
-from tests.tiny import captured_once, draw, residual, steps
+from tests.tiny import draw, residual, steps
 
 TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
 
@@ -20,8 +20,7 @@ def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options
 
 @pytest.fixture
 def sampler() -> Any:  # noqa: ANN401
-    with captured_once():
-        yield sampler_of(residual())
+    return sampler_of(residual())
 
 
 def test_the_summary_of_a_small_case_is_as_counted_by_hand(sampler: CompiledSampler) -> None:

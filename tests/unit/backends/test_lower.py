@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
-from tests.tiny import captured_once, draw, residual, same_bits, steps
+from tests.tiny import draw, residual, same_bits, steps
 
 TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
 
@@ -25,8 +25,7 @@ def reference(sampler: CompiledSampler, noise: Tensor, **conditions: object) -> 
 
 @pytest.fixture
 def sampler() -> Any:  # noqa: ANN401
-    with captured_once():
-        yield sampler_of(residual())
+    return sampler_of(residual())
 
 
 def compare_backend(backend: str) -> tuple[Any, Any]:

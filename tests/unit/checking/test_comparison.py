@@ -10,7 +10,7 @@ from torch import nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.loops import DDIM
-from tests.tiny import captured_once, draw, residual, steps
+from tests.tiny import draw, residual, steps
 
 TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
 
@@ -22,8 +22,7 @@ def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options
 
 @pytest.fixture
 def sampler() -> Any:  # noqa: ANN401
-    with captured_once():
-        yield sampler_of(residual())
+    return sampler_of(residual())
 
 
 def test_verify_tells_that_all_is_well(sampler: CompiledSampler) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from bench.trust.programs.rules import Combination, FollowInput
 from l2c_compile import CacheSchedule
 from l2c_compile.checking.proof import Proof, prove
-from l2c_compile.compile import build_loop_graph, trace_and_capture
+from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -19,7 +20,6 @@ from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.outline_regions import OutlineRegions
 from l2c_compile.passes.pipeline import BITWISE, LOOP
-from tests.behaviour.test_site_forms import Combination, FollowInput
 from tests.tiny import calls_in, draw, residual, steps, tiny_dit
 
 aten = torch.ops.aten
@@ -34,8 +34,8 @@ def built(pipeline: Pipeline, count: int = 4, loop: Loop | None = None) -> tuple
     schedule = CacheSchedule.from_table(table).resolve([path for path, _ in MODEL.named_modules()])
     loop = loop or DDIM(count, guidance=Guidance(2.0, null={"y": 5}))
     noise, conditions = draw(1, 4, 4, 4), {"y": torch.tensor([1])}
-    graph, _ = build_loop_graph(MODEL, loop, schedule, noise, conditions, pipeline)
     skeleton = trace_and_capture(MODEL, loop, schedule, noise, conditions)
+    graph, _ = graph_of(skeleton, MODEL, schedule, pipeline)
     return graph, skeleton, prove(graph, skeleton, MODEL, exact=pipeline.is_bitwise, facts=pipeline.facts)
 
 
@@ -89,8 +89,8 @@ def test_regions_are_read_through_their_calls(pipeline: Pipeline) -> None:
 def test_rules_and_changes_are_followed(site: str, rule: Combination | FollowInput) -> None:
     schedule = CacheSchedule.from_table({site: [1, 1, 0, 1, 0]}, rule=rule)
     model = residual()
-    graph, _ = build_loop_graph(model, steps(5), schedule, draw(3, 4), {})
     skeleton = trace_and_capture(model, steps(5), schedule, draw(3, 4), {})
+    graph, _ = graph_of(skeleton, model, schedule)
     proof = prove(graph, skeleton, model, exact=True)
     assert proof.holds, str(proof)
     assert proof.num_reads == 2
@@ -104,8 +104,8 @@ def test_250_evaluations_take_work_linear_in_them() -> None:
 
     def function_calls(count: int) -> int:
         schedule = CacheSchedule.from_table({"a": [1, 0] * (count // 2), "b": [1, 1] + [1, 0] * (count // 2 - 1)})
-        graph, _ = build_loop_graph(model, steps(count), schedule, draw(3, 4), {})
         skeleton = trace_and_capture(model, steps(count), schedule, draw(3, 4), {})
+        graph, _ = graph_of(skeleton, model, schedule)
         proofs: list[Proof] = []
         calls = calls_in(lambda: proofs.append(prove(graph, skeleton, model, exact=True)))
         assert proofs[0].holds, str(proofs[0])

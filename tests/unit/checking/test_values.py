@@ -9,14 +9,14 @@ import torch
 
 from l2c_compile.checking.values import Value, ValueTable
 from l2c_compile.errors import VerificationError
-from l2c_compile.graphs.forms import Form
+from l2c_compile.graphs.forms import TensorForm
 
 aten = torch.ops.aten
 
 
 def table_with(*shapes: tuple[int, ...], exact: bool) -> tuple[ValueTable, list[Value]]:
     table = ValueTable(exact=exact)
-    return table, [table.leaf("input", i, Form.of(torch.empty(shape))) for i, shape in enumerate(shapes)]
+    return table, [table.leaf("input", i, TensorForm.of(torch.empty(shape))) for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("exact", [True, False])

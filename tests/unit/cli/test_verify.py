@@ -12,7 +12,7 @@ import torch
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.cli import main as cli
-from l2c_compile.compile import build_loop_graph
+from l2c_compile.compile import graph_of
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.models.digits import load_digits_dit
@@ -64,13 +64,12 @@ def test_what_rounds_is_proven_up_to_rounding_and_its_error_shown(
 def test_a_wrong_graph_ends_with_1_and_says_where(
     schedule: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
     def build_wrong(*args: object, **kwargs: object) -> tuple[LoopGraph, object]:
-        graph, runs = build_loop_graph(*args, **kwargs)  # type: ignore[arg-type]
+        graph, runs = graph_of(*args, **kwargs)  # type: ignore[arg-type]
         spoil(graph, "blocks.3.attn", "blocks.4.attn")
         return graph, runs
 
-    monkeypatch.setattr("l2c_compile.samplers.compiled_sampler.build_loop_graph", build_wrong)
+    monkeypatch.setattr("l2c_compile.samplers.compiled_sampler.graph_of", build_wrong)
     assert l2c(monkeypatch, schedule) == 1
     out = capsys.readouterr().out
     assert "structure not proven bit for bit" in out

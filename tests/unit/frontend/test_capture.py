@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from l2c_compile.frontend.capture import capture
 from l2c_compile.graphs.facts import Fact, check
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorSpec
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.schedules.sites import Site
@@ -20,7 +20,7 @@ from tests.tiny import Residual, at, draw, residual, run, same_bits
 
 def signature(*args: object, **kwargs: object) -> CallSignature:
     leaves, spec = tree_flatten((args, kwargs))
-    return CallSignature(spec, tuple(TensorSpec.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))
+    return CallSignature(spec, tuple(TensorForm.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))
 
 
 def captured(*names: str, read_inputs_of: tuple[str, ...] = ()) -> tuple[Residual, EvaluationGraph]:

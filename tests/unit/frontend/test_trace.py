@@ -69,17 +69,6 @@ def test_weights_in_the_loop_are_referenced() -> None:
     assert skeleton.constants["denoiser.a.bias"] is MODEL.a.bias
 
 
-def test_only_what_depends_on_noise_draws_or_predictions_is_latent() -> None:
-    def loop(denoiser: Any, x: Tensor, y: Tensor) -> Any:  # noqa: ANN401
-        first = denoiser(x, at(x, 1), 2 * y)
-        return denoiser(first, at(x, 0), 2 * y)
-
-    skeleton = traced(loop, y=draw(3, 4))
-    skeleton.note_dependencies()
-    form = skeleton.calls[0].graph.graph.find_nodes(op="placeholder")
-    assert [sorted(d.value for d in n.meta["depends"]) for n in form] == [["latent"], ["time"], ["condition"]]
-
-
 def test_draws_are_recorded_in_order_used_or_not() -> None:
     def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
         torch.randn(2)

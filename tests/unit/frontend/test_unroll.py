@@ -18,7 +18,6 @@ from tests.tiny import (
     assert_strides_as_noted,
     at,
     calls_in,
-    captured_once,
     draw,
     residual,
     run,
@@ -83,6 +82,29 @@ def test_what_does_not_depend_on_the_latent_is_shared() -> None:
     assert count(graph, aten.tanh.default) == 4
 
 
+def test_an_input_that_depends_on_conditions_is_shared_and_one_that_depends_on_a_draw_is_not() -> None:
+    def loop(denoiser: Any, x: Tensor, y: Tensor) -> Any:  # noqa: ANN401
+        drawn, given = torch.rand(3), 2 * y
+        for _ in range(2):
+            x = denoiser(denoiser(x, given), drawn[:2], 1.0)
+        return x
+
+    graph = unrolled(MODEL, CacheSchedule.all_compute(4, ["a"]), loop, draw(2, 4), {"y": draw(2)})
+    # The second form of call multiplies by 1.0, so its graph is another; each is called twice.
+    assert count(graph, aten.sin.default) == 1 + 2
+    assert count(graph, aten.tanh.default) == 4
+
+
+def test_an_input_that_depends_on_the_latent_in_one_evaluation_is_copied_in_all() -> None:
+    def loop(denoiser: Any, x: Tensor, y: Tensor) -> Any:  # noqa: ANN401
+        for t in (y, y, x[:, 0]):
+            x = denoiser(x, t)
+        return x
+
+    graph = unrolled(MODEL, CacheSchedule.all_compute(3, ["a"]), loop, draw(2, 4), {"y": draw(2)})
+    assert count(graph, aten.sin.default) == 3
+
+
 def test_an_evaluation_whose_result_is_not_used_takes_its_place_and_is_dropped_later() -> None:
     def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
         y = denoiser(x, at(x, 1))
@@ -103,20 +125,19 @@ def schedule_of(num_evaluations: int) -> CacheSchedule:
 def test_nodes_and_work_grow_linearly_with_the_evaluations() -> None:
     nodes: dict[int, int] = {}
     work: dict[int, int] = {}
-    with captured_once():
 
-        def build(num_evaluations: int) -> LoopGraph:
-            schedule = schedule_of(num_evaluations)
-            graph, _ = build_loop_graph(MODEL, steps(num_evaluations), schedule, draw(3, 4), {})
-            return graph
+    def build(num_evaluations: int) -> LoopGraph:
+        schedule = schedule_of(num_evaluations)
+        graph, _ = build_loop_graph(MODEL, steps(num_evaluations), schedule, draw(3, 4), {})
+        return graph
 
-        build(2)
-        for num_evaluations in (8, 16, 32):
+    build(2)
+    for num_evaluations in (8, 16, 32):
 
-            def measure(e: int = num_evaluations) -> None:
-                nodes[e] = len(build(e).graph.nodes)
+        def measure(e: int = num_evaluations) -> None:
+            nodes[e] = len(build(e).graph.nodes)
 
-            work[num_evaluations] = calls_in(measure, "l2c_compile")
+        work[num_evaluations] = calls_in(measure, "l2c_compile")
     assert nodes[32] - nodes[16] == 2 * (nodes[16] - nodes[8])
     # A quadratic part of even one call for each pair of evaluations would add (32**2 - 2 * 16**2 + 8**2) = 576 calls.
     assert abs((work[32] - work[16]) - 2 * (work[16] - work[8])) < 100

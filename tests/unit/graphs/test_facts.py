@@ -127,12 +127,3 @@ def test_a_violation_is_caught_and_its_node_named(
     with pytest.raises(VerificationError, match=message) as caught:
         check(graph, [fact] if fact else [])
     assert name in str(caught.value)
-
-
-def test_a_binding_time_that_was_not_noted_is_caught() -> None:
-    form = graph_of().forms[0]
-    check(form, {Fact.TIMES_BOUND, Fact.SITES_MARKED})
-    node = form.graph.find_nodes(op="call_function", target=aten.tanh.default)[0]
-    del node.meta["binding"]
-    with pytest.raises(VerificationError, match=f"knows its binding time, but node '{node.name}' has none"):
-        check(form, {Fact.TIMES_BOUND})

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from l2c_compile.errors import KernelError
 from l2c_compile.kernels._launch import FLOATS, INTERPRETED, MAX_TERMS, Terms
 from l2c_compile.kernels.cached_residual_norm import (
+    Norm,
     cached_residual_norm,
     decompose_cached_residual_norm,
     plan_norm,
@@ -45,22 +46,7 @@ def check(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Hold both results against float64 and return them."""
-    norm_weight, norm_bias, mod_scale, mod_shift = affine
-    stream, normed = cached_residual_norm(
-        x,
-        terms.caches,
-        terms.gates,
-        terms.scales,
-        terms.shifts,
-        terms.weights,
-        terms.token_scales,
-        norm=norm,
-        eps=eps,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        mod_scale=mod_scale,
-        mod_shift=mod_shift,
-    )
+    stream, normed = OP(x, *terms.lists, norm, eps, *affine)
     assert (stream.dtype, normed.dtype) == (x.dtype, x.dtype)
     assert stream.is_contiguous()
     assert normed.is_contiguous()
@@ -84,7 +70,7 @@ def test_the_stream_is_the_sum_and_the_norm_is_of_the_stream(
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("present", range(16))
+@pytest.mark.parametrize("present", [0b0000, 0b0001, 0b0010, 0b0100, 0b1000, 0b1111])
 def test_each_part_of_the_modulation_may_be_absent(present: int, norm: str) -> None:
     operands = (normal(37), normal(37), normal(3, 37), normal(3, 1, 37))
     affine = tuple(operand if present >> index & 1 else None for index, operand in enumerate(operands))
@@ -142,7 +128,7 @@ def test_another_number_of_tokens_a_tile_gives_the_same_bits_and_writes_nothing_
     x, terms = normal(2, 5, 37), Terms([normal(2, 5, 37)], [normal(2, 37)])
     wanted = cached_residual_norm(x, terms.caches, terms.gates)
     guarded = torch.full((5, 370), 7.0)
-    (launch,) = plan_norm(x, terms, "layer", 1e-6, (None,) * 4, guarded[1], guarded[3])
+    (launch,) = plan_norm(x, terms, Norm("layer", 1e-6), guarded[1], guarded[3])
     arguments = {**launch.arguments, "BLOCK_T": 4}
     dataclasses.replace(launch, num_programs=4, arguments=arguments).run(x.device)
     assert torch.equal(guarded[1], wanted[0].flatten())
@@ -162,13 +148,17 @@ def test_what_does_not_fit_is_said() -> None:
         cached_residual_norm(x, [x], [None, None])
 
 
-def test_it_has_no_gradient_and_says_so() -> None:
-    x = normal(2, 8)
+def test_it_has_no_gradient_and_says_what_has() -> None:
+    x, gate = normal(2, 8), normal(8).requires_grad_()
+    message = "_norm has no gradient: .*call decompose_cached_residual_norm, which is plain torch"
     stream, _ = cached_residual_norm(x.clone().requires_grad_(), [x])
-    with pytest.raises(KernelError, match="has no gradient; to train through it"):
+    with pytest.raises(KernelError, match=message):
         torch.autograd.backward(stream.sum())
-    with pytest.raises(KernelError, match="has no gradient; to train through it"):
-        cached_residual_norm(x, [x, x], [normal(8).requires_grad_(), None])
+    with pytest.raises(KernelError, match=message):
+        cached_residual_norm(x, [x, x], [gate, None])
+    _, normed = decompose_cached_residual_norm(x, [x, x], [gate, None], [], [], [], [], "layer", 1e-6)
+    (gradient,) = torch.autograd.grad(normed.square().sum(), gate)
+    assert bool(gradient.isfinite().all())
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -179,24 +169,19 @@ def test_it_is_a_proper_op(layout: str, requires_grad: bool) -> None:
     shape = [(3, 5, 16)[axis] for axis in order]
     x, cache = (normal(*shape).permute(order) for _ in range(2))
     x.requires_grad_(requires_grad)
-    arguments: tuple[Any, ...] = (
-        x,
-        [cache],
-        [normal(16, 3).t()],
-        [],
-        [],
-        [0.5],
-        [],
-        "layer",
-        1e-6,
-        None,
-        None,
-        normal(3, 16),
-        None,
-    )
+    terms = Terms([cache], [normal(16, 3).t()], weights=[0.5])
+    arguments = (x, *terms.lists, "layer", 1e-6, None, None, normal(3, 16), None)
     # Its backward is an error, which the last of the checks would run into.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OP, arguments, test_utils=checks if requires_grad else (*checks, "test_aot_dispatch_dynamic"))
+
+
+def test_its_schema_is_that_of_saved_samplers() -> None:
+    assert str(OP._schema) == (
+        "l2c::cached_residual_norm(Tensor x, Tensor[] caches, Tensor?[] gates, Tensor?[] scales, Tensor?[] shifts, "
+        "float[] weights, Tensor?[] token_scales, str norm, float eps, Tensor? norm_weight, Tensor? norm_bias, "
+        "Tensor? mod_scale, Tensor? mod_shift) -> (Tensor, Tensor)"
+    )
 
 
 def test_it_compiles_without_a_graph_break() -> None:

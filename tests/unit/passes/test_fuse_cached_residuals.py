@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, load, run_reference
 from l2c_compile.analyses.memory_plan import plan_memory
+from l2c_compile.backends.options import Options
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes
 from l2c_compile.kernels._launch import Terms
@@ -25,7 +26,7 @@ from l2c_compile.passes.pipeline import BITWISE, LOOP, REGIONS
 from l2c_compile.passes.plan_memory import PlanMemory
 from l2c_compile.schedules.rules import Reading, Rule, T
 from tests.exact import assert_within, exact_norm, exact_sum, gamma, sum_bound
-from tests.tiny import draw, run, seeded, steps, tiny_dit, tiny_uvit, unrolled
+from tests.tiny import draw, run, seeded, set_passes, steps, tiny_dit, tiny_uvit, unrolled
 
 NOISE = draw(2, 3, 8)
 ON_CPU = FuseCachedResiduals(devices=frozenset({"cpu"}))
@@ -417,7 +418,8 @@ def sampler_of(
         )
         loop, model = DDIM(steps=4), tiny_uvit()
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
-    sampler = CompiledSampler(model, schedule, loop, backend, passes, Pipeline(()))
+    sampler = CompiledSampler(model, schedule, loop, Options(backend, "rounding"))
+    set_passes(sampler, passes)
     return sampler, draw(2, 4, 4, 4), {"y": torch.tensor([1, 2])}
 
 

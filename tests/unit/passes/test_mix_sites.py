@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from l2c_compile import CacheSchedule, run_reference
 from l2c_compile.errors import ScheduleError
 from l2c_compile.finders.open_evaluations import Form, SoftDenoiser
-from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
+from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import SITE
 from l2c_compile.passes.mix_sites import MixSites
 from l2c_compile.passes.pipeline import MIXED, OBSERVED
@@ -177,14 +177,6 @@ def test_a_graph_without_sites_is_left_alone() -> None:
     before = targets(program)
     assert ReturnSites().run(program).rewrites == MixSites().run(program).rewrites == 0
     assert targets(program) == before
-
-
-def test_only_evaluation_graphs_are_mixed() -> None:
-    program = captured("a")
-    plain = ProgramGraph(program.graph, program.root)
-    for each in (ReturnSites(), MixSites()):
-        with pytest.raises(TypeError, match="only an evaluation graph"):
-            each.run(plain)
 
 
 class Indices(nn.Module):

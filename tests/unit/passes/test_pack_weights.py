@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, l2c_compile
-from l2c_compile.backends.choice import kernels_for
+from l2c_compile.backends.options import Options
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
 from l2c_compile.passes.base import PassReport
@@ -117,14 +117,14 @@ def test_regions_with_packed_weights_equal_the_packed_graph() -> None:
 
 def test_it_can_be_left_out() -> None:
     for backend in ("eager", "inductor"):
-        assert kernels_for(backend, "rounding", ()) == KERNELS
-        assert not kernels_for(backend, "bitwise", ()).passes
-        assert not kernels_for(backend, "rounding", ["pack-weights"]).passes
-    assert kernels_for("inductor", None, ()) == KERNELS
-    assert not kernels_for("eager", None, ()).passes
-    assert not kernels_for("aot_eager", "rounding", ()).passes
+        assert Options(backend, "rounding").kernels == KERNELS
+        assert not Options(backend, "bitwise").kernels.passes
+        assert not Options(backend, "rounding", ["pack-weights"]).kernels.passes
+    assert Options("inductor").kernels == KERNELS
+    assert not Options("eager").kernels.passes
+    assert not Options("aot_eager", "rounding").kernels.passes
     model = tiny_dit()
     for without, expected in (((), True), (("pack-weights", "plan-memory"), False)):
         sampler = l2c_compile(model, CacheSchedule.from_table(ROWS), loop, backend="inductor", without=without)
-        assert bool(sampler.kernels.passes) == expected
-        assert ("plan-memory" in [each.name for each in sampler.passes.passes]) == expected
+        assert bool(sampler.options.kernels.passes) == expected
+        assert ("plan-memory" in [each.name for each in sampler.options.passes.passes]) == expected

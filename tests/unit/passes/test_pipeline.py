@@ -10,14 +10,19 @@ from torch import Tensor
 from l2c_compile.errors import PassFailed, ScheduleError
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import ProgramGraph
+from l2c_compile.graphs.nodes import emit
 from l2c_compile.passes.base import Numerics, Pass, PassReport, Pipeline
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.merge_common import MergeCommon
+from l2c_compile.passes.merge_deltas import MergeDeltas
+from l2c_compile.passes.mix_sites import MixSites
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, SKELETON
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
-from tests.tiny import draw, program, targets
+from tests.tiny import draw, program, run, same_bits, targets
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,15 @@ class Breaks(Pass):
     how: str = "raises"
     name: ClassVar[str] = "breaks"
 
-    def run(self, program: ProgramGraph) -> PassReport:
+    def rewrite(self, graph: ProgramGraph, report: PassReport) -> None:
         if self.how == "raises":
             raise IndexError("of mine")
         if self.how == "refuses":
             raise ScheduleError("the caller's mistake")
         if self.how == "leaves dead nodes":
-            with program.graph.inserting_after(next(iter(program.graph.nodes))):
-                program.graph.call_function(torch.ops.aten.sin.default, (next(iter(program.graph.nodes)),))
-        return PassReport()
+            first = next(iter(graph.graph.nodes))
+            with graph.graph.inserting_after(first):
+                graph.graph.call_function(torch.ops.aten.sin.default, (first,))
 
 
 def repeated(x: Tensor) -> list[Tensor]:
@@ -48,6 +53,56 @@ def test_an_order_that_cannot_work_is_refused_when_it_is_built() -> None:
     with pytest.raises(ValueError, match="pass 'read-reused-sites' needs SITES_MARKED"):
         # It breaks itself what it needs.
         Pipeline((ReadReusedSites(), ReadReusedSites()), assumes=frozenset({Fact.SITES_MARKED}))
+
+
+def test_passes_for_graphs_of_different_kinds_are_refused_when_the_order_is_built() -> None:
+    with pytest.raises(ValueError, match="'mix-sites' a graph of kind EvaluationGraph and pass 'merge-deltas' a graph"):
+        Pipeline((MixSites(), MergeDeltas()), assumes=frozenset({Fact.SITES_MARKED, Fact.SITES_LOWERED}))
+
+
+@pytest.mark.parametrize(("each", "kind"), [(MixSites(), "EvaluationGraph"), (MergeDeltas(), "LoopGraph")])
+def test_a_pass_is_given_no_other_kind_of_graph_than_it_wants(each: Pass, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"pass '{each.name}' wants a graph of kind {kind}, got ProgramGraph"):
+        each.run(program(repeated, draw(3)))
+
+
+@dataclass(frozen=True)
+class Transposes(Pass):
+    """Puts a tensor with other strides in the place of what the first node makes."""
+
+    name: ClassVar[str] = "transposes"
+    changes_strides: ClassVar[bool] = True
+
+    def rewrite(self, graph: ProgramGraph, report: PassReport) -> None:
+        first = next(node for node in graph.graph.nodes if node.op == "call_function")
+        with graph.graph.inserting_before(first.next):
+            turned = emit(graph.graph, aten.t.default, (first,))
+            copy = emit(graph.graph, aten.contiguous.default, (turned,))
+            other = emit(graph.graph, aten.t.default, (copy,))
+        first.replace_all_uses_with(other, delete_user_cb=lambda user: user is not turned)
+        report.other_strides.add(other)
+        report.rewrites += 1
+
+
+def test_a_pass_that_changes_strides_is_followed_and_results_keep_theirs() -> None:
+    x = draw(3, 4)
+    graph = program(lambda x: [x.sin().exp().view(12) + 1], x)
+    wanted = run(graph, x)
+    assert Transposes().run(graph).rewrites == 1
+    # The second no longer is a view.
+    assert [name for name in targets(graph) if name in ("view.default", "reshape.default")] == ["reshape.default"]
+    assert same_bits(run(graph, x), wanted)
+    graph = program(lambda x: [x.sin().exp()], x)
+    Transposes().run(graph)
+    assert same_bits(run(graph, x), [x.sin().exp()])
+
+
+def test_a_pass_that_changes_strides_does_not_see_a_graph_that_addresses_memory_by_them() -> None:
+    graph = program(lambda x: [x.sin().as_strided((2,), (3,))], draw(3, 4))
+    before = targets(graph)
+    report = Transposes().run(graph)
+    assert report.left_alone == {"as_strided": "addresses memory by strides, so none may change"}
+    assert (report.rewrites, targets(graph)) == (0, before)
 
 
 def test_passes_can_be_left_out_by_numerics_and_by_name() -> None:

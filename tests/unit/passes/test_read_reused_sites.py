@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from l2c_compile import CacheSchedule
 from l2c_compile.graphs.facts import check
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -17,7 +15,6 @@ from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from tests.tiny import (
     draw,
-    program,
     residual,
     run,
     same_bits,
@@ -62,8 +59,3 @@ def test_reading_keeps_the_numbers_of_the_final_graph() -> None:
     read = run(graph, x)
     run_all(graph, DropDead(), LowerCacheReads(), DropSiteMarks(), DropDead())
     assert same_bits(run(graph, x), read)
-
-
-def test_only_a_loop_graph_has_reads() -> None:
-    with pytest.raises(TypeError, match="only a loop graph"):
-        ReadReusedSites().run(program(lambda x: [x + 1], draw(3)))

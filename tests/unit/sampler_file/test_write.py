@@ -16,7 +16,7 @@ from l2c_compile.errors import (
     L2CError,
     SaveError,
 )
-from l2c_compile.graphs.forms import TensorSpec
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.passes.pipeline import REGIONS
 from l2c_compile.sampler_file.exported_program import compile_ahead_of_time
 from tests.saved_samplers import Tiny, compiled, inputs
@@ -97,7 +97,7 @@ class TestSave:
         noise, y = inputs()
         sampler.save(tmp_path / "x.pt2", noise, y=y, scale=0.5, aot_inductor=True)
         assert (tmp_path / "x.aoti.pt2").read_bytes() == b"native"
-        assert [TensorSpec.of(t) for t in given[0][0]] == [TensorSpec.of(t) for t in (noise, y)]
+        assert [TensorForm.of(t) for t in given[0][0]] == [TensorForm.of(t) for t in (noise, y)]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.aoti.pt2", "x.pt2"]
 
     def test_a_graph_of_regions_is_too_much_for_aot_inductor(self, sampler: CompiledSampler, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile.errors import StaleConstantsError
 from l2c_compile.loops import DDIM
-from tests.tiny import Residual, at, captured_once, draw, residual, same_bits, steps
+from tests.tiny import Residual, at, draw, residual, same_bits, steps
 
 TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
 
@@ -25,7 +25,7 @@ def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options
 
 
 def forms_of(sampler: CompiledSampler) -> int:
-    return len(sampler._programs)
+    return len(sampler._forms)
 
 
 def reference(sampler: CompiledSampler, noise: Tensor, **conditions: object) -> object:
@@ -34,8 +34,7 @@ def reference(sampler: CompiledSampler, noise: Tensor, **conditions: object) -> 
 
 @pytest.fixture
 def sampler() -> Any:  # noqa: ANN401
-    with captured_once():
-        yield sampler_of(residual())
+    return sampler_of(residual())
 
 
 def test_nothing_is_captured_before_the_first_call_and_once_a_form() -> None:

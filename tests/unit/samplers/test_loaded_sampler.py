@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from l2c_compile import CompiledSampler, LoadedSampler, load
-from l2c_compile.backends.choice import EAGER
+from l2c_compile.backends.options import EAGER
 from l2c_compile.errors import (
     BackendError,
     InputFormError,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.loops import DDIM
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.fuse_cached_residuals import FuseCachedResiduals
-from tests.tiny import draw, residual, steps, tiny_dit
+from tests.tiny import at, draw, residual, set_passes, steps, tiny_dit
 
 TABLE = {"blocks.*.attn": [1, 0], "blocks.*.mlp": [1, 0]}
 
@@ -69,9 +71,9 @@ def test_kernels_and_packed_caches_are_named_and_what_is_before_them_is_proven(
         tiny_dit(), CacheSchedule.from_table(TABLE), DDIM(2), numerics="rounding", caches=cache_format
     )
     fused = FuseCachedResiduals(devices=frozenset({"cpu"}))
-    sampler.passes = Pipeline(
-        tuple(fused if each.name == fused.name else each for each in sampler.passes.passes), sampler.passes.assumes
-    )
+    passes = sampler.options.passes
+    fusing = tuple(fused if each.name == fused.name else each for each in passes.passes)
+    set_passes(sampler, Pipeline(fusing, passes.assumes))
     noise, y = draw(1, 4, 4, 4), torch.tensor([1])
     report = sampler.verify(noise, y=y)
     names = (fused.name,) if cache_format is None else (fused.name, "pack-caches")
@@ -87,3 +89,30 @@ def test_prove_samples_nothing() -> None:
     proof = sampler.prove(draw(3, 4))
     assert proof.holds
     assert sampler._latest is None
+
+
+def test_a_trace_is_taken_once_and_by_a_copy_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, noise = l2c_compile(residual(), CacheSchedule.from_table({"a": [1, 0]}), steps(2)), draw(2, 4)
+    traced: list[str] = []
+    sampler._progress = lambda what: traced.append(what) if what == "trace the loop" else None
+    assert sampler.verify(noise).holds
+    assert sampler.prove(noise).holds
+    assert len(traced) == 1
+    assert copy.copy(sampler).prove(noise).holds
+    assert len(traced) == 2
+    sampler.predict(noise)
+    assert len(traced) == 3
+
+
+def test_a_weight_that_the_loop_reads_may_be_assigned_anew() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        for i in range(2):
+            x = (x - denoiser(x, at(x, i))) @ denoiser.a.weight
+        return x
+
+    model, noise = residual(), draw(2, 4)
+    sampler = l2c_compile(model, CacheSchedule.from_table({"a": [1, 0]}), loop)
+    sampler(noise)
+    model.a.weight = nn.Parameter(model.a.weight * 2)
+    report = sampler.verify(noise)
+    assert report.holds, str(report)

@@ -46,7 +46,7 @@ class Extrapolation(LinearCombination):
     """The same over values of any origin."""
 
     name: ClassVar[str] = "test-extrapolation"
-    history: ClassVar[Literal["computed", "trace"]] = "trace"
+    history: ClassVar[Literal["computed", "held"]] = "held"
 
 
 def test_hold_returns_the_value_at_the_source() -> None:

@@ -19,6 +19,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from bench.trust.bits import own, same_bits
+from bench.trust.programs.denoisers import Description, build_denoiser, draw_denoiser
+from bench.trust.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
+from bench.trust.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from
 from l2c_compile import CacheSchedule, Site, run_reference
 from l2c_compile.analyses.summary import summarize
 from l2c_compile.errors import L2CError
@@ -33,10 +37,6 @@ from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, REGIONS, SKELETON
 from l2c_compile.torch_backend import l2c
-from tests.programs.denoisers import Description, build_denoiser, draw_denoiser
-from tests.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
-from tests.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from
-from tests.tiny import own, same_bits
 
 __all__ = ["Checker", "Mismatch", "Outcome", "Program", "draw_programs", "evaluations_of"]
 
@@ -194,15 +194,14 @@ class Checker:
         self.denoiser = build_denoiser(description)
         self._captures: dict[object, EvaluationGraph | L2CError] = {}
         self._skeletons: dict[object, LoopSkeleton] = {}
-        self._noted: LoopSkeleton | None = None
         self._versions = self._weight_versions()
 
     def check(self, program: Program) -> Outcome:
         """Compile ``program`` and compare it with the reference.
 
         Raises:
-            Mismatch: it is not equal, changes its inputs or weights, keeps state, or is not as its metadata says.
-            Exception: whatever the compiler raises that is no refusal in words of its own.
+            Mismatch: if it is not equal, changes its inputs or weights, keeps state, or is not as its metadata says.
+            Exception: if whatever the compiler raises that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
@@ -229,8 +228,8 @@ class Checker:
         """Compile the loop of ``program`` with ``torch.compile(..., backend="l2c")``; it must equal the reference.
 
         Raises:
-            Mismatch: it does not, bit for bit, or it changes its inputs or weights.
-            Exception: whatever the backend raises that is no refusal in words of its own.
+            Mismatch: if it does not, bit for bit, or it changes its inputs or weights.
+            Exception: if whatever the backend raises that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
@@ -280,9 +279,12 @@ class Checker:
             form = (signature, marking)
             if form not in self._captures:
                 try:
-                    self._captures[form] = capture(self.denoiser, signature, *marking)
+                    evaluation = capture(self.denoiser, signature, *marking)
                 except L2CError as error:
                     self._captures[form] = error
+                else:
+                    EVALUATION.run(evaluation)
+                    self._captures[form] = evaluation
             captured = self._captures[form]
             if isinstance(captured, L2CError):
                 raise captured
@@ -293,14 +295,7 @@ class Checker:
             skeleton = trace_loop(loop, self.denoiser, noise, conditions, capture_call)
             SKELETON.run(skeleton)
             self._skeletons[key] = skeleton
-        skeleton = self._skeletons[key]
-        if skeleton is not self._noted:
-            # The notes on the captures are those of one loop.
-            skeleton.note_dependencies()
-            for form in {id(call.graph): call.graph for call in skeleton.calls}.values():
-                EVALUATION.run(form)
-            self._noted = skeleton
-        return skeleton
+        return self._skeletons[key]
 
     def _check_weights(self) -> None:
         if self._weight_versions() != self._versions:
@@ -395,7 +390,7 @@ class _Checked(fx.Interpreter):
         return value
 
     def _is_torchs(self, node: fx.Node) -> bool:
-        """Tell whether torch itself expects what the node notes, from what its arguments note.
+        """Return whether torch itself expects what the node notes, from what its arguments note.
 
         For expanded arguments torch's operators without values give other strides than those with (torch 2.13).
         """

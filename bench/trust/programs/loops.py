@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.programs.denoisers import Description, latent_shape, num_classes
+from bench.trust.programs.denoisers import Description, latent_shape, num_classes
 
 __all__ = ["DrawnLoop", "draw_form", "draw_inputs", "draw_loop"]
 
@@ -81,6 +81,7 @@ class DrawnLoop:
     how: Description
 
     def __call__(self, denoiser: Callable[..., Any], noise: Tensor, **conditions: Tensor) -> object:
+        """Sample as the description says."""
         x = noise
         history: list[Tensor] = []
         for step in self.how["steps"]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from bench.trust.programs.denoisers import Description
+from bench.trust.programs.rules import Combination, Decay, FollowInput
 from l2c_compile import CacheSchedule, Reuse, Rule, Site
 from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.rules import HOLD, rule_from_dict
-from tests.behaviour.test_site_forms import Combination, Decay, FollowInput
-from tests.programs.denoisers import Description
 
 __all__ = ["CalledModules", "draw_schedule", "draw_sites", "schedule_from"]
 
@@ -58,7 +58,7 @@ class CalledModules:
         return called
 
     def change_is_defined(self, site: Site) -> bool:
-        """Tell whether the output of the site has the shape of its input."""
+        """Return whether the output of the site has the shape of its input."""
         last = site.last or site.path
         return {site.path, last} <= self.inputs.keys() and self.inputs[site.path] == self.outputs[last]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from tests.programs.checking import Checker, Outcome, Program, evaluations_of
+from bench.trust.programs.checking import Checker, Outcome, Program, evaluations_of
 
 __all__ = ["failure_of", "minimise"]
 
