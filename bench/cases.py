@@ -17,10 +17,10 @@ broken one does not stop the others::
             Row.ratio("speedup", speedup, {"steps": 20}),
         ]
 
-- ``args`` is whatever follows the name on the command line and is no option of the harness, options of the case
+- ``args`` is all that follows the name on the command line and is no option of the harness, options of the case
   included: ``python -m bench golden a.pt b.pt --threads 2`` gives ``["a.pt", "b.pt", "--threads", "2"]``.
   ``Options("my-case")`` in ``options.py`` parses them and refuses what it does not know.
-- ``progress`` is running; add a task and advance it. Print nothing: the table comes from the rows.
+- ``progress`` is running; add a task and advance it. Print nothing, because the table is made of the rows.
 - A ``Row`` says what was measured and under which conditions. The harness adds the name of the case, the machine, the
   versions, the commit and the date. A target in ``targets.toml`` finds a row by case, metric and conditions.
 - Include the side that loses: an uncached ``torch.compile``, fewer steps, a size at which we do not help.
@@ -67,7 +67,7 @@ CASES: dict[str, str] = {
 
 
 ALWAYS_CHECKED = frozenset({"equality", "fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
-"""Cases that measure correctness, not speed: they exit with 1 when they fall short, also without ``--check``."""
+"""The cases that measure correctness, not speed; they exit with 1 when they fall short, also without ``--check``."""
 
 
 class BenchError(L2CError, ValueError):

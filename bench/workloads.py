@@ -215,7 +215,7 @@ def shared_folder() -> Path:
 
 
 def routers_folder() -> Path:
-    """Return where the published routers are."""
+    """Return the folder of the published routers."""
     return shared_folder() / "routers"
 
 
@@ -223,7 +223,7 @@ def published_router(name: str) -> Router:
     """Read a published router.
 
     Raises:
-        BenchError: if it is not there.
+        BenchError: if the file is not there.
     """
     path = routers_folder() / name
     if not path.is_file():

@@ -145,6 +145,7 @@ class Terms:
         "Tensor[] caches, Tensor?[] gates, Tensor?[] scales, Tensor?[] shifts, float[] weights, Tensor?[] token_scales"
     )
     """The fields as arguments of an op, in their order."""
+    NUM_LISTS: ClassVar[int] = 6
 
     caches: Sequence[Tensor]
     """The cached values, each of the shape of the stream."""

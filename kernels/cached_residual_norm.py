@@ -14,7 +14,6 @@ once, h and y are written once. D is at most 8192.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -66,8 +65,7 @@ class Norm(NamedTuple):
 
 def _read(arguments: Sequence[Any]) -> tuple[Terms, Norm]:
     """Return what the arguments of the op behind ``x`` describe."""
-    num_lists = len(fields(Terms))
-    return Terms.of(*arguments[:num_lists]), Norm(*arguments[num_lists:])
+    return Terms.of(*arguments[: Terms.NUM_LISTS]), Norm(*arguments[Terms.NUM_LISTS :])
 
 
 def decompose_cached_residual_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - the schema's

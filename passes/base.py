@@ -14,9 +14,20 @@ from torch.fx.node import Node
 from l2c_compile.errors import L2CError, PassFailed
 from l2c_compile.graphs.facts import Fact, check
 from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGraph
+from l2c_compile.graphs.nodes import evaluation_of, module_path
 from l2c_compile.graphs.strides import addresses_memory, follow
 
-__all__ = ["EvaluationPass", "LoopPass", "Numerics", "Pass", "PassReport", "PassRun", "Pipeline"]
+__all__ = [
+    "EvaluationPass",
+    "LeftAlone",
+    "LoopPass",
+    "Numerics",
+    "Pass",
+    "PassReport",
+    "PassRun",
+    "Pipeline",
+    "Reason",
+]
 
 
 class Numerics(enum.Enum):
@@ -30,21 +41,59 @@ class Numerics(enum.Enum):
     """Another formula; only on request."""
 
 
+class Reason:
+    """Why a candidate is left alone. It is worded when somebody asks: texts would cost compile time."""
+
+    __slots__ = ("details", "text")
+
+    def __init__(self, text: str, *details: object) -> None:
+        self.text = text
+        """With a ``{}`` for each detail; equal for candidates that count together."""
+        self.details = details
+
+    def __str__(self) -> str:
+        return self.text.format(*self.details)
+
+
+@dataclass
+class LeftAlone:
+    """The candidates that a pass left alone for one reason."""
+
+    reason: Reason
+    """Worded for the first of them."""
+    name: str
+    """The node that the first one is."""
+    module: str
+    """The path of the module that the first one belongs to; "" where it belongs to none."""
+    evaluation: int | None
+    """The evaluation that the first one belongs to; None where it belongs to none."""
+    count: int = 1
+
+
 @dataclass
 class PassReport:
     """What a pass did."""
 
     rewrites: int = 0
-    left_alone: dict[str, str] = field(default_factory=dict)
-    """Node name -> why this candidate was not rewritten."""
+    left_alone: dict[str, LeftAlone] = field(default_factory=dict)
+    """By the text of the reason."""
     other_strides: set[Node] = field(default_factory=set)
     """The nodes that took the place of nodes with other strides."""
 
-    def leave(self, candidate: Node, reason: str) -> None:
+    def leave(self, candidate: Node, reason: Reason) -> None:
         """Note why a candidate is not rewritten."""
-        self.left_alone[candidate.name] = reason
+        known = self.left_alone.get(reason.text)
+        if known is None:
+            where = module_path(candidate), evaluation_of(candidate)
+            self.left_alone[reason.text] = LeftAlone(reason, candidate.name, *where)
+        else:
+            known.count += 1
 
-    def note(self, candidate: Node, reason: str | None) -> None:
+    def reasons(self) -> dict[str, int]:
+        """Return why candidates were left alone, in words, and how many of them."""
+        return {str(each.reason): each.count for each in self.left_alone.values()}
+
+    def note(self, candidate: Node, reason: Reason | None) -> None:
         """Count a rewrite, or note why there is none."""
         if reason is None:
             self.rewrites += 1
@@ -91,7 +140,7 @@ class Pass(ABC):
         report = PassReport()
         by_strides = addresses_memory(graph.graph) if self.changes_strides else None
         if by_strides is not None:
-            report.leave(by_strides, "addresses memory by strides, so none may change")
+            report.leave(by_strides, Reason("addresses memory by strides, so none may change"))
             return report
         self.rewrite(graph, report)
         follow(graph.graph, report.other_strides, restore_results=self.changes_strides)

@@ -24,7 +24,7 @@ from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, own_evaluation
 from l2c_compile.graphs.strides import same_strides
-from l2c_compile.passes.base import LoopPass, Numerics, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["BatchConditioning"]
 
@@ -88,7 +88,7 @@ class _Batcher:
                     groups.setdefault(_group_key(node), []).append(node)
             for group in groups.values():
                 if len(group) == 1:
-                    self.report.leave(group[0], "no other evaluation projects with these weights")
+                    self.report.leave(group[0], Reason("no other evaluation projects with these weights"))
                     self._deal(group[0], group)
                 else:
                     self._batch(group)

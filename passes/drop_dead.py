@@ -12,7 +12,7 @@ from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph
 from l2c_compile.graphs.marks import SITE
 from l2c_compile.graphs.nodes import draws_random_numbers
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import Pass, PassReport, Reason
 
 __all__ = ["DropDead"]
 
@@ -33,10 +33,10 @@ class DropDead(Pass):
             if node.users or node.op in ("placeholder", "output"):
                 continue
             if node.target is SITE and isinstance(graph, EvaluationGraph):
-                report.leave(node, "marks a site that the loop may read")
+                report.leave(node, Reason("marks a site that the loop may read"))
                 continue
             if draws_random_numbers(node):
-                report.leave(node, "draws random numbers: later draws depend on it")
+                report.leave(node, Reason("draws random numbers: later draws depend on it"))
                 continue
             graph.graph.erase_node(node)
             report.rewrites += 1

@@ -19,7 +19,7 @@ from torch.fx.node import Node
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import packet_of
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import Pass, PassReport, Reason
 
 __all__ = ["DropNoOps"]
 
@@ -57,23 +57,23 @@ class DropNoOps(Pass):
                     node.replace_all_uses_with(source)
                 report.note(node, reason)
 
-    def _why_not(self, node: Node, source: Node) -> str | None:
+    def _why_not(self, node: Node, source: Node) -> Reason | None:
         before, after = source.meta.get("val"), node.meta.get("val")
         if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-            return "the graph does not say what it returns"
+            return Reason("the graph does not say what it returns")
         if before.shape != after.shape or before.dtype != after.dtype or before.device != after.device:
-            return "changes shape, dtype or device"
+            return Reason("changes shape, dtype or device")
         if before.stride() != after.stride():
-            return "changes the memory layout"
+            return Reason("changes the memory layout")
         packet = packet_of(node)
         if packet in _VIEWS and before.storage_offset() != after.storage_offset():
-            return "starts elsewhere in its storage"
+            return Reason("starts elsewhere in its storage")
         if packet in _REORDERS and _looks_the_same_in_another_order(before):
-            return "may exchange dimensions that only look alike because the value repeats over them"
+            return Reason("may exchange dimensions that only look alike because the value repeats over them")
         if packet is aten.dropout and node.args[1] and node.args[2]:
-            return "drops elements"
+            return Reason("drops elements")
         if self.keep_returned and source.op in ("placeholder", "get_attr") and _is_returned(node):
-            return "keeps the result from sharing memory with an input or a weight"
+            return Reason("keeps the result from sharing memory with an input or a weight")
         return None
 
 

@@ -19,7 +19,7 @@ from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import FoldedConstants, LoopGraph
 from l2c_compile.graphs.marks import strided_copy
 from l2c_compile.graphs.nodes import draws_random_numbers, infer, num_bytes
-from l2c_compile.passes.base import LoopPass, PassReport
+from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
 __all__ = ["FoldConstants"]
 
@@ -67,15 +67,15 @@ class FoldConstants(LoopPass):
         )
         graph.folded.append(FoldedConstants(recipe, tuple(names), weights))
 
-    def _why_not(self, node: Node, constant: set[Node]) -> str | None:
+    def _why_not(self, node: Node, constant: set[Node]) -> Reason | None:
         if not isinstance(node.meta.get("val"), Tensor):
-            return "is not a tensor"
+            return Reason("is not a tensor")
         if _is_view_of_weight(node):
-            return "is a view of a weight"
+            return Reason("is a view of a weight")
         if num_bytes(node) > self.max_bytes:
-            return f"{num_bytes(node)} bytes, more than {self.max_bytes}"
+            return Reason("{} bytes, more than {}", num_bytes(node), self.max_bytes)
         if any(user.op == "output" for user in node.users):
-            return "is returned by the loop: the caller may write into it"
+            return Reason("is returned by the loop: the caller may write into it")
         return None
 
 

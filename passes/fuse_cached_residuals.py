@@ -25,6 +25,7 @@ from torch.fx.node import Argument, Node
 
 from l2c_compile.analyses.kept import cache_work, is_kept, made_of_kept_values
 from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import (
     arguments_of,
@@ -38,7 +39,7 @@ from l2c_compile.graphs.strides import relaid
 from l2c_compile.kernels._launch import FLOATS, MAX_DIM
 from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
-from l2c_compile.passes.base import LoopPass, Numerics, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["FuseCachedResiduals"]
 
@@ -130,6 +131,11 @@ class FuseCachedResiduals(LoopPass):
     is_followed_by_proof: ClassVar[bool] = False
 
     def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
+        if not any(_is_on(node, self.devices) for node in graph.graph.nodes):
+            first = next(iter(graph.graph.nodes))
+            kernels = ", ".join(sorted(self.devices))
+            report.leave(first, Reason("is a graph without tensors on {}, where the kernels pay", kernels))
+            return
         matcher = _Matcher(graph, self.devices)
         # A sum may be the base of the next: first to last, so that each finds the one before in its place.
         renamed: dict[Node, Node] = {}
@@ -137,12 +143,12 @@ class FuseCachedResiduals(LoopPass):
             report.note(found.root, _why_not(found) or _replace(graph, found, renamed))
 
 
-def _why_not(found: _Sum) -> str | None:
+def _why_not(found: _Sum) -> Reason | None:
     value: Tensor = found.root.meta["val"]
     if value.dim() not in (2, 3) or value.dtype not in FLOATS:
-        return f"is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}; the kernel takes (B, T, D) floats"
+        return Reason("is {}; the kernel takes (B, T, D) floats", TensorForm.of(value))
     if found.streams_saved < 1:
-        return "adds one kept value and no norm follows: nothing to save"
+        return Reason("adds one kept value and no norm follows: nothing to save")
     return None
 
 
@@ -396,7 +402,7 @@ def _more_than_one(operand: Node) -> Node | None:
     return None
 
 
-def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> str | None:
+def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> Reason | None:
     """Put the op in the place of a sum, or return why that cannot be."""
     norm, graph = found.norm, program.graph
     old = [found.root] if norm is None else [found.root, norm.last]
@@ -405,7 +411,7 @@ def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> str 
     moved = {node: value for node, value in contiguous.items() if value.stride() != node.meta["val"].stride()}
     values = relaid(moved, inside) if moved else {}
     if values is None:
-        return "is read in its memory layout, which is not the contiguous one that the kernel writes"
+        return Reason("is read in its memory layout, which is not the contiguous one that the kernel writes")
     with graph.inserting_before(found.last):
         args = _arguments(program, found, renamed)
         call = emit(graph, _ADD if norm is None else _NORM, args, evaluation_of(found.root))
@@ -460,6 +466,11 @@ def _shape(node: Node) -> torch.Size | None:
 def _device(node: Node) -> torch.device:
     device: torch.device = node.meta["val"].device
     return device
+
+
+def _is_on(node: Node, devices: frozenset[str]) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.device.type in devices
 
 
 def _is_float(node: Node) -> bool:

@@ -23,7 +23,7 @@ from l2c_compile.analyses.kept import KeptRun, is_kept, kept_runs
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of, form_of, own_evaluation, put_with
-from l2c_compile.passes.base import LoopPass, Numerics, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["GateAtSource"]
 
@@ -79,17 +79,19 @@ def _term(early: set[Node], added: Node, addition: Node) -> _Term | None:
     return None
 
 
-def _why_not(kept: frozenset[Node], runs: Sequence[KeptRun[_Term]]) -> str | None:
+def _why_not(kept: frozenset[Node], runs: Sequence[KeptRun[_Term]]) -> Reason | None:
     if any(len(run.terms) > len(kept) for run in runs):
-        return "adds a value twice"
+        return Reason("adds a value twice")
     if len(runs) >= len(kept):
-        return f"{len(runs)} evaluations add {len(kept)} values with gates of their own: as many sums as values"
+        return Reason(
+            "{} evaluations add {} values with gates of their own: as many sums as values", len(runs), len(kept)
+        )
     readers = {term.products[0] for run in runs for term in run.terms if term.products}
     readers.update(add for run in runs for add in run.adds)
     for value in kept:
         for user in value.users:
             if evaluation_of(user) != evaluation_of(value) and user not in readers:
-                return f"'{value.name}' is also read by '{user.name}', so keeping a sum would save nothing"
+                return Reason("'{}' is also read by '{}', so keeping a sum would save nothing", value.name, user.name)
     return None
 
 

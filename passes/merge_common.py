@@ -13,7 +13,7 @@ from torch.fx.node import Node
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import Expression, draws_random_numbers, expression
-from l2c_compile.passes.base import Pass, PassReport
+from l2c_compile.passes.base import Pass, PassReport, Reason
 
 __all__ = ["MergeCommon"]
 
@@ -31,7 +31,7 @@ class MergeCommon(Pass):
             if node.op not in ("call_function", "get_attr"):
                 continue
             if draws_random_numbers(node):
-                report.leave(node, "draws random numbers: each draw is another")
+                report.leave(node, Reason("draws random numbers: each draw is another"))
                 continue
             # Earlier nodes have been redirected already, so equal arguments are equal nodes by now.
             original = first.setdefault(expression(node), node)

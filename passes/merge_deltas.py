@@ -21,7 +21,7 @@ from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, form_of
 from l2c_compile.graphs.strides import same_strides
-from l2c_compile.passes.base import LoopPass, Numerics, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["MergeDeltas"]
 
@@ -68,12 +68,12 @@ def _merge(graph: fx.Graph, terms: tuple[Node, ...], runs: list[KeptRun[Node]], 
         run.last.replace_all_uses_with(merged)
 
 
-def _why_not(terms: tuple[Node, ...], runs: list[KeptRun[Node]]) -> str | None:
+def _why_not(terms: tuple[Node, ...], runs: list[KeptRun[Node]]) -> Reason | None:
     merged = {add for run in runs for add in run.adds}
     for term in terms:
         for user in term.users:
             if user not in merged and evaluation_of(user) != evaluation_of(term):
-                return f"'{term.name}' is also read by '{user.name}', so keeping a sum would save nothing"
+                return Reason("'{}' is also read by '{}', so keeping a sum would save nothing", term.name, user.name)
     if len(set(terms)) < len(terms):
-        return "adds a value twice"
+        return Reason("adds a value twice")
     return None

@@ -39,7 +39,7 @@ from l2c_compile.graphs.nodes import (
     packet_of,
 )
 from l2c_compile.kernels.packed_linear import packed_linear_op
-from l2c_compile.passes.base import LoopPass, PassReport
+from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
 __all__ = ["OutlineRegions"]
 
@@ -75,7 +75,7 @@ class OutlineRegions(LoopPass):
             if form.outputs:
                 forms.append(form)
             else:
-                report.leave(part[0], "computes nothing that anybody uses")
+                report.leave(part[0], Reason("computes nothing that anybody uses"))
         outputs: dict[object, set[int]] = {}
         for form in forms:
             outputs.setdefault(form.key, set()).update(form.outputs)

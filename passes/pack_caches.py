@@ -20,6 +20,7 @@ from torch.fx.node import Argument, Node
 
 from l2c_compile.analyses.kept import later_readers
 from l2c_compile.graphs.facts import Fact
+from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, outputs_of
 from l2c_compile.graphs.strides import relaid
@@ -27,7 +28,7 @@ from l2c_compile.kernels._launch import FLOATS, MAX_DIM
 from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
 from l2c_compile.kernels.packed_cache import pack_cache
-from l2c_compile.passes.base import LoopPass, Numerics, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["PackCaches"]
 
@@ -62,27 +63,27 @@ class PackCaches(LoopPass):
             if readers:
                 report.note(node, self._why_not(node) or _pack(graph.graph, node, readers, self.dtype))
 
-    def _why_not(self, node: Node) -> str | None:
+    def _why_not(self, node: Node) -> Reason | None:
         value = node.meta["val"]
-        form = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        form = TensorForm.of(value)
         if value.dtype not in FLOATS:
-            return f"is {form}: only float32, bfloat16 and float16 are packed"
+            return Reason("is {}: only float32, bfloat16 and float16 are packed", form)
         if value.dim() not in (2, 3) or not 0 < value.shape[-1] <= MAX_DIM:
-            return f"is {form}: only (B, T, D) and (N, D) with D up to {MAX_DIM} have a scale for each token"
+            return Reason("is {}: only (B, T, D) and (N, D) with D up to {} have a scale for each token", form, MAX_DIM)
         channels, plain = value.shape[-1], value.shape[-1] * value.element_size()
         if channels + 4 > self.max_share * plain:
-            return f"is {form}: a row would take {channels + 4} bytes packed, and takes {plain}"
+            return Reason("is {}: a row would take {} bytes packed, and takes {}", form, channels + 4, plain)
         return None
 
 
-def _pack(graph: fx.Graph, node: Node, readers: list[Node], dtype: torch.dtype) -> str | None:
+def _pack(graph: fx.Graph, node: Node, readers: list[Node], dtype: torch.dtype) -> Reason | None:
     """Let ``readers`` read a packed copy, or return why they cannot."""
     by_value = [reader for reader in readers if not _takes_packed(reader, node)]
     contiguous = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
     moved = contiguous.stride() != node.meta["val"].stride()
     values = relaid({node: contiguous}, set(node.users).difference(by_value)) if moved else {}
     if values is None:
-        return "is read in its memory layout, which a packed copy does not have"
+        return Reason("is read in its memory layout, which a packed copy does not have")
     with graph.inserting_after(node):
         packed = emit(graph, _PACK, (node, dtype), like=node)
     q, scale = outputs_of(packed)

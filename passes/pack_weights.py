@@ -19,7 +19,7 @@ from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
-from l2c_compile.passes.base import LoopPass, Numerics, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["PackWeights"]
 
@@ -46,19 +46,19 @@ class PackWeights(LoopPass):
                 _apply_activation(node)
             report.note(node, reason)
 
-    def _why_not(self, node: Node) -> str | None:
+    def _why_not(self, node: Node) -> Reason | None:
         x, weight, *_ = node.args
         assert isinstance(x, Node)
         assert isinstance(weight, Node)
         if weight.op != "get_attr" or evaluation_of(node) is None:
-            return "multiplies once, or with something made in the graph"
+            return Reason("multiplies once, or with something made in the graph")
         if not can_pack(weight.meta["val"]):
-            return "has a weight that cannot be packed on its device or in its dtype"
+            return Reason("has a weight that cannot be packed on its device or in its dtype")
         value: Tensor = x.meta["val"]
         if value.numel() < self.min_rows * value.shape[-1]:
-            return f"multiplies fewer than {self.min_rows} rows"
+            return Reason("multiplies fewer than {} rows", self.min_rows)
         if not node.meta["val"].is_contiguous():
-            return "is read in another memory layout than the kernel writes"
+            return Reason("is read in another memory layout than the kernel writes")
         return None
 
 

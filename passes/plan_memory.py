@@ -23,7 +23,7 @@ from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, put_with
-from l2c_compile.passes.base import LoopPass, PassReport
+from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
 __all__ = ["PlanMemory"]
 
@@ -94,24 +94,24 @@ def _tree(root: Node, ready: set[Node]) -> set[Node]:
     return found
 
 
-def _move(group: _Group, early: set[Node], storages: Storages) -> str | None:
+def _move(group: _Group, early: set[Node], storages: Storages) -> Reason | None:
     """Move the group right behind the last of its leaves, or return why that would save nothing."""
     leaves = group.leaves(early)
     if not leaves:
-        return "is made of nothing that is kept"
+        return Reason("is made of nothing that is kept")
     if len({storages.base(node) for node in group.nodes}) < len(group.nodes) or storages.base(group.root) in leaves:
-        return "is a view: its memory is kept either way"
+        return Reason("is a view: its memory is kept either way")
     target = leaves[-1]
     inside = set(group.nodes)
     freed = {storages.base(leaf) for leaf in leaves if _is_freed(leaf, inside, group.root, target)}
     saved, added = sum(map(storages.num_bytes, freed)), num_bytes(group.root)
     if saved <= added:
-        return f"would free {saved} bytes earlier and take {added}"
+        return Reason("would free {} bytes earlier and take {}", saved, added)
     for factor in sorted({a for node in group.nodes for a in node.all_input_nodes if a in early}):
         if target < factor:
-            return f"waits for '{factor.name}'"
+            return Reason("waits for '{}'", factor.name)
     if all(_follows(node, before) for before, node in zip((target, *group.nodes), group.nodes, strict=False)):
-        return "runs right behind what it is made from"
+        return Reason("runs right behind what it is made from")
     after = target
     for node in group.nodes:
         after.append(node)
@@ -151,16 +151,18 @@ def _kept_views(nodes: Iterable[Node], early: set[Node], storages: Storages) -> 
     return [(base, views) for base, views in kept.items() if base not in whole]
 
 
-def _copy_parts(graph: fx.Graph, base: Node, views: list[Node], storages: Storages) -> str | None:
+def _copy_parts(graph: fx.Graph, base: Node, views: list[Node], storages: Storages) -> Reason | None:
     """Let later evaluations read copies of the parts, or return why that would not do."""
     copied, kept = sum(map(num_bytes, views)), storages.num_bytes(base)
     if copied >= kept:
-        return f"copies of {copied} bytes save nothing, {kept} is what keeping it whole takes"
+        return Reason("copies of {} bytes save nothing, {} is what keeping it whole takes", copied, kept)
     later = {view: [user for user in view.users if is_kept(base, user)] for view in views}
     for view, users in later.items():
         for user in users:
             if not _reads_any_layout(user, view):
-                return f"'{user.name}' could round differently on a copy of '{view.name}' with another memory layout"
+                return Reason(
+                    "'{}' could round differently on a copy of '{}' with another memory layout", user.name, view.name
+                )
     for view, users in later.items():
         with graph.inserting_after(view):
             copy = emit(graph, aten.clone.default, (view,), like=view)

@@ -22,7 +22,7 @@ from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit
 from l2c_compile.graphs.strides import same_strides
-from l2c_compile.passes.base import LoopPass, Numerics, PassReport
+from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 __all__ = ["PruneProjections"]
 
@@ -46,11 +46,11 @@ class PruneProjections(LoopPass):
         for node in graph.graph.find_nodes(op="call_function", target=aten.linear.default):
             pieces = pieces_of(node)
             if not pieces:
-                report.leave(node, "is used as a whole")
+                report.leave(node, Reason("is used as a whole"))
                 continue
             used = _union((piece.low, piece.high) for piece in pieces)
             if used == [(0, node.meta["val"].shape[-1])]:
-                report.leave(node, "every output is used")
+                report.leave(node, Reason("every output is used"))
                 continue
             # Rows of a part lie closer together than those of the whole.
             report.other_strides |= _replace(rows, node, pieces, used)

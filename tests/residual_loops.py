@@ -81,7 +81,7 @@ def kept_per_evaluation(sampler: CompiledSampler) -> list[float]:
 def report(sampler: CompiledSampler, name: str) -> tuple[int, str]:
     assert sampler._latest is not None
     (run,) = [run for run in sampler._latest.passes if run.name == name]
-    return run.report.rewrites, "; ".join(run.report.left_alone.values())
+    return run.report.rewrites, "; ".join(run.report.reasons())
 
 
 def every_layer(depth: int, row: list[int]) -> dict[str, list[int]]:

@@ -1,20 +1,23 @@
-"""The body of ``l2c inspect``: what a schedule or router file says, in numbers and as a picture."""
+"""The bodies of ``l2c inspect``: what a schedule or router file says, and what the passes make of it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from l2c_compile.api import l2c_compile
 from l2c_compile.cli.plots import LEGEND, save_heat_map, terminal_heat_map
+from l2c_compile.models.named import DIGITS, named_model
 from l2c_compile.schedules.importers import Family, load_schedule_file
 from l2c_compile.schedules.router import Router
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["inspect_file"]
+__all__ = ["explain_file", "inspect_file"]
 
 
 def inspect_file(
@@ -52,6 +55,43 @@ def inspect_file(
     if png is not None:
         save_heat_map(schedule, png, router=router)
         console.print(Text(f"picture written to {os.fspath(png)}"), soft_wrap=True)
+
+
+def explain_file(
+    path: str | os.PathLike[str],
+    console: Console,
+    *,
+    threshold: float | None = None,
+    family: Family | None = None,
+    model: str = DIGITS,
+    steps: int | None = None,
+    batch: int = 1,
+) -> None:
+    """Print what each pass does to the static graph of a model under a schedule or router; no backend compiles it.
+
+    Args:
+        path: a file that ``load_schedule_file`` reads.
+        console: where to print.
+        threshold: for routers, in place of the usual one.
+        family: for pickles, which project wrote it.
+        model: "digits", or a published size.
+        steps: sampler steps; None takes the loop in the file, or as many as the file is for.
+        batch: samples a call.
+
+    Raises:
+        L2CError: if the file cannot be read, there is no such model, or they do not fit together.
+        OSError: if the file cannot be read.
+    """
+    content = load_schedule_file(path, threshold=threshold, family=family)
+    schedule = content.schedule() if isinstance(content, Router) else content
+    known = named_model(model)
+    loop = known.loop_of(schedule, steps)
+    sampler = l2c_compile(known.denoiser, schedule, loop, numerics="rounding")
+    with console.status("build the graph"):
+        noise = torch.zeros(batch, *known.latent_shape, device=known.device)
+        sampler.capture(noise, y=torch.zeros(batch, dtype=torch.int64, device=known.device))
+    console.print(f"{model}, {loop.name}, {loop.num_evaluations} evaluations, batch {batch}")
+    console.print(sampler.explain())
 
 
 def _facts(schedule: CacheSchedule, router: Router | None) -> dict[str, str]:

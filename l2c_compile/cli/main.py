@@ -70,12 +70,27 @@ def inspect(
     family: Annotated[_Family | None, typer.Option(help="For pickles: which project wrote it.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture as well.")] = None,
     evaluations: Annotated[bool, typer.Option("--evaluations", help="List the evaluations one by one.")] = False,
+    passes: Annotated[
+        bool,
+        typer.Option("--passes", help="List what each pass does to the static graph of a model, and why not more."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --passes: digits, or a published size: dit-xl/2, ...")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --passes: sampler steps; by default those of FILE.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(metavar="B", min=1, help="With --passes: samples a call.")] = None,
 ) -> None:
     """Show what a schedule or router file computes and reuses."""
+    of_passes = {"model": model, "steps": steps, "batch": batch}
+    given = {name: value for name, value in of_passes.items() if value is not None}
+    if given and not passes:
+        raise typer.BadParameter("is for --passes only", param_hint=f"--{min(given)}")
     # Imported here: `l2c --help` should not wait for torch.
     from rich.console import Console
 
-    from l2c_compile.cli.inspect import inspect_file
+    from l2c_compile.cli.inspect import explain_file, inspect_file
 
     inspect_file(
         file,
@@ -85,6 +100,8 @@ def inspect(
         png=png,
         evaluations=evaluations,
     )
+    if passes:
+        explain_file(file, Console(), threshold=threshold, family=None if family is None else family.value, **given)  # type: ignore[arg-type]
 
 
 @app.command()

@@ -31,6 +31,7 @@ from l2c_compile.passes.fold_constants import make_constants
 from l2c_compile.progress import Progress, silent
 from l2c_compile.sampler_file.write import save_sampler
 from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh, weight_versions
+from l2c_compile.samplers.explanation import Explanation
 from l2c_compile.schedules.schedule import CacheSchedule
 
 __all__ = ["CompiledSampler"]
@@ -135,6 +136,10 @@ class CompiledSampler(nn.Module):
     def summary(self) -> Summary:
         """Return what each evaluation of the latest static graph computes, reads and keeps; ``print`` shows it."""
         return summarize(self._current().graph)
+
+    def explain(self) -> Explanation:
+        """Return what each pass did to the latest static graph, and why it left the rest alone; printable."""
+        return Explanation(tuple(self._current().passes))
 
     def predict(self, noise: object, **conditions: object) -> Prediction:
         """Predict what the schedule saves for this form of input, before anything is compiled; ``print`` shows it.

@@ -15,10 +15,11 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.cases import CASES, BenchError
+from bench.cases import CASES, BenchError, load
 from bench.report import Row
-from bench.speed import gpu_all, kernels
+from bench.speed import compile_time, gpu_all, kernels, latency, memory
 from bench.speed.gpu_all import PARTS, TOTAL_S, Part, parts
+from bench.trust import equality, golden
 
 REHEARSAL = ["--device", "cpu", "--tiny"]
 
@@ -36,6 +37,8 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]
     folder = tmp_path_factory.mktemp("gpu-all")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("L2C_SHARED", str(folder / "absent"))
+        # What Dynamo does in these calls is tested case by case.
+        patch.setattr(torch, "compile", lambda function, **options: function)
         return folder, run(folder, *REHEARSAL)
 
 
@@ -179,15 +182,19 @@ def test_a_rehearsal_is_asked_for_in_full(args: list[str], tmp_path: Path, monke
         run(tmp_path, *args)
 
 
+def touch_published_files(folder: Path) -> None:
+    for file in ("routers/l2c_DDIM20_router.pt", "routers/l2c_DDIM50_router.pt", "golden/a.pt"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).touch()
+
+
 @pytest.mark.parametrize("published", [True, False])
 def test_the_parts_fit_into_nine_minutes_and_the_loops_are_those_promised(
     published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("L2C_SHARED", str(tmp_path))
     if published:
-        for file in ("routers/l2c_DDIM20_router.pt", "routers/l2c_DDIM50_router.pt", "golden/a.pt"):
-            (tmp_path / file).parent.mkdir(exist_ok=True)
-            (tmp_path / file).touch()
+        touch_published_files(tmp_path)
     found = parts(tiny=False)
     assert sum(part.budget_s for part in found.values()) <= TOTAL_S < 9 * 60
     assert tuple(found) == PARTS
@@ -200,3 +207,26 @@ def test_the_parts_fit_into_nine_minutes_and_the_loops_are_those_promised(
     assert all("dit-xl" in call and "--device cuda" in call for call in timed)
     assert (not found["golden"].absent, not found["latency"].absent) == (published, published)
     assert len(found["kernels"].calls) == len({*kernels.DIT, *kernels.VIDEO})
+
+
+class Reached(Exception):
+    """The call was understood."""
+
+
+def test_every_call_is_understood_by_its_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def reach(*args: object, **options: object) -> None:
+        raise Reached
+
+    for module, name in (
+        *((module, "workload") for module in (equality, latency, memory)),
+        *((compile_time, "_warm_up"), (golden, "replay"), (kernels, "_time_case")),
+    ):
+        monkeypatch.setattr(module, name, reach)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("L2C_SHARED", str(tmp_path))
+    touch_published_files(tmp_path)
+    for part in parts(tiny=False).values():
+        assert part.calls
+        for bench, *args in part.calls:
+            with pytest.raises(Reached):
+                load(bench)(args, Progress(disable=True))

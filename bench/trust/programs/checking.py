@@ -24,6 +24,7 @@ from bench.trust.programs.denoisers import Description, build_denoiser, draw_den
 from bench.trust.programs.loops import DrawnLoop, draw_form, draw_inputs, draw_loop
 from bench.trust.programs.schedules import CalledModules, draw_schedule, draw_sites, schedule_from
 from l2c_compile import CacheSchedule, Site, run_reference
+from l2c_compile.analyses.cost import prices_of
 from l2c_compile.analyses.summary import summarize
 from l2c_compile.errors import L2CError
 from l2c_compile.frontend.capture import capture
@@ -265,7 +266,9 @@ class Checker:
         """Return the graph after the passes."""
         pipeline = _pipeline(names)
         assert pipeline is not None
-        graph = unroll(self._skeleton(program, schedule.sites), self.denoiser, schedule)
+        skeleton = self._skeleton(program, schedule.sites)
+        graph = unroll(skeleton, self.denoiser, schedule)
+        graph.prices = prices_of(skeleton)
         pipeline.run(graph)
         return graph
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +115,20 @@ def test_a_published_router_is_inspected(shared: Callable[[str], Path]) -> None:
     assert "10 evaluations, 312 of 560 entries computed" in output
     assert "44.29%" in output
     assert import_l2c_dit(path).schedule().digest[:16] in output
+
+
+def test_what_the_passes_do_is_listed_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    CacheSchedule.from_table({"blocks.*.attn": [1, 0]}).save(path)
+    output = inspect(path, "--passes")
+    assert "digits, ddim, 2 evaluations, batch 1" in output
+    assert re.search(r"read-reused-sites +. +8 .*\n", output)
+    assert "candidates left alone" in output
+
+
+def test_options_of_the_list_of_passes_are_not_ignored_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    CacheSchedule.from_table({"blocks.*.attn": [1, 0]}).save(path)
+    result = CliRunner().invoke(app, ["inspect", str(path), "--model", "digits"])
+    assert result.exit_code == 2
+    assert "for --passes only" in result.output

@@ -72,7 +72,7 @@ def test_beyond_the_budget_evaluations_are_taken_in_chunks(evaluations_that_fit:
         assert len(batched) == 2 * products
     else:
         assert report.rewrites == 0
-        assert set(report.left_alone.values()) == {"no other evaluation projects with these weights"}
+        assert set(report.reasons()) == {"no other evaluation projects with these weights"}
 
 
 def test_what_depends_on_the_latent_stays_in_its_evaluation() -> None:

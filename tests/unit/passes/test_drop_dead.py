@@ -48,4 +48,4 @@ def test_an_unused_draw_stays_because_later_draws_depend_on_it() -> None:
     graph = program(function, draw(3))
     report = DropDead().run(graph)
     assert report.rewrites == 0
-    assert list(report.left_alone.values()) == ["draws random numbers: later draws depend on it"]
+    assert list(report.reasons()) == ["draws random numbers: later draws depend on it"]

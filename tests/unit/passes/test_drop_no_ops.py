@@ -46,7 +46,7 @@ def test_what_changes_something_is_left_alone_for_a_reason(function: Callable[[T
     graph, x = program(lambda x: [function(x)], draw(3, 4)), draw(3, 4)
     before = run(graph, x)
     report = DropNoOps().run(graph)
-    assert reason in report.left_alone.values()
+    assert reason in report.reasons()
     DropDead().run(graph)
     assert same_bits(run(graph, x), before)
 
@@ -58,8 +58,8 @@ def test_an_exchange_of_dimensions_stays_where_another_value_may_take_its_place(
         return [aten.sin(aten.transpose(aten.expand(x, [3, 3]), 0, 1))]
 
     report = DropNoOps().run(program(function, draw(1, 1)))
-    assert (report.rewrites, set(report.left_alone)) == (0, {"expand", "transpose"})
-    assert "only look alike because the value repeats" in report.left_alone["transpose"]
+    assert (report.rewrites, {each.name for each in report.left_alone.values()}) == (0, {"expand", "transpose"})
+    assert any("only look alike because the value repeats" in reason for reason in report.reasons())
 
 
 def test_a_view_that_starts_elsewhere_is_left_alone() -> None:

@@ -47,7 +47,7 @@ def test_draws_are_never_merged() -> None:
     graph = program(lambda x: [torch.rand_like(x), torch.rand_like(x)], draw(3))
     report = MergeCommon().run(graph)
     assert report.rewrites == 0
-    assert set(report.left_alone.values()) == {"draws random numbers: each draw is another"}
+    assert set(report.reasons()) == {"draws random numbers: each draw is another"}
 
 
 def test_the_sites_of_merged_values_are_all_noted() -> None:

@@ -11,7 +11,7 @@ from l2c_compile.errors import PassFailed, ScheduleError
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import emit
-from l2c_compile.passes.base import Numerics, Pass, PassReport, Pipeline
+from l2c_compile.passes.base import Numerics, Pass, PassReport, Pipeline, Reason
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_no_ops import DropNoOps
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
@@ -66,6 +66,26 @@ def test_a_pass_is_given_no_other_kind_of_graph_than_it_wants(each: Pass, kind: 
         each.run(program(repeated, draw(3)))
 
 
+def test_reasons_count_candidates_remember_the_first_and_are_worded_when_somebody_asks() -> None:
+    class Asked:
+        def __str__(self) -> str:
+            asked.append(self)
+            return "two"
+
+    asked: list[object] = []
+    first, second = (node for node in program(repeated, draw(3)).graph.nodes if node.target is aten.sin.default)
+    first.meta.update(evaluation=3, nn_module_stack={"": ("blocks.0.attn", "")})
+    report = PassReport()
+    report.leave(first, Reason("reads {} values", Asked()))
+    report.note(second, Reason("reads {} values", 5))
+    report.note(second, Reason("is used as a whole"))
+    report.note(second, None)
+    assert asked == []
+    left, _ = report.left_alone.values()
+    assert (left.count, left.name, left.module, left.evaluation) == (2, first.name, "blocks.0.attn", 3)
+    assert (report.rewrites, report.reasons()) == (1, {"reads two values": 2, "is used as a whole": 1})
+
+
 @dataclass(frozen=True)
 class Transposes(Pass):
     """Puts a tensor with other strides in the place of what the first node makes."""
@@ -101,7 +121,7 @@ def test_a_pass_that_changes_strides_does_not_see_a_graph_that_addresses_memory_
     graph = program(lambda x: [x.sin().as_strided((2,), (3,))], draw(3, 4))
     before = targets(graph)
     report = Transposes().run(graph)
-    assert report.left_alone == {"as_strided": "addresses memory by strides, so none may change"}
+    assert report.reasons() == {"addresses memory by strides, so none may change": 1}
     assert (report.rewrites, targets(graph)) == (0, before)
 
 

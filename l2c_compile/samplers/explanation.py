@@ -1,0 +1,78 @@
+"""``Explanation``: what each pass did to a static graph, and why it left the rest alone."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from l2c_compile.passes.base import LeftAlone, PassRun
+
+__all__ = ["Explanation"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each pass did, and why it left other candidates alone. Print it."""
+
+    passes: tuple[PassRun, ...]
+    """In the order in which they ran."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Return all of it as what JSON holds."""
+        return {
+            "passes": [
+                {
+                    "name": run.name,
+                    "rewrites": run.report.rewrites,
+                    "nodes_before": run.nodes_before,
+                    "nodes_after": run.nodes_after,
+                    "seconds": run.seconds,
+                    "left_alone": [
+                        {
+                            "count": each.count,
+                            "reason": str(each.reason),
+                            "node": each.name,
+                            "module": each.module,
+                            "evaluation": each.evaluation,
+                        }
+                        for each in run.report.left_alone.values()
+                    ],
+                }
+                for run in self.passes
+            ]
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title="passes in order", title_justify="left")
+        table.add_column("pass", no_wrap=True)
+        for heading in ("rewrites", "ms", "left alone"):
+            table.add_column(heading, justify="right")
+        table.add_column("because it")
+        table.add_column("first one")
+        for run in self.passes:
+            cells = [run.name, str(run.report.rewrites), f"{1e3 * run.seconds:.1f}"]
+            for left in run.report.left_alone.values():
+                # Not as markup: reasons have sizes in brackets.
+                table.add_row(*cells, str(left.count), Text(str(left.reason)), Text(_place_of(left)))
+                cells = ["", "", ""]
+            if any(cells):
+                table.add_row(*cells)
+        yield table
+        rewrites = sum(run.report.rewrites for run in self.passes)
+        left_alone = sum(left.count for run in self.passes for left in run.report.left_alone.values())
+        seconds = sum(run.seconds for run in self.passes)
+        yield f"{len(self.passes)} passes: {rewrites} rewrites, {left_alone} candidates left alone, {seconds:.2f} s"
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=110).print(self)
+        return text.getvalue()
+
+
+def _place_of(left: LeftAlone) -> str:
+    place = left.module or f"'{left.name}'"
+    return place if left.evaluation is None else f"{place}, evaluation {left.evaluation}"
