@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import l2c_compile.finders.training
+import l2c_compile.files.tensors
 from l2c_compile import Router, load_schedule_file
 from l2c_compile.files.documents import write_atomically
 from tests.command_line import Done, l2c
@@ -47,7 +47,7 @@ def test_an_interrupted_run_is_resumed_only_when_asked(tmp_path: Path, monkeypat
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(l2c_compile.finders.training, "write_atomically", write_and_stop)
+        patch.setattr(l2c_compile.files.tensors, "write_atomically", write_and_stop)
         with pytest.raises(Stop):
             learn("--out", out, "--budget", "0.98")
     refused = learn("--out", out, "--budget", "0.98")
