@@ -104,7 +104,9 @@ def output_path(path: Path, ending: str, *, force: bool, reads: Path | None = No
         OutputError: if that is no place for it.
     """
     if path.suffix.lower() != ending:
-        raise OutputError(f"{path} wants to end in {ending}, which is what is written there; choose such a name")
+        raise OutputError(
+            f"the name wants to end in {ending}, which is what is written, got {path}; choose such a name"
+        )
     target = path.resolve() if path.is_symlink() else path
     if target.exists():
         if not stat.S_ISREG(target.stat().st_mode):
@@ -126,7 +128,6 @@ def write_report(path: Path, what: str, document: Mapping[str, object]) -> None:
 
 def _is_profile(path: Path) -> bool:
     try:
-        Profile.load(path)
+        return path.is_file() and Profile.load(path) is not None
     except FileFormatError:
         return False
-    return True

@@ -18,9 +18,9 @@ def say(line: str = "", style: str = "") -> None:
     Console().print(Text(line, style=style), soft_wrap=True)
 
 
-def show(*what: RenderableType) -> None:
-    """Print tables and reports, as wide as the terminal."""
-    Console().print(*what, sep="\n")
+def show(what: RenderableType) -> None:
+    """Print a table or a report, as wide as the terminal."""
+    Console().print(what)
 
 
 @contextmanager

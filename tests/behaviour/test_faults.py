@@ -131,7 +131,7 @@ def interrupt_captures() -> None:
         with pytest.raises(KeyboardInterrupt, match="made up"), raising_in(code, KeyboardInterrupt):
             sampler.capture(noise)
         assert state_of(sampler.model) == before, name
-        assert not sampler._programs, name
+        assert not sampler._forms, name
     assert_usable(sampler, noise)
 
 

@@ -111,7 +111,7 @@ def test_every_command_asks_before_it_works(arguments: tuple[object, ...], endin
     given, out, wrong = tmp_path / "in.json", tmp_path / f"out{ending}", tmp_path / "out.txt"
     CacheSchedule.from_table({"blocks.0.attn": [1, 0]}).save(given)
     out.write_text("precious")
-    for path, message in ((out, "exists already"), (wrong, f"wants to end in {ending}")):
+    for path, message in ((out, "exists already"), (wrong, f"wants to end in {ending}, ")):
         done = l2c(*({"IN": given, "OUT": path}.get(str(each), each) for each in arguments))
         assert (done.code, done.out) == (2, "")
         assert message in done.err
@@ -140,6 +140,14 @@ def test_of_another_file_of_ours_it_is_said_what_it_is_and_who_takes_it(
         done = l2c(command, sampler)
         assert done.code == 2
         assert "is a saved sampler, no schedule or router; `l2c verify` takes it" in done.err
+
+
+@pytest.mark.parametrize("command", ["inspect", "predict", "eval", "verify"])
+def test_a_pipe_is_not_waited_for(command: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = l2c(command, tmp_path / "pipe")
+    assert done.code == 2
+    assert "is no regular file" in done.err
 
 
 def test_a_sampler_is_known_by_what_it_holds(sampler: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from l2c_compile.schedules.importers import import_l2c_dit
@@ -81,12 +82,17 @@ def test_a_published_router_is_inspected(shared: Callable[[str], Path]) -> None:
     assert import_l2c_dit(path).schedule().digest[:16] in output
 
 
+@pytest.mark.usefixtures("two_blocks_each")
 def test_what_the_passes_do_is_listed_on_request(tmp_path: Path) -> None:
     path = tmp_path / "schedule.json"
     CacheSchedule.from_table({"blocks.*.attn": [1, 0]}).save(path)
     output = inspect(path, "--passes")
     assert "digits, ddim, 2 evaluations, batch 1" in output
+<<<<<<< HEAD
     assert re.search(r"^read-reused-sites +8 ", output, re.MULTILINE)
+=======
+    assert re.search(r"read-reused-sites +. +2 .*\n", output)
+>>>>>>> h-cli
     assert "candidates left alone" in output
 
 

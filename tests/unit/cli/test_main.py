@@ -69,10 +69,10 @@ def test_the_version_is_that_of_the_package_and_of_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inspct", "x"), "Did you mean 'inspect'?"),
+        (("inspct", "x"), "No such command 'inspct'"),
         (("inspect", "missing.json"), "'missing.json' does not exist"),
         (("demo", "--steps", "7"), "'7' is not one of '20', '50'"),
-        (("schedule", "unifrm"), "Did you mean 'uniform'?"),
+        (("schedule", "unifrm"), "No such command 'unifrm'"),
         (("schedule", "random"), "Missing option"),
     ],
 )
