@@ -5,26 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "BackendError",
-    "CaptureError",
-    "FileFormatError",
-    "InputFormError",
-    "KernelError",
-    "L2CError",
-    "LoopError",
-    "LoopTraceError",
-    "PassFailed",
-    "ProfileError",
-    "QualityError",
-    "SaveError",
-    "ScheduleError",
-    "StaleConstantsError",
-    "UnknownSiteError",
-    "VerificationError",
-    "nearest",
-]
-
 
 class L2CError(Exception):
     """The base of all errors of l2c_compile."""

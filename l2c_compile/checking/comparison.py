@@ -19,8 +19,6 @@ from l2c_compile.checking.reference import Recorder, run_reference
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Difference", "VerifyReport", "compare_with_reference", "finite", "largest_errors"]
-
 
 @dataclass(frozen=True)
 class Difference:

@@ -17,19 +17,6 @@ from typing import BinaryIO
 
 from l2c_compile.errors import FileFormatError, L2CError
 
-__all__ = [
-    "MAX_JSON_BYTES",
-    "check_header",
-    "frozen_json",
-    "honoured",
-    "open_regular",
-    "parse_json",
-    "plain_json",
-    "read_bytes",
-    "replaced_at_once",
-    "write_atomically",
-]
-
 MAX_JSON_BYTES = 4 * 2**20
 """The largest JSON document read: 1000 evaluations x 1000 sites fit, and parsing it stays within a second."""
 

@@ -16,8 +16,6 @@ import torch
 from l2c_compile.errors import FileFormatError
 from l2c_compile.files.documents import open_regular
 
-__all__ = ["load_pickle"]
-
 _MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_PICKLE_ENTRIES = 10_000
 

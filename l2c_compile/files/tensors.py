@@ -12,8 +12,6 @@ from torch import Tensor
 from l2c_compile.errors import FileFormatError
 from l2c_compile.files.documents import MAX_JSON_BYTES, open_regular, parse_json, write_atomically
 
-__all__ = ["read_tensors", "write_tensors"]
-
 _KEY = "l2c_compile"
 # A document of the largest size, as text inside the text of the header.
 _MAX_HEADER_BYTES = 2 * MAX_JSON_BYTES

@@ -37,8 +37,6 @@ from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
 
-__all__ = ["trace_loop"]
-
 _NO_VALUES = (
     "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
     " compute it from the timesteps"
@@ -229,6 +227,7 @@ class LoopTracer(fx.proxy.TracerBase):
         return tree_unflatten(wrapped, spec)
 
     def create_arg(self, a: object) -> Argument:
+        """Return what stands for a value among the arguments of a node."""
         if isinstance(a, LoopTensor):
             return a.node
         if isinstance(a, torch.Generator):

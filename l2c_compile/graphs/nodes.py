@@ -14,27 +14,6 @@ from torch.fx.node import Argument, Node
 
 from l2c_compile.files.torch_cache import cache_folder_named
 
-__all__ = [
-    "Expression",
-    "argument_key",
-    "arguments_of",
-    "draws_random_numbers",
-    "emit",
-    "evaluation_of",
-    "expression",
-    "form_of",
-    "infer",
-    "is_pointwise",
-    "module_path",
-    "num_bytes",
-    "output_list",
-    "outputs_of",
-    "own_evaluation",
-    "packet_of",
-    "put_with",
-    "root_tensor",
-]
-
 # Imports Dynamo, which makes torch's cache folder.
 with cache_folder_named():
     _INFERENCE = FakeTensorMode()

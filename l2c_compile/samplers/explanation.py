@@ -11,8 +11,6 @@ from rich.text import Text
 
 from l2c_compile.passes.base import LeftAlone, PassRun
 
-__all__ = ["Explanation"]
-
 
 @dataclass(frozen=True)
 class Explanation:
