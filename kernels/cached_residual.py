@@ -120,11 +120,11 @@ def cached_residual(
     Args:
         x: (B, T, D) or (N, D) in float32, bfloat16 or float16. Rows with a last stride of 1 are read at full speed;
             any other strides are read where they lie as well, but not coalesced.
-        caches: One tensor of the shape of ``x`` a term, any float dtype; or what ``pack_cache`` returned.
-        gates: One a term: (B, D), (B, 1, D), (D,), (1,), () or whatever broadcasts to ``x``; None is 1.
-        scales: As gates, applied to the cached value; None is 1.
-        shifts: As gates, added after the scale; None is 0.
-        weights: One number a term.
+        caches: one tensor of the shape of ``x`` a term, any float dtype; or what ``pack_cache`` returned.
+        gates: one a term: (B, D), (B, 1, D), (D,), (1,), () or whatever broadcasts to ``x``; None is 1.
+        scales: as gates, applied to the cached value; None is 1.
+        shifts: as gates, added after the scale; None is 0.
+        weights: one number a term.
         token_scales: (B, T) or (N,), for packed caches and for no others.
 
     Returns:

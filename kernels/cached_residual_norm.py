@@ -218,19 +218,19 @@ def cached_residual_norm(
     """Return the residual stream after its cached terms, and its modulated norm.
 
     Args:
-        x: As for ``cached_residual``, with at most 8192 channels.
-        caches: As for ``cached_residual``; there may be none.
-        gates: As for ``cached_residual``.
-        scales: As for ``cached_residual``.
-        shifts: As for ``cached_residual``.
-        weights: As for ``cached_residual``.
-        token_scales: As for ``cached_residual``.
+        x: as for ``cached_residual``, with at most 8192 channels.
+        caches: as for ``cached_residual``; there may be none.
+        gates: as for ``cached_residual``.
+        scales: as for ``cached_residual``.
+        shifts: as for ``cached_residual``.
+        weights: as for ``cached_residual``.
+        token_scales: as for ``cached_residual``.
         norm: ``"layer"`` or ``"rms"``.
-        eps: What is added to the variance, or to the mean square.
-        norm_weight: What the normalised values are multiplied with; None is 1.
-        norm_bias: What is added then; None is 0.
-        mod_scale: The result is multiplied with one more than this; None is 0.
-        mod_shift: What is added last; None is 0.
+        eps: what is added to the variance, or to the mean square.
+        norm_weight: what the normalised values are multiplied with; None is 1.
+        norm_bias: what is added then; None is 0.
+        mod_scale: the result is multiplied with one more than this; None is 0.
+        mod_shift: what is added last; None is 0.
 
     Returns:
         Two new contiguous tensors with the shape and dtype of ``x``.

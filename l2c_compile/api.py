@@ -17,8 +17,6 @@ from l2c_compile.samplers.compiled_sampler import CompiledSampler
 from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["l2c_compile"]
-
 
 def l2c_compile(
     model: nn.Module,

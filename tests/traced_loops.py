@@ -40,7 +40,8 @@ class Traced:
     def first(self, target: Target, evaluation: int | None = None) -> fx.Node:
         """Return the first node of an operation, in any evaluation or in the one that is named."""
         nodes = self.graph.graph.find_nodes(op="call_function", target=target)
-        return next(n for n in nodes if evaluation is None or n.meta.get("evaluation") == evaluation)
+        found: fx.Node = next(n for n in nodes if evaluation is None or n.meta.get("evaluation") == evaluation)
+        return found
 
 
 def traced(table: dict[str, list[int]] = TABLE, loop: Loop | None = None, passes: Pipeline = BITWISE) -> Traced:

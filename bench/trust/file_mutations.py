@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.trust.mutate import graphs, json_text, pickles, routers, zips
+from bench.trust.mutate import graphs, json_text, pickles, tensors, zips
 from bench.trust.mutate.file_system import FILE_SYSTEM
 from bench.trust.mutate.raw import BYTES, Bytes, Draw
 
 __all__ = ["KINDS", "Malformed", "malformed"]
 
-KINDS = ("schedule", "router", "l2c-dit", "l2c-uvit", "smoothcache", "invardiff", "sampler")
+KINDS = ("schedule", "router", "l2c-dit", "l2c-uvit", "smoothcache", "invardiff", "sampler", "profile", "checkpoint")
 """What the package reads, by the name of its project or class."""
 
-_SUFFIX = {"router": ".safetensors", "l2c-dit": ".pt", "l2c-uvit": ".pth", "sampler": ".pt2"}
+_TENSORS = ("router", "profile", "checkpoint")
+_SUFFIX = {**dict.fromkeys(_TENSORS, ".safetensors"), "l2c-dit": ".pt", "l2c-uvit": ".pth", "sampler": ".pt2"}
 _ZIPS = ("l2c-dit", "l2c-uvit", "sampler")
 
 
@@ -64,8 +65,8 @@ def _mutations(kind: str, canary: Path) -> dict[str, dict[str, Bytes]]:
         groups |= graphs.groups(canary)
     elif kind in _ZIPS:
         groups["pickle"] = pickles.edits(canary)
-    elif kind == "router":
-        groups |= routers.groups(canary)
+    elif kind in _TENSORS:
+        groups |= tensors.groups(kind, canary)
     else:
         groups["json"] = {**json_text.edits(canary), "large": json_text.large_json}
     return groups

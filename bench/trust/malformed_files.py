@@ -3,11 +3,11 @@
 Options: ``--count N`` (default 5000), ``--seed N`` (default 0) and ``--first N`` (default 0), the first file's number:
 with ``--count 1`` that replays one. File number n of a seed is the same file in every run. Linux only.
 
-Kinds are what the package reads: schedules, routers, saved samplers, and the files of other projects.
-``file_mutations.py`` and ``mutate/`` break them, ``malformed_worker.py`` reads them in processes of their own. Allowed
-are an ``L2CError`` with a short printable message, or an ``OSError`` that names the file where the file system is at
-fault, within a second of processor time and 256 MiB. A file that is read all the same says what it said before or,
-where no checksum covers the change, something that is valid.
+Kinds are what the package reads: schedules, routers, saved samplers, profiles, checkpoints of learning, and the files
+of other projects. ``file_mutations.py`` and ``mutate/`` break them, ``malformed_worker.py`` reads them in processes of
+their own. Allowed are an ``L2CError`` with a short printable message, or an ``OSError`` that names the
+file where the file system is at fault, within a second of processor time and 256 MiB. A file that is read all the same
+says what it said before or, where no checksum covers the change, something that is valid.
 """
 
 from __future__ import annotations

@@ -20,10 +20,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from bench.trust import finder_files
 from bench.trust.file_mutations import Malformed, malformed
 from bench.trust.mutate.valid import valid_files
 from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
@@ -38,7 +40,7 @@ MEMORY_BYTES = 256 * 2**20
 """Address space that a file may take beyond what the process has before it is read."""
 MAX_MESSAGE_CHARACTERS = 1000
 
-_Read = Router | CacheSchedule | LoadedSampler
+_Read = Router | CacheSchedule | LoadedSampler | finder_files.FinderFile
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class _Watch:
 
 
 def _reader(kind: str) -> Callable[[Path], _Read]:
+    if kind in finder_files.KINDS:
+        return partial(finder_files.read, kind)
     return load if kind == "sampler" else load_schedule_file
 
 
@@ -153,7 +157,7 @@ def _digest(kind: str, result: _Read) -> object:
     return result
 
 
-def _check_consistent(result: _Read, folder: Path) -> None:
+def _check_consistent(kind: str, result: _Read, folder: Path) -> None:
     """Raise an error if something that was read cannot be written and read again."""
     if isinstance(result, LoadedSampler):
         repr(result)
@@ -161,7 +165,7 @@ def _check_consistent(result: _Read, folder: Path) -> None:
         return
     again = folder / "again"
     result.save(again)
-    assert load_schedule_file(again) == result, "is another after it was saved and read again"
+    assert _reader(kind)(again) == result, "is another after it was saved and read again"
     again.unlink()
 
 
@@ -227,7 +231,7 @@ class _Reading:
                 same = _digest(file.kind, result) == self.wanted[file.kind]
                 if not same:
                     return "WRONG RESULT", "a damaged file was read as another"
-            _check_consistent(result, self.folder)
+            _check_consistent(file.kind, result, self.folder)
         except Exception as error:
             return "INCONSISTENT", f"{type(error).__name__}: {error!s:.200}"
         return ("read as before" if same else "read as another"), ""

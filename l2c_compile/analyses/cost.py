@@ -20,8 +20,6 @@ from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.graphs.nodes import infer, num_bytes
 from l2c_compile.graphs.skeleton import LoopSkeleton
 
-__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved", "prices_of"]
-
 
 class MultiplyAdds:
     """Counts the multiply-adds of matrix products, convolutions and attention; elementwise work counts as none.

@@ -15,8 +15,6 @@ from torch.fx.node import Node
 
 from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, form_of
 
-__all__ = ["KeptRun", "cache_work", "is_kept", "is_light", "kept_runs", "later_readers", "made_of_kept_values"]
-
 aten = torch.ops.aten
 
 T = TypeVar("T")

@@ -20,8 +20,6 @@ from torch.fx.node import Argument, Node
 from l2c_compile.errors import VerificationError
 from l2c_compile.graphs.forms import TensorForm
 
-__all__ = ["Inference", "Inferred", "bind", "flattened", "hashable", "name_of", "on_values", "replace_tensors"]
-
 
 def on_values(node: Node, values: Mapping[Node, Any]) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments of a node, with values in place of its operands."""

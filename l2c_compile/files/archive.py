@@ -21,8 +21,6 @@ from typing import BinaryIO
 from l2c_compile.errors import FileFormatError
 from l2c_compile.files.documents import open_regular
 
-__all__ = ["Archive"]
-
 _MAX_DIRECTORY_BYTES = 8 * 2**20
 _CHUNK_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)+", re.ASCII)

@@ -9,23 +9,13 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
-from l2c_compile.errors import FileFormatError
-
-__all__ = [
-    "MAX_JSON_BYTES",
-    "frozen_json",
-    "open_regular",
-    "parse_json",
-    "plain_json",
-    "read_bytes",
-    "replaced_at_once",
-    "write_atomically",
-]
+from l2c_compile.errors import FileFormatError, L2CError
 
 MAX_JSON_BYTES = 4 * 2**20
 """The largest JSON document read: 1000 evaluations x 1000 sites fit, and parsing it stays within a second."""
@@ -111,14 +101,14 @@ def _as_write_errors(target: Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, text, str(target)) from error
 
 
-def parse_json(text: str | bytes) -> dict[str, object]:
+def parse_json(text: str | bytes, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
     """Parse a JSON object. NaN, infinities, duplicate keys, deep nesting and other top-level values are errors.
 
     Raises:
-        FileFormatError: If ``text`` is not such a document, or longer than ``MAX_JSON_BYTES``.
+        FileFormatError: if ``text`` is not such a document, or longer than ``max_bytes``.
     """
-    if len(text) > MAX_JSON_BYTES:
-        raise FileFormatError(f"JSON wants at most {MAX_JSON_BYTES} bytes, got {len(text)}")
+    if len(text) > max_bytes:
+        raise FileFormatError(f"JSON wants at most {max_bytes} bytes, got {len(text)}")
     opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     if opened > _MAX_CONTAINERS:
         raise FileFormatError(f"JSON wants at most {_MAX_CONTAINERS} lists and objects, has more")
@@ -133,6 +123,62 @@ def parse_json(text: str | bytes) -> dict[str, object]:
     if not isinstance(document, dict):
         raise FileFormatError(f"JSON wants an object at the top, got {type(document).__name__}")
     return document
+
+
+def check_header(
+    document: Mapping[str, object],
+    what: str,
+    format_name: str | None,
+    version: int,
+    keys: AbstractSet[str],
+    optional: AbstractSet[str] = frozenset(),
+) -> None:
+    """Check what every document of ours begins with: format, version, keys and the order of its evaluations.
+
+    Args:
+        document: as read.
+        what: the kind of file, for messages.
+        format_name: what the document must say under ``format``; None where the file says it in another place.
+        version: the latest version that is read.
+        keys: what the document must have; with ``orientation`` its evaluations must be in execution order.
+        optional: what it may have as well.
+
+    Raises:
+        FileFormatError: if the document is of another kind, of a newer version, or damaged.
+    """
+    if format_name is not None and document.get("format") != format_name:
+        raise FileFormatError(f"a {what} wants format {format_name!r}, got {document.get('format')!r:.80}")
+    got = document.get("version")
+    if type(got) is not int or got < 1:
+        raise FileFormatError(f"a {what} wants a version number, got {got!r:.80}")
+    if got > version:
+        raise FileFormatError(
+            f"the {what} is of version {got}, this l2c_compile reads up to {version}; update l2c_compile"
+        )
+    if missing := sorted(keys - document.keys()):
+        raise FileFormatError(f"the {what} lacks {missing}")
+    if unknown := sorted(document.keys() - keys - optional):
+        raise FileFormatError(f"the {what} has unknown keys {unknown[:5]}")
+    if document.get("orientation", "execution") != "execution":
+        raise FileFormatError(f"orientation wants 'execution', got {document['orientation']!r:.80}")
+
+
+@contextmanager
+def honoured(what: str) -> Iterator[None]:
+    """Raise errors of what a file describes as errors of the file, whose form was right.
+
+    Args:
+        what: what the file describes.
+
+    Raises:
+        FileFormatError: in place of any other error of ours, or of a type that fits nowhere.
+    """
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (L2CError, TypeError) as error:
+        raise FileFormatError(f"the file describes a {what} that cannot be honoured: {error}") from error
 
 
 def frozen_json(value: Mapping[str, object], what: str) -> Mapping[str, object]:

@@ -16,8 +16,6 @@ import torch
 from l2c_compile.errors import FileFormatError
 from l2c_compile.files.documents import open_regular
 
-__all__ = ["load_pickle"]
-
 _MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_PICKLE_ENTRIES = 10_000
 
@@ -48,18 +46,17 @@ def load_pickle(path: str | os.PathLike[str]) -> Mapping[str, object]:
 def _check_archive(path: str | os.PathLike[str]) -> None:
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
-    if size_bytes > _MAX_PICKLE_BYTES:
-        raise FileFormatError(f"a router pickle wants at most {_MAX_PICKLE_BYTES} bytes, got {size_bytes}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error, OSError) as error:
-        # zipfile may seek to where a forged offset says; other numbers are the disk's.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise
-        raise FileFormatError(
-            f"not a file of torch.save: {error}. Files from before torch 1.6 must be saved again by their owner"
-        ) from error
+        if size_bytes > _MAX_PICKLE_BYTES:
+            raise FileFormatError(f"a router pickle wants at most {_MAX_PICKLE_BYTES} bytes, got {size_bytes}")
+        try:
+            entries = zipfile.ZipFile(file).infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error, OSError) as error:
+            # zipfile may seek to where a forged offset says; other numbers are the disk's.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise
+            raise FileFormatError(
+                f"not a file of torch.save: {error}. Files from before torch 1.6 must be saved again by their owner"
+            ) from error
     if len(entries) > _MAX_PICKLE_ENTRIES or sum(entry.file_size for entry in entries) > _MAX_PICKLE_BYTES:
         raise FileFormatError(
             f"a router pickle wants at most {_MAX_PICKLE_ENTRIES} entries of {_MAX_PICKLE_BYTES} bytes in all, claims "

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from l2c_compile.errors import BackendError
 
-__all__ = ["cache_folder_named"]
-
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 

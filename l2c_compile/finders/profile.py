@@ -9,20 +9,19 @@ Shapes: R runs of the loop, K lags, E evaluations, S sites.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from l2c_compile.analyses.cost import MultiplyAdds
-from l2c_compile.errors import FileFormatError, L2CError, ProfileError
-from l2c_compile.files.documents import MAX_JSON_BYTES, frozen_json, parse_json, plain_json, write_atomically
+from l2c_compile.errors import FileFormatError, ProfileError
+from l2c_compile.files.documents import check_header, frozen_json, honoured, plain_json
+from l2c_compile.files.tensors import read_tensors, write_tensors
 from l2c_compile.finders.work import Work, work_of
 from l2c_compile.frontend.capture import capture, check_sites_exist
 from l2c_compile.frontend.stand_in import Loop, StandIn
@@ -44,9 +43,8 @@ __all__ = ["FORMAT", "VERSION", "Profile", "take_profile"]
 FORMAT = "l2c_compile.profile"
 VERSION = 1
 
-_METADATA_KEY = "l2c_compile"
+_KEYS = frozenset({"format", "version", "orientation", "sites", "branches", "loop", "model"})
 _TENSORS = ("change", "evaluation_work", "growth", "site_work", "size")
-_MAX_FILE_BYTES = 2**30
 
 _SIMPLIFY = Pipeline((DropNoOps(), MergeCommon(), DropDead()), assumes=frozenset({Fact.SITES_MARKED}))
 _OBSERVE = Pipeline((ReturnSites(),), assumes=frozenset({Fact.SITES_MARKED}))
@@ -140,8 +138,7 @@ class Profile:
             "evaluation_work": torch.tensor(self.work.evaluations),
             "site_work": torch.tensor([self.work.sites[site] for site in self.sites]),
         }
-        metadata = {_METADATA_KEY: json.dumps(document, allow_nan=False)}
-        write_atomically(path, safetensors.torch.save(tensors, metadata))
+        write_tensors(path, document, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -151,28 +148,9 @@ class Profile:
             FileFormatError: It is not such a file, is of a newer version, or its parts do not fit together.
             OSError: It cannot be read.
         """
-        size_bytes = os.stat(path).st_size
-        if size_bytes > _MAX_FILE_BYTES:
-            raise FileFormatError(f"a profile file wants at most {_MAX_FILE_BYTES} bytes, got {size_bytes}")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata, names = file.metadata() or {}, sorted(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names} if names == list(_TENSORS) else {}
-        except safetensors.SafetensorError as error:
-            raise FileFormatError(f"not a safetensors file: {error}") from error
-        if _METADATA_KEY not in metadata or not tensors:
-            raise FileFormatError(
-                f"a profile file wants the tensors {', '.join(_TENSORS)} and metadata {_METADATA_KEY!r}, got tensors "
-                f"{names[:6]} and metadata {sorted(metadata)[:5]}"
-            )
-        if len(metadata[_METADATA_KEY]) > MAX_JSON_BYTES:
-            raise FileFormatError(f"a profile wants at most {MAX_JSON_BYTES} bytes of metadata")
-        try:
-            return _from_document(parse_json(metadata[_METADATA_KEY]), tensors)
-        except FileFormatError:
-            raise
-        except (L2CError, TypeError) as error:
-            raise FileFormatError(f"the file describes a profile that cannot be used: {error}") from error
+        document, tensors = read_tensors(path, "profile", names=_TENSORS)
+        with honoured("profile"):
+            return _from_document(document, tensors)
 
 
 def take_profile(
@@ -396,19 +374,8 @@ def _identity(denoiser: nn.Module) -> dict[str, object]:
 
 
 def _from_document(document: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Profile:
-    if document.get("format") != FORMAT:
-        raise FileFormatError(f"a profile wants format {FORMAT!r}, got {document.get('format')!r:.80}")
-    version = document.get("version")
-    if type(version) is not int or version < 1:
-        raise FileFormatError(f"a profile wants a version number, got {version!r:.80}")
-    if version > VERSION:
-        raise FileFormatError(
-            f"the profile is of version {version}, this l2c_compile reads up to {VERSION}; update l2c_compile"
-        )
-    if document.get("orientation") != "execution":
-        raise FileFormatError(f"orientation wants 'execution', got {document.get('orientation')!r:.80}")
-    names, branches = document.get("sites"), document.get("branches")
-    loop, model = document.get("loop"), document.get("model")
+    check_header(document, "profile", FORMAT, VERSION, _KEYS)
+    names, branches, loop, model = (document[key] for key in ("sites", "branches", "loop", "model"))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FileFormatError("sites wants a list of site names")
     if type(branches) is not int or not isinstance(loop, (dict, type(None))) or not isinstance(model, dict):

@@ -9,17 +9,17 @@ Shapes: E evaluations, S sites. Rows are evaluations in execution order.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from l2c_compile.errors import FileFormatError, ScheduleError
-from l2c_compile.files.documents import parse_json, write_atomically
+from l2c_compile.finders.checkpoint import Checkpoint
 from l2c_compile.finders.open_evaluations import Form, SoftDenoiser
 from l2c_compile.finders.penalty import Costs
 from l2c_compile.finders.processes import Workers, frozen, generator_of, seeded
@@ -40,8 +40,8 @@ def branches_of(loop: Loop) -> int:
 Draw = Callable[[int, torch.Generator], tuple[object, Mapping[str, object]]]
 """``draw(count, generator) -> (noise, conditions)``: what a loop is given, for ``count`` samples, on the CPU."""
 
-_METADATA_KEY = "l2c_compile.training"
-_FORMAT_VERSION = 1
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each row."""
 _MEMORY = 0.9
 """How much of the estimated steepness a round keeps from the one before."""
 _LEAST_PENALTY = 1e-6
@@ -91,11 +91,11 @@ class Settings:
         for name in ("rounds", "batch_size", "checkpoint_every"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ScheduleError(f"{name} wants a positive whole number, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0 or not self.limit > 0:
+        if not all(0 < number < math.inf for number in (self.learning_rate, self.limit)):
             raise ScheduleError("learning_rate and limit want positive numbers")
         if (self.penalty is None) == (self.budget is None):
             raise ScheduleError("a router wants a price of computing: give a penalty, or a budget to derive it from")
-        if self.penalty is not None and not self.penalty > 0:
+        if self.penalty is not None and not 0 < self.penalty < math.inf:
             raise ScheduleError(f"penalty wants a positive number, got {self.penalty}")
         if self.budget is not None and not 0 < self.budget < 1:
             raise ScheduleError(f"budget wants a share between 0 and 1, got {self.budget}")
@@ -290,8 +290,8 @@ class Learner:
             noted,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all that the next round depends on as one safetensors file, atomically."""
+    def checkpoint(self) -> Checkpoint:
+        """Return all that the next round depends on."""
         tensors = {} if self.weights_E is None else {"weights": self.weights_E}
         tensors["penalty"] = torch.tensor(self.penalty, dtype=torch.float64)
         tensors["steepness"] = self.steepness_ES
@@ -303,33 +303,22 @@ class Learner:
             tensors[f"logits.{e}"] = row.detach().cpu().clone()
             for name, value in self._optimizer.state[row].items():
                 tensors[f"{name}.{e}"] = value.cpu().clone()
-        metadata = {_METADATA_KEY: json.dumps({**self._described(), "round": self.round})}
-        write_atomically(path, safetensors.torch.save(tensors, metadata))
+        return Checkpoint(self._described(), self.round, tensors)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a file written by ``save``.
+        """Go on from what ``checkpoint`` returned, in a file.
 
         Raises:
-            FileFormatError: it is no such file.
-            ScheduleError: it is of another model, loop, or of other settings; ``rounds`` may differ.
+            FileFormatError: if it is no such file, or damaged.
+            ScheduleError: if it is of another model, loop, or of other settings; ``rounds`` may differ.
         """
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                document = parse_json((file.metadata() or {})[_METADATA_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (safetensors.SafetensorError, KeyError) as error:
+            read = Checkpoint.load(path, self._described())
+            read.check_forms(*self._forms(read.tensors))
+        except FileFormatError as error:
             raise FileFormatError(f"{os.fspath(path)} is no checkpoint of learning a router: {error}") from error
-        done = document.pop("round", None)
-        if document != self._described():
-            wanted, got = self._described(), document
-            names = sorted(name for name in {*wanted, *got} if wanted.get(name) != got.get(name))
-            raise ScheduleError(
-                f"{os.fspath(path)} was made with another {', '.join(names)}; choose another file, or the same settings"
-            )
-        needed = {"penalty", "steepness", "work.total", "work.own", "prices.own", *(f"logits.{e}" for e in self.logits)}
-        if type(done) is not int or not needed <= tensors.keys():
-            raise FileFormatError(f"{os.fspath(path)} is no checkpoint of learning a router: parts of it are missing")
-        self.round, self.penalty, self.steepness_ES = done, float(tensors["penalty"]), tensors["steepness"]
+        tensors = read.tensors
+        self.round, self.penalty, self.steepness_ES = read.round, float(tensors["penalty"]), tensors["steepness"]
         self._work.total, self._work.own_ES = float(tensors["work.total"]), tensors["work.own"]
         self._prices.own_ES = tensors["prices.own"]
         self._set_prices()
@@ -337,17 +326,29 @@ class Learner:
         for e, row in self.logits.items():
             with torch.no_grad():
                 row.copy_(tensors[f"logits.{e}"])
-            names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{e}" in tensors]
+            names = [name for name in _MOMENTS if f"{name}.{e}" in tensors]
             device = {"step": torch.device("cpu")}
             self._optimizer.state[row] = {
                 name: tensors[f"{name}.{e}"].to(device.get(name, row.device)) for name in names
             }
 
+    def _forms(self, names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return tensors of the forms that a checkpoint with these names must have, and of those that it may have."""
+        one, table_ES = torch.zeros((), dtype=torch.float64), self._work.own_ES
+        needed = {"penalty": one, "work.total": one, "work.own": table_ES, "prices.own": table_ES}
+        needed["steepness"] = self.steepness_ES
+        # AdamW counts in float32, also where other numbers are smaller.
+        step = one if torch.get_default_dtype() == torch.float64 else one.float()
+        for e, row in self.logits.items():
+            needed[f"logits.{e}"] = row
+            moments = dict(zip((f"{name}.{e}" for name in _MOMENTS), (step, row, row), strict=True))
+            needed |= moments if any(name in names for name in moments) else {}
+        return needed, {"weights": table_ES[:, 0]}
+
     def _described(self) -> dict[str, object]:
         own = {"rounds", "checkpoint_every"}
         settings = {name: value for name, value in asdict(self.settings).items() if name not in own}
         described = {
-            "version": _FORMAT_VERSION,
             "evaluations": self.num_evaluations,
             "trained": list(self.logits),
             "sites": list(map(str, self.denoiser.sites)),
@@ -420,7 +421,7 @@ def train(
         distance, kept = learner.finish_round()
         is_due = learner.round % settings.checkpoint_every == 0 or learner.round == settings.rounds
         if checkpoint is not None and is_due and workers.is_main:
-            learner.save(checkpoint)
+            learner.checkpoint().save(checkpoint)
         if on_round is not None:
             on_round(RoundReport(learner.round, settings.rounds, distance, kept, learner.penalty, router))
     return router()

@@ -12,28 +12,11 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument, Node
 
-__all__ = [
-    "Expression",
-    "argument_key",
-    "arguments_of",
-    "draws_random_numbers",
-    "emit",
-    "evaluation_of",
-    "expression",
-    "form_of",
-    "infer",
-    "is_pointwise",
-    "module_path",
-    "num_bytes",
-    "output_list",
-    "outputs_of",
-    "own_evaluation",
-    "packet_of",
-    "put_with",
-    "root_tensor",
-]
+from l2c_compile.files.torch_cache import cache_folder_named
 
-_INFERENCE = FakeTensorMode()
+# Imports Dynamo, which makes torch's cache folder.
+with cache_folder_named():
+    _INFERENCE = FakeTensorMode()
 
 
 def emit(

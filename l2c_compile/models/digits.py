@@ -7,18 +7,15 @@ Shapes: B batch, C channels, H height, W width, D width.
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from l2c_compile.errors import FileFormatError
+from l2c_compile.files.tensors import read_tensors
 from l2c_compile.models.dit import DiT
-
-__all__ = ["GUIDANCE_SCALE", "DigitClassifier", "load_digit_classifier", "load_digits_dit"]
 
 GUIDANCE_SCALE = 2.0
 """The guidance scale of the digits model. From 1.5 to 5 it draws the digits that are asked for; without guidance some
@@ -95,8 +92,7 @@ def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a packaged file and the constructor arguments from its metadata."""
     with resources.as_file(resources.files("l2c_compile") / "data" / name) as path:
         try:
-            with safe_open(path, framework="pt") as file:
-                config = json.loads(file.metadata()["config"])
-                return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            config, weights = read_tensors(path, "model", key="config")
+        except FileFormatError as error:
             raise FileFormatError(f"l2c_compile/data/{name} is damaged ({error}); install the package again") from error
+    return weights, config

@@ -12,28 +12,9 @@ from torch.utils._pytree import tree_flatten
 
 from l2c_compile.errors import FileFormatError, SaveError
 from l2c_compile.files.archive import Archive
-from l2c_compile.files.documents import MAX_JSON_BYTES, parse_json
+from l2c_compile.files.documents import MAX_JSON_BYTES, check_header, parse_json
 from l2c_compile.graphs.forms import StaticValue, TensorForm
 from l2c_compile.sampler_file.graph_lines import encode_form, encode_literal
-
-__all__ = [
-    "FORMAT",
-    "GRAPH",
-    "MANIFEST",
-    "MAX_GRAPH_BYTES",
-    "SCHEDULE",
-    "VERSION",
-    "decode_numbers",
-    "decode_tree",
-    "describe_input",
-    "encode_input",
-    "encode_tree",
-    "hashed",
-    "list_of",
-    "own_version",
-    "raw_value",
-    "read_manifest",
-]
 
 FORMAT = "l2c_compile.sampler"
 VERSION = 1
@@ -56,17 +37,7 @@ def read_manifest(archive: Archive) -> dict[str, object]:
         FileFormatError: if the manifest is damaged, of a newer version, or something else.
     """
     manifest = parse_json(archive.read(MANIFEST, max_bytes=MAX_JSON_BYTES))
-    if manifest.get("format") != FORMAT:
-        raise FileFormatError(f"a saved sampler wants format {FORMAT!r}, got {manifest.get('format')!r:.80}")
-    version = manifest.get("version")
-    if type(version) is not int or version < 1:
-        raise FileFormatError(f"a saved sampler wants a version number, got {version!r:.80}")
-    if version > VERSION:
-        raise FileFormatError(
-            f"the sampler is of version {version}, this l2c_compile reads up to {VERSION}; update l2c_compile"
-        )
-    if manifest.keys() != _MANIFEST_KEYS:
-        raise FileFormatError(f"the manifest wants the keys {sorted(_MANIFEST_KEYS)}, got {sorted(manifest)[:16]}")
+    check_header(manifest, "saved sampler", FORMAT, VERSION, _MANIFEST_KEYS)
     return manifest
 
 

@@ -15,8 +15,6 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import PassRun
 
-__all__ = ["CompiledForm", "check_fresh", "weight_versions"]
-
 
 @dataclass
 class CompiledForm:

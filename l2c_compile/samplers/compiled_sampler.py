@@ -34,8 +34,6 @@ from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh, weight
 from l2c_compile.samplers.explanation import Explanation
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["CompiledSampler"]
-
 
 class CompiledSampler(nn.Module):
     """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.

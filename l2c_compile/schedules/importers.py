@@ -19,23 +19,13 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from l2c_compile.errors import FileFormatError, L2CError, ScheduleError
-from l2c_compile.files.documents import MAX_JSON_BYTES, open_regular, parse_json, read_bytes
+from l2c_compile.errors import FileFormatError, ScheduleError
+from l2c_compile.files.documents import MAX_JSON_BYTES, honoured, open_regular, parse_json, read_bytes
 from l2c_compile.files.pickles import load_pickle
 from l2c_compile.schedules.router import Router
 from l2c_compile.schedules.schedule import FORMAT as SCHEDULE_FORMAT
 from l2c_compile.schedules.schedule import MAX_CELLS, MAX_EVALUATIONS, CacheSchedule
 from l2c_compile.schedules.sites import Site
-
-__all__ = [
-    "Family",
-    "import_harmonica",
-    "import_invardiff",
-    "import_l2c_dit",
-    "import_l2c_uvit",
-    "import_smoothcache",
-    "load_schedule_file",
-]
 
 Family = Literal["dit", "uvit", "harmonica"]
 """The code base that a pickle of router logits comes from; the file alone does not always show it."""
@@ -374,7 +364,5 @@ def _from_foreign(name: str) -> Site:
 def _schedule(
     table: Mapping[Site, Sequence[int]], loop: Mapping[str, object] | None, info: Mapping[str, object]
 ) -> CacheSchedule:
-    try:
+    with honoured("schedule"):
         return CacheSchedule.from_table(table, loop=loop, info=info)
-    except L2CError as error:
-        raise FileFormatError(f"the file describes a schedule that cannot be honoured: {error}") from error

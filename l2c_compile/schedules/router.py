@@ -8,34 +8,24 @@ Shapes: E evaluations, S sites. scores_ES is float32.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from l2c_compile.errors import FileFormatError, L2CError, ScheduleError
-from l2c_compile.files.documents import (
-    MAX_JSON_BYTES,
-    frozen_json,
-    open_regular,
-    parse_json,
-    plain_json,
-    write_atomically,
-)
+from l2c_compile.errors import FileFormatError, ScheduleError
+from l2c_compile.files.documents import MAX_JSON_BYTES, check_header, frozen_json, honoured, plain_json
+from l2c_compile.files.tensors import read_tensors, write_tensors
 from l2c_compile.schedules.schedule import MAX_CELLS, CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
-
-__all__ = ["FORMAT", "VERSION", "Router", "schedule_of"]
 
 FORMAT = "l2c_compile.router"
 VERSION = 1
 
-_METADATA_KEY = "l2c_compile"
+_KEYS = frozenset({"format", "version", "orientation", "sites", "cacheable", "threshold", "branches", "loop", "info"})
 # A file holds float32 scores, the metadata, and that metadata once more as an escaped string.
 _MAX_FILE_BYTES = 4 * MAX_CELLS + 2 * MAX_JSON_BYTES
 
@@ -119,8 +109,7 @@ class Router:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores and versioned JSON metadata as a safetensors file, at once or not at all."""
-        metadata = {_METADATA_KEY: json.dumps(self._document(), allow_nan=False)}
-        write_atomically(path, safetensors.torch.save({"scores": self.scores}, metadata))
+        write_tensors(path, self._document(), {"scores": self.scores})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Router:
@@ -130,28 +119,9 @@ class Router:
             FileFormatError: if the file is not of this form, is of a newer version, or its parts do not fit together.
             OSError: if the file cannot be read.
         """
-        with open_regular(path) as opened:
-            size_bytes = os.fstat(opened.fileno()).st_size
-        if size_bytes > _MAX_FILE_BYTES:
-            raise FileFormatError(f"a router file wants at most {_MAX_FILE_BYTES} bytes, got {size_bytes}")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                scores = file.get_tensor("scores") if names == ["scores"] else None
-        except safetensors.SafetensorError as error:
-            raise FileFormatError(f"not a safetensors file: {error}") from error
-        if _METADATA_KEY not in metadata or scores is None:
-            raise FileFormatError(
-                f"a router file wants one tensor 'scores' and metadata {_METADATA_KEY!r}, got tensors {names[:5]} and "
-                f"metadata {sorted(metadata)[:5]}"
-            )
-        try:
-            return cls._from_document(parse_json(metadata[_METADATA_KEY]), scores)
-        except FileFormatError:
-            raise
-        except (L2CError, TypeError) as error:
-            raise FileFormatError(f"the file describes a router that cannot be honoured: {error}") from error
+        document, tensors = read_tensors(path, "router", names=("scores",), max_bytes=_MAX_FILE_BYTES)
+        with honoured("router"):
+            return cls._from_document(document, tensors["scores"])
 
     def _document(self) -> dict[str, object]:
         return {
@@ -168,20 +138,7 @@ class Router:
 
     @classmethod
     def _from_document(cls, document: Mapping[str, object], scores: Tensor) -> Router:
-        if document.get("format") != FORMAT:
-            raise FileFormatError(f"a router wants format {FORMAT!r}, got {document.get('format')!r:.80}")
-        version = document.get("version")
-        if type(version) is not int or version < 1:
-            raise FileFormatError(f"a router wants a version number, got {version!r:.80}")
-        if version > VERSION:
-            raise FileFormatError(
-                f"the router is of version {version}, this l2c_compile reads up to {VERSION}; update l2c_compile"
-            )
-        wanted = {"format", "version", "orientation", "sites", "cacheable", "threshold", "branches", "loop", "info"}
-        if document.keys() != wanted:
-            raise FileFormatError(f"a router wants the keys {sorted(wanted)}, got {sorted(document)[:12]}")
-        if document["orientation"] != "execution":
-            raise FileFormatError(f"orientation wants 'execution', got {document['orientation']!r:.80}")
+        check_header(document, "router", FORMAT, VERSION, _KEYS)
         sites, cacheable, threshold = document["sites"], document["cacheable"], document["threshold"]
         branches, loop, info = document["branches"], document["loop"], document["info"]
         if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):

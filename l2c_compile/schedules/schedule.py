@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
-from l2c_compile.errors import FileFormatError, L2CError, ScheduleError, UnknownSiteError, nearest
+from l2c_compile.errors import FileFormatError, ScheduleError, UnknownSiteError, nearest
 from l2c_compile.files.documents import (
     MAX_JSON_BYTES,
+    check_header,
     frozen_json,
+    honoured,
     parse_json,
     plain_json,
     read_bytes,
@@ -34,10 +36,10 @@ from l2c_compile.schedules.coverage import COMPUTED, HIDDEN, REUSED, derive_sour
 from l2c_compile.schedules.rules import HOLD, Rule, rule_from_dict
 from l2c_compile.schedules.sites import Site, as_site, expand_patterns
 
-__all__ = ["FORMAT", "MAX_CELLS", "MAX_EVALUATIONS", "VERSION", "CacheSchedule", "Reuse"]
-
 FORMAT = "l2c_compile.schedule"
 VERSION = 1
+_KEYS = frozenset({"format", "version", "orientation", "num_evaluations", "sites"})
+_OPTIONAL_KEYS = frozenset({"branches", "cacheable", "loop", "info", "rules", "sources"})
 
 MAX_EVALUATIONS = 100_000
 MAX_CELLS = 2_000_000
@@ -298,21 +300,9 @@ class CacheSchedule:
                 be honoured.
         """
         document = parse_json(text)
-        if document.get("format") != FORMAT:
-            raise FileFormatError(f'a schedule wants "format": "{FORMAT}", got {document.get("format")!r:.80}')
-        version = document.get("version")
-        if type(version) is not int or version < 1:
-            raise FileFormatError(f"a schedule wants a version number, got {version!r:.80}")
-        if version > VERSION:
-            raise FileFormatError(
-                f"the schedule is of version {version}, this l2c_compile reads up to {VERSION}; update l2c_compile"
-            )
-        try:
+        check_header(document, "schedule", FORMAT, VERSION, _KEYS, _OPTIONAL_KEYS)
+        with honoured("schedule"):
             return cls._from_document(document)
-        except FileFormatError:
-            raise
-        except L2CError as error:
-            raise FileFormatError(f"the file describes a schedule that cannot be honoured: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON form, at once or not at all."""
@@ -354,14 +344,6 @@ class CacheSchedule:
 
     @classmethod
     def _from_document(cls, document: Mapping[str, object]) -> CacheSchedule:
-        required = {"format", "version", "orientation", "num_evaluations", "sites"}
-        optional = {"branches", "cacheable", "loop", "info", "rules", "sources"}
-        if missing := required - document.keys():
-            raise FileFormatError(f"the schedule lacks {sorted(missing)}")
-        if unknown := document.keys() - required - optional:
-            raise FileFormatError(f"the schedule has unknown keys {sorted(unknown)[:5]}")
-        if document["orientation"] != "execution":
-            raise FileFormatError(f"orientation wants 'execution', got {document['orientation']!r:.80}")
         num_evaluations = _count(document["num_evaluations"], "num_evaluations")
         rows = {
             Site.parse(key): _list(row, f"row {key:.80}") for key, row in _object(document["sites"], "sites").items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import struct
 import sys
 import time
@@ -19,7 +18,6 @@ from bench.trust.file_mutations import KINDS
 from bench.trust.malformed_files import ALLOWED, outcomes
 from l2c_compile import CacheSchedule, load, load_schedule_file
 from l2c_compile.errors import FileFormatError, ScheduleError
-from l2c_compile.schedules.router import Router
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the limits and counts are Linux's")
 
@@ -51,14 +49,6 @@ def test_a_reader_that_dies_or_hangs_is_one_outcome(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench_module, "_HANG_SECONDS", 2.0)
     worker.write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
     assert [each.outcome for each in outcomes(0, 7, 8)] == ["HUNG"]
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-@pytest.mark.parametrize("read", [load, load_schedule_file, CacheSchedule.load, Router.load])
-def test_a_pipe_is_refused_instead_of_waited_for(read: object, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileFormatError, match="no regular file"):
-        read(tmp_path / "pipe")  # type: ignore[operator]
 
 
 def test_rows_expanded_from_one_number_are_refused_before_they_are_copied(tmp_path: Path) -> None:

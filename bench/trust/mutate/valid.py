@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.trust import finder_files
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.schedules.router import Router
 
@@ -69,6 +70,7 @@ def valid_files(folder: Path) -> dict[str, bytes]:
     rows = [[False, False], [True, False], [False, True]]
     books = {"step_cache_book": [False, True, False], "msa_cache_book": rows, "mlp_cache_book": rows}
     return {
+        **finder_files.valid_files(folder),
         "schedule": schedule.to_json().encode(),
         "router": (folder / "valid.safetensors").read_bytes(),
         "l2c-dit": torch_save({"routers": logits(4, 6), "args": arguments}),

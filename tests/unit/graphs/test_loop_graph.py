@@ -70,7 +70,7 @@ def test_a_module_to_be_traced_again_insists_on_no_strides() -> None:
 
 def test_what_is_known_before_the_loop_depends_on_no_noise_and_no_draw() -> None:
     schedule = CacheSchedule.from_table({"a": [1]})
-    graph = unrolled(residual(), schedule, drawing, draw(2, 4), {"y": draw(2, 4, seed=3)})  # type: ignore[arg-type]
+    graph = unrolled(residual(), schedule, drawing, draw(2, 4), {"y": draw(2, 4, seed=3)})
     known = graph.known_before_the_loop()
     noise, y = graph.graph.find_nodes(op="placeholder")
     assert y in known

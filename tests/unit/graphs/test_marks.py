@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_what_expanded_dimensions_share_is_written_once() -> None:
 
 @pytest.mark.parametrize("value", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_read_applies_its_rule(value: Tensor) -> None:
-    arguments = ([value], [], None, "a", 0, 1, [0], json.dumps(HOLD.to_dict()))
+    arguments: tuple[Any, ...] = ([value], [], None, "a", 0, 1, [0], json.dumps(HOLD.to_dict()))
     held = CACHE_READ(*arguments)
     assert same_bits(held, value)
     assert held.data_ptr() != value.data_ptr()

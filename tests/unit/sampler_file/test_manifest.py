@@ -16,7 +16,7 @@ from tests.saved_samplers import MANIFEST, refused, rewritten
         ({"format": "l2c_compile.router"}, "wants format"),
         ({"version": 2}, "update l2c_compile"),
         ({"version": "1"}, "version number"),
-        ({"surprise": 1}, "wants the keys"),
+        ({"surprise": 1}, "unknown keys"),
         ({"summary": {}}, "summary wants"),
         ({"passes": "all"}, "passes wants a list"),
         ({"noise": {"value": "%0"}}, "no earlier line"),
