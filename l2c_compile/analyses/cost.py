@@ -185,6 +185,11 @@ class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.total: int = 0
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Return True: Dynamo would let nothing be compiled meanwhile, in no thread, as the flag is one for all."""
+        return True
+
     def __torch_dispatch__(
         self,
         func: OpOverload[Any, Any],
