@@ -19,8 +19,6 @@ LATER: tuple[str, ...] = (
     "bench/speed/",
     "bench/trust/",
     "kernels/",
-    "l2c_compile/cli/",
-    "l2c_compile/files/",
     "l2c_compile/finders/",
     "l2c_compile/methods/",
     "passes/",
