@@ -78,8 +78,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "no
     """Return ``act(torch.nn.functional.linear(x, weight, bias))`` in the dtype of ``x``; without a gradient.
 
     Raises:
-        KernelError: shapes or dtypes do not fit, weights of this dtype cannot be packed here, a gradient is wanted, or
-            there is no such activation.
+        KernelError: if shapes or dtypes do not fit, weights of this dtype cannot be packed here, a gradient is wanted,
+            or there is no such activation.
     """
     num_rows = x.numel() // max(1, x.shape[-1])
     copy = _copies.get((id(weight), num_rows))

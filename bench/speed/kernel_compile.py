@@ -158,7 +158,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> Usage:
     """Compile a launch for a target and say what it takes.
 
     Raises:
-        BenchError: Triton interprets, or its wheel has no cuobjdump.
+        BenchError: if triton interprets, or its wheel has no cuobjdump.
     """
     if INTERPRETED:
         raise BenchError("kernels are interpreted, not compiled, with TRITON_INTERPRET=1; unset it")

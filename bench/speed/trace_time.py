@@ -147,7 +147,7 @@ def repeated(router: Router, num_evaluations: int) -> Router:
     """Return the router with its rows repeated until there are ``num_evaluations``.
 
     Raises:
-        BenchError: That is no multiple of its rows.
+        BenchError: if that is no multiple of its rows.
     """
     times, rest = divmod(num_evaluations, router.num_evaluations)
     if rest or times < 1:

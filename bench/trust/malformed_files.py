@@ -77,7 +77,7 @@ def outcomes(seed: int, start: int, stop: int) -> Iterator[Outcome]:
     """Yield what comes of the files ``start`` to ``stop``; a file that ends or stops its process is one outcome, too.
 
     Raises:
-        BenchError: The process cannot read even the valid files.
+        BenchError: if the process cannot read even the valid files.
     """
     while start < stop:
         end = min(stop, start + _CHUNK)
@@ -106,7 +106,7 @@ def _lines(descriptor: int) -> Iterator[str]:
     """Yield what arrives in a pipe line by line.
 
     Raises:
-        TimeoutError: Nothing arrived for a long time.
+        TimeoutError: if nothing arrived for a long time.
     """
     rest = b""
     with selectors.DefaultSelector() as selector:

@@ -82,7 +82,7 @@ def outcome(subject: Subject, mutate: Callable[[LoopGraph], MemoryPlan | None]) 
     """Corrupt a copy of the subject's graph and judge it.
 
     Raises:
-        NotApplicable: there is nothing to corrupt.
+        NotApplicable: if there is nothing to corrupt.
     """
     graph = subject.graph.copy()
     plan = mutate(graph)

@@ -21,7 +21,6 @@ LATER: tuple[str, ...] = (
     "kernels/",
     "l2c_compile/finders/",
     "l2c_compile/methods/",
-    "passes/",
     "tests/behaviour/",
     "tests/unit/",
 )
