@@ -16,9 +16,7 @@ FOLDERS = ("l2c_compile", "passes", "kernels", "bench", "tests")
 
 # Files that wait for their turn, by how their path begins.
 LATER: tuple[str, ...] = (
-    "bench/speed/",
     "bench/trust/",
-    "kernels/",
     "l2c_compile/finders/",
     "l2c_compile/methods/",
     "tests/behaviour/",
