@@ -67,7 +67,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutation."""
+    """Which checks noticed one mutation."""
 
     structure: str
     """The first check of the proof that failed; empty if none did."""
@@ -75,7 +75,7 @@ class Outcome:
     numeric: bool
     """Whether the comparison of results noticed."""
     max_error: float
-    """Infinite where the corrupted graph does not run."""
+    """The largest error of a result; infinite where the corrupted graph does not run."""
 
 
 def outcome(subject: Subject, mutate: Callable[[LoopGraph], MemoryPlan | None]) -> Outcome:
@@ -95,14 +95,14 @@ def outcome(subject: Subject, mutate: Callable[[LoopGraph], MemoryPlan | None]) 
         numeric = False
     except AssertionError:
         numeric = True
-    # Whatever a broken graph raises: torch's errors, or the interpreter's for what is not there.
+    # A broken graph may raise torch's errors, or the interpreter's for what is not there.
     except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError):
         numeric, max_error = True, float("inf")
     first = proof.findings[0] if proof.findings else None
     return Outcome(first.check if first else "", first.message if first else "", numeric, max_error)
 
 
-# Subjects.
+# The subjects.
 
 
 def dit(pipeline: str) -> Subject:
@@ -174,7 +174,7 @@ def _subject(
     return Subject(name, pipeline, model, graph, skeleton, (noise, *conditions.values()))
 
 
-# Looking things up.
+# What the mutations look up.
 
 
 def _calls(graph: LoopGraph, *targets: object) -> list[Node]:
