@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels read and write; float64 is for tests and runs the reference."""
+"""The dtypes that the kernels read and write; float64 is for tests and runs the reference."""
 
 PACKED = (torch.float8_e4m3fn, torch.int8)
 """How ``pack_cache`` stores a cache."""
@@ -150,9 +150,9 @@ class Terms:
     caches: Sequence[Tensor]
     """The cached values, each of the shape of the stream."""
     gates: Sequence[Tensor | None] = ()
-    """What a cached value is multiplied with, last."""
+    """The last factors of the cached values."""
     scales: Sequence[Tensor | None] = ()
-    """What a cached value is multiplied with, first."""
+    """The first factors of the cached values."""
     shifts: Sequence[Tensor | None] = ()
     """What is added between the two."""
     weights: Sequence[float] = ()

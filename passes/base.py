@@ -34,11 +34,11 @@ class Numerics(enum.Enum):
     """What a pass may do to the numbers."""
 
     BITWISE = 0
-    """Not one bit changes in eager mode."""
+    """No bit changes in eager mode."""
     ROUNDING = 1
     """The same formula, rounded elsewhere (a fused kernel, a batched matrix product)."""
     APPROXIMATE = 2
-    """Another formula; only on request."""
+    """The formula may be another one; only on request."""
 
 
 class Reason:
@@ -76,7 +76,7 @@ class PassReport:
 
     rewrites: int = 0
     left_alone: dict[str, LeftAlone] = field(default_factory=dict)
-    """What was left alone, by the text of the reason."""
+    """The candidates that were left alone, by the text of the reason."""
     other_strides: set[Node] = field(default_factory=set)
     """The nodes that took the place of nodes with other strides."""
 

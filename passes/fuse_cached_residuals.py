@@ -136,10 +136,10 @@ class FuseCachedResiduals(LoopPass):
             kernels = ", ".join(sorted(self.devices))
             report.leave(first, Reason("is a graph without tensors on {}, where the kernels pay", kernels))
             return
-        matcher = _SumFinder(graph, self.devices)
+        finder = _SumFinder(graph, self.devices)
         # A sum may be the base of the next, so the first is replaced first: the next then finds the op in its place.
         renamed: dict[Node, Node] = {}
-        for found in reversed(list(matcher.sums())):
+        for found in reversed(list(finder.sums())):
             report.note(found.root, _why_not(found) or _replace(graph, found, renamed))
 
 
@@ -207,7 +207,7 @@ class _SumFinder:
         return value in self.kept_work or (value not in self.early and is_kept(value, reader))
 
     def _split(self, term: _Term, leaves: list[_Term], nodes: set[Node], root: Node) -> None:
-        """Split a term into those it is a sum of, as far as nobody else reads what is in between."""
+        """Split a term into those it is a sum of, as far as no other node reads the sums in between."""
         node = term.cache
         if node is not root and not self._is_inner(node, root):
             leaves.append(term)
@@ -342,7 +342,10 @@ class _SumFinder:
         return self._with_modulation(norm, found.root)
 
     def _with_modulation(self, norm: _Norm, root: Node) -> _Norm | None:
-        """Take what follows into the norm as far as the kernel goes and a tensor like the stream comes out."""
+        """Return the norm with as much of the modulation and casts after it as the kernel computes.
+
+        None if no point on the way has a value in the form of the stream.
+        """
         best = norm if form_of(norm.last) == form_of(root) else None
         while (grown := self._one_more(norm, root)) is not None:
             norm = grown
@@ -404,7 +407,7 @@ def _more_than_one(operand: Node) -> Node | None:
 
 
 def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> Reason | None:
-    """Put the op in the place of a sum, or return why that cannot be."""
+    """Replace a sum by the op, or return why that is not possible."""
     norm, graph = found.norm, program.graph
     old = [found.root] if norm is None else [found.root, norm.last]
     inside = found.nodes.union(norm.nodes if norm else ())

@@ -185,7 +185,7 @@ def _replace(graph: fx.Graph, form: _PartForm, returned: Sequence[int], name: st
 
 
 def _hoist_views(graph: LoopGraph, early: set[Node]) -> None:
-    """Take views of what was made before the loop out of the evaluations: no region then depends on what was viewed."""
+    """Move views of what was made before the loop out of the evaluations: regions then do not depend on their base."""
     storages = Storages(graph.graph.nodes)
     for node in list(graph.graph.nodes):
         if node in early and node.op == "call_function" and evaluation_of(node) is not None:

@@ -63,7 +63,7 @@ class PackWeights(LoopPass):
 
 
 def _apply_activation(product: Node) -> None:
-    """Let a packed product do what its only reader does, if that is an activation."""
+    """Move the activation that is a packed product's only reader, if it is one, into the product."""
     if len(product.users) != 1:
         return
     (reader,) = product.users

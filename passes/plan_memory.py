@@ -82,7 +82,7 @@ def _groups(nodes: list[Node], early: set[Node]) -> Iterator[_Group]:
 
 
 def _tree(root: Node, ready: set[Node]) -> set[Node]:
-    """Return the root and those ready nodes that nobody else needs."""
+    """Return the root and those ready nodes that only it needs, directly or through others of them."""
     found = {root}
     stack = [root]
     while stack:
@@ -152,7 +152,7 @@ def _kept_views(nodes: Iterable[Node], early: set[Node], storages: Storages) -> 
 
 
 def _copy_parts(graph: fx.Graph, base: Node, views: list[Node], storages: Storages) -> Reason | None:
-    """Let later evaluations read copies of the parts, or return why that would not do."""
+    """Let later evaluations read copies of the parts, or return why that is not possible."""
     copied, kept = sum(map(num_bytes, views)), storages.num_bytes(base)
     if copied >= kept:
         return Reason("copies of {} bytes save nothing, {} is what keeping it whole takes", copied, kept)

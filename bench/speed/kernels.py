@@ -45,9 +45,9 @@ class Case:
     model: str
     """The model that the shape is from."""
     shape: tuple[int, int, int]
-    """Batch, tokens, channels."""
+    """The sizes: batch, tokens, channels."""
     terms: int
-    """Number of cached terms."""
+    """The number of cached terms."""
     kernel: str = "cached_residual"
     """The op; ``packed`` is cached_residual over fp8 caches."""
     dtype: torch.dtype = torch.bfloat16

@@ -276,7 +276,7 @@ def _removed_store(graph: LoopGraph) -> None:
 
 
 def _computed_again(graph: LoopGraph) -> None:
-    """Let one of two readers have a copy of the kept value made for it alone."""
+    """Compute the kept value a second time for one of its two readers."""
     value, user = _reader(graph, 3, ATTN, 4)
     with graph.graph.inserting_before(user):
         user.replace_input_with(value, graph.graph.node_copy(value))
@@ -507,7 +507,7 @@ def _epsilon_changed(graph: LoopGraph) -> None:
 
 
 def _batched_rows_shifted(graph: LoopGraph) -> None:
-    """Deal the rows of a batched projection to the wrong evaluations."""
+    """Give the rows of a batched projection to the wrong evaluations."""
     parts = _calls(graph, aten.split_with_sizes.default)[0]
     for part in list(parts.users):
         part.update_arg(1, (part.args[1] + 1) % len(parts.users))  # type: ignore[operator]

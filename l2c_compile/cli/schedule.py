@@ -64,7 +64,7 @@ def _pairwise(profile: Profile, budget: float, error: ErrorOf = "smooth-cache") 
     """Reuse the smallest errors in alternate evaluations.
 
     Args:
-        profile: any.
+        profile: the profile, of any model.
         budget: the share of the multiply-adds to keep.
         error: whose statistic is the error of a reuse.
     """
@@ -75,7 +75,7 @@ def _random(profile: Profile, budget: float, seed: int = 0, pairs: bool = False)
     """Reuse sites of a profile at random.
 
     Args:
-        profile: any.
+        profile: the profile, of any model.
         budget: the share of the multiply-adds to keep.
         seed: seed of the draw.
         pairs: whether only alternate evaluations may reuse.

@@ -66,7 +66,7 @@ class Program:
     entries: list[Description]
     """The reuses of the schedule."""
     pipelines: list[list[str]]
-    """Passes by name, in order. Each pipeline is judged by itself."""
+    """The names of the passes of each pipeline, in order. Each pipeline is judged by itself."""
     in_regions: bool
     """Whether the graph of the last pipeline is also judged in regions."""
     runs_again: bool
@@ -363,8 +363,8 @@ def _judge(graph: LoopGraph, runs: Sequence[_ReferenceRun], exact: bool, what: s
 
 
 _RELATIVE = 1e-9
-"""Far above what another order of sums does in float64 (2e-16 an operation, and norms that magnify it by a thousand),
-far below what another formula does."""
+"""The largest relative error allowed: far above that of another order of sums in float64 (2e-16 an operation, and norms
+that magnify it by a thousand), far below that of another formula."""
 
 
 def _close(got: Sequence[object], wanted: Sequence[object]) -> bool:
