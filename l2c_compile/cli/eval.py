@@ -39,7 +39,7 @@ def command(
     json: Json = None,
     force: Force = False,
 ) -> None:
-    """Say what a schedule costs in quality, against the uncached model on equal noise."""
+    """Measure what a schedule costs in quality, against the uncached model on equal noise."""
     json = json and output_path(json, ".json", force=force, reads=file)
     case = load_case(file, model, steps, threshold, with_weights=True)
     with bar("sample without caching", 2 * math.ceil(samples / min(batch, samples))) as update:

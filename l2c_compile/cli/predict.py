@@ -20,7 +20,7 @@ def command(
     threshold: Threshold = None,
     batch: Batch = 1,
 ) -> None:
-    """Say what a schedule will save, before anything is compiled.
+    """Predict what a schedule will save, before anything is compiled.
 
     Time is measured for digits only; the published sizes are counted without their weights.
     """

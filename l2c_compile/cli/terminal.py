@@ -28,9 +28,9 @@ def bar(what: str, total: int | None = None, *, shown: bool = True) -> Iterator[
     """Show a progress bar while the context lasts.
 
     Args:
-        what: is going on.
-        total: how much there is to do; None if that is not known yet.
-        shown: whether to show it at all.
+        what: what is going on, in a few words.
+        total: the number of steps to do; None if that is not known yet.
+        shown: whether to show the bar at all.
 
     Yields:
         ``rich.progress.Progress.update`` for this bar: ``advance=1``, ``description="..."``, ``total=...``.
