@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/unit/kernels $(wildcard $(patsubst kernels/%.py,tests/prop
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	.venv/bin/l2c demo --out out/demo
+	.venv/bin/l2c demo --out out/demo --force
 
 # One thread a worker: two workers that each take every core are slower than one.
 test: lint

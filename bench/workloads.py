@@ -62,7 +62,7 @@ class Workload:
     case: str
     """One of ``MODELS``."""
     size: str
-    """What it is, in words."""
+    """A description in words."""
     steps: int
     model: nn.Module
     loop: BuiltInLoop
@@ -71,7 +71,7 @@ class Workload:
     noise: Tensor
     labels: Tensor
     backend: str
-    """What compiles."""
+    """The name of the backend that compiles."""
 
     @property
     def uncached(self) -> CacheSchedule:
@@ -136,7 +136,7 @@ def workload(case: str, options: argparse.Namespace, **instead: Any) -> Workload
         case: one of ``MODELS``.
         options: ``steps`` of the sampler (U-ViT is called twice a step), ``batch``, and what ``Options.add_loop`` and
             ``Options.add_device`` add; ``depth``, of a DiT, may be absent.
-        instead: values that take the place of those in the options.
+        instead: the values that take the place of those in the options.
 
     Raises:
         BenchError: if a published router is wanted that is not there, or a formula for U-ViT.

@@ -84,7 +84,7 @@ def _tile(layout: Layout) -> Tile:
 
 @torch.library.custom_op("l2c::cached_residual", mutates_args=(), schema=f"(Tensor x, {Terms.SCHEMA}) -> Tensor")
 def cached_residual_op(x: Tensor, *lists: Sequence[Any]) -> Tensor:
-    """Compute the sum; what a pass emits. Each list has one entry a term or is empty. The result is contiguous."""
+    """Compute the sum; passes emit this op. Each list has one entry a term or is empty. The result is contiguous."""
     terms = Terms.of(*lists)
     terms.check("cached_residual", x)
     if not runs_triton(x):
@@ -120,18 +120,18 @@ def cached_residual(
     Args:
         x: (B, T, D) or (N, D) in float32, bfloat16 or float16. Rows with a last stride of 1 are read at full speed;
             any other strides are read where they lie as well, but not coalesced.
-        caches: One tensor of the shape of ``x`` a term, any float dtype; or what ``pack_cache`` returned.
-        gates: One a term: (B, D), (B, 1, D), (D,), (1,), () or whatever broadcasts to ``x``; None is 1.
-        scales: As gates, applied to the cached value; None is 1.
-        shifts: As gates, added after the scale; None is 0.
-        weights: One number a term.
+        caches: one tensor of the shape of ``x`` a term, any float dtype; or what ``pack_cache`` returned.
+        gates: one a term: (B, D), (B, 1, D), (D,), (1,), () or whatever broadcasts to ``x``; None is 1.
+        scales: as gates, applied to the cached value; None is 1.
+        shifts: as gates, added after the scale; None is 0.
+        weights: one number a term.
         token_scales: (B, T) or (N,), for packed caches and for no others.
 
     Returns:
         A new contiguous tensor with the shape and dtype of ``x``.
 
     Raises:
-        KernelError: if something does not fit; or, in the backward, because there is none.
+        KernelError: if something does not fit; or, in the backward, always, because there is none.
     """
     terms = Terms.of(caches, gates, scales, shifts, weights, token_scales)
     result: Tensor = cached_residual_op(x, *terms.lists)

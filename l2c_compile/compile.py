@@ -25,8 +25,6 @@ from l2c_compile.passes.pipeline import BITWISE, EVALUATION, SKELETON
 from l2c_compile.progress import Progress, silent
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["build_loop_graph", "graph_of", "trace_and_capture"]
-
 
 def build_loop_graph(
     denoiser: nn.Module,

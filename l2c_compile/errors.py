@@ -5,26 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "BackendError",
-    "CaptureError",
-    "FileFormatError",
-    "InputFormError",
-    "KernelError",
-    "L2CError",
-    "LoopError",
-    "LoopTraceError",
-    "PassFailed",
-    "ProfileError",
-    "QualityError",
-    "SaveError",
-    "ScheduleError",
-    "StaleConstantsError",
-    "UnknownSiteError",
-    "VerificationError",
-    "nearest",
-]
-
 
 class L2CError(Exception):
     """The base of all errors of l2c_compile."""
@@ -104,5 +84,5 @@ def _middle_cut(message: str) -> str:
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Return ``did you mean 'a', 'b'?`` for the known names closest to ``name``, or ``""`` if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
     return f"did you mean {', '.join(map(repr, close))}?" if close else ""

@@ -28,8 +28,6 @@ from l2c_compile.schedules.importers import load_schedule_file
 from l2c_compile.schedules.router import schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["l2c"]
-
 _OPTIONS = ("router", "threshold", "backend", "denoiser", "numerics", "without", "caches")
 
 

@@ -58,6 +58,6 @@ class ContiguousLayout(LoopPass):
 
 
 def _is_permuted(node: Node) -> bool:
-    """Tell whether the value fills its memory, but in another order than that of its dimensions."""
+    """Return whether the value fills its memory, but in another order than that of its dimensions."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and not value.is_contiguous() and permutation(value) is not None

@@ -31,7 +31,7 @@ class FoldConstants(LoopPass):
     """Replace small values that depend on no input by buffers."""
 
     max_bytes: int = 2**20
-    """Size in bytes above which a value is computed in every call instead of kept."""
+    """The size above which a value is computed in every call instead of kept."""
 
     name: ClassVar[str] = "fold-constants"
     # A site may be a constant: its users then read the folded value, not the mark.

@@ -36,7 +36,7 @@ class _Term:
 
     kept: Node
     products: tuple[Node, ...]
-    """From the kept value to the addition."""
+    """The products, from the kept value to the addition."""
 
 
 @dataclass(frozen=True)

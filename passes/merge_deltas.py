@@ -1,4 +1,4 @@
-"""Add up at the source what a run of reused residual sublayers will add one by one.
+"""Add up at the source what a run of reused residual sublayers would add one by one.
 
     evaluation 4:  f = attn(...); g = mlp(...)              f = ...; g = ...; s = add(f, g)
     evaluation 5:  y = add(add(x, f), g)               ->   y = add(x, s)

@@ -114,7 +114,7 @@ LOOP = Pipeline(
 """Runs on the loop graph."""
 
 KERNELS = Pipeline((PackWeights(),), assumes=frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES}))
-"""Runs on a copy of the finished loop graph, before ``REGIONS``: what suits the processor and nobody else."""
+"""Runs on a copy of the finished loop graph, before ``REGIONS``: changes that only suit the processor at hand."""
 
 REGIONS = Pipeline(
     (OutlineRegions(),),  # last of all: nothing looks into a region any more

@@ -120,7 +120,7 @@ def _measured(options: argparse.Namespace, progress: Progress) -> list[Row]:
 
 
 def _peak_bytes(sample: Callable[[], object]) -> int:
-    """Return what a call takes at most, beyond what is there before it."""
+    """Return the most memory that a call takes, beyond what was taken before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

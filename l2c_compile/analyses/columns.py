@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx.node import Node
 
-__all__ = ["Piece", "pieces_of"]
-
 aten = torch.ops.aten
 
 

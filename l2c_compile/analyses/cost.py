@@ -20,8 +20,6 @@ from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.graphs.nodes import infer, num_bytes
 from l2c_compile.graphs.skeleton import LoopSkeleton
 
-__all__ = ["MultiplyAdds", "NodeTimes", "bytes_moved", "prices_of"]
-
 
 class MultiplyAdds:
     """Counts the multiply-adds of matrix products, convolutions and attention; elementwise work counts as none.
@@ -186,6 +184,11 @@ class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total: int = 0
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Return True: Dynamo would let nothing be compiled meanwhile, in no thread, as the flag is one for all."""
+        return True
 
     def __torch_dispatch__(
         self,

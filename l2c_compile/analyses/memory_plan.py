@@ -23,16 +23,6 @@ from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = [
-    "CacheLiveness",
-    "KeptValue",
-    "MemoryPlan",
-    "cache_liveness",
-    "keep_everything_bytes",
-    "plan_memory",
-    "site_bytes",
-]
-
 aten = torch.ops.aten
 
 

@@ -12,8 +12,6 @@ from l2c_compile.analyses.cost import NodeTimes, bytes_moved
 from l2c_compile.analyses.summary import Summary, in_bytes, in_units, summarize
 from l2c_compile.graphs.loop_graph import LoopGraph
 
-__all__ = ["NO_GAIN", "Prediction", "predict"]
-
 NO_GAIN = 0.98
 """A time ratio above this is no gain: less than 2% is within what a machine varies from day to day."""
 

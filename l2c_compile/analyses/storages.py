@@ -11,8 +11,6 @@ from torch.fx.node import Node
 
 from l2c_compile.graphs.nodes import num_bytes, packet_of
 
-__all__ = ["Storages"]
-
 aten = torch.ops.aten
 
 

@@ -21,8 +21,6 @@ from l2c_compile.analyses.memory_plan import (
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of
 
-__all__ = ["EvaluationSummary", "Summary", "in_bytes", "in_units", "summarize"]
-
 
 @dataclass(frozen=True)
 class EvaluationSummary:

@@ -28,8 +28,6 @@ from l2c_compile.errors import BackendError
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of, output_list
 
-__all__ = ["CudaRecorder", "RecordedLoop", "Recorder", "check_capturable"]
-
 Run = Callable[..., Sequence[object]]
 
 _NUM_WARM_UPS = 2

@@ -20,8 +20,6 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.progress import Progress, silent
 
-__all__ = ["lower_to_backend"]
-
 
 def lower_to_backend(
     graph: LoopGraph, options: Options, progress: Progress = silent

@@ -14,8 +14,6 @@ from l2c_compile.passes.base import Numerics, Pipeline
 from l2c_compile.passes.pipeline import CACHE_FORMATS, KERNELS, LOOP, with_packed_caches
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 
-__all__ = ["EAGER", "INDUCTOR", "REDUCE_OVERHEAD", "Backend", "Options"]
-
 EAGER = "eager"
 INDUCTOR = "inductor"
 REDUCE_OVERHEAD = "reduce-overhead"

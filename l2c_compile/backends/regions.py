@@ -16,8 +16,6 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.pipeline import REGIONS
 from l2c_compile.progress import Progress
 
-__all__ = ["compile_regions", "num_regions"]
-
 
 def compile_regions(graph: LoopGraph, progress: Progress) -> fx.GraphModule:
     """Compile each distinct region with Inductor and return the loop that calls them; ``graph`` is changed."""

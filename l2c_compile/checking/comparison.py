@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,8 +19,6 @@ from l2c_compile.checking.proof import Proof
 from l2c_compile.checking.reference import Recorder, run_reference
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
-
-__all__ = ["Difference", "VerifyReport", "compare_with_reference", "finite", "largest_errors"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,10 @@ class Difference:
 class VerifyReport:
     """Whether a static graph is right, and how far its results are from the reference's; ``print`` shows it."""
 
+    bitwise: bool
+    """Whether the result is the reference's bit for bit: structure, shapes, dtypes, values and signs of zeros."""
     max_error: float
-    """The largest |compiled - reference|."""
+    """The largest |compiled - reference|; infinite where the results are of other forms."""
     relative_error: float
     """The largest |compiled - reference| over the largest |reference|."""
     num_compared_sites: int
@@ -64,11 +65,6 @@ class VerifyReport:
     def first_difference(self) -> Difference | None:
         """The first site that differs from the reference; None if none does."""
         return self.differences[0] if self.differences else None
-
-    @property
-    def bitwise(self) -> bool:
-        """Whether every bit of the result is the reference's."""
-        return self.max_error == 0.0
 
     @property
     def holds(self) -> bool:
@@ -124,7 +120,7 @@ def compare_with_reference(
     loop: Callable[..., object],
     schedule: CacheSchedule,
     module: fx.GraphModule,
-    run: Callable[..., object],
+    run: Callable[..., Sequence[object]],
     noise: object,
     conditions: Mapping[str, object],
     proof: Proof,
@@ -148,7 +144,7 @@ def compare_with_reference(
 
     def reference(record: Recorder | None = None) -> object:
         # A loop may write into its inputs.
-        own_noise, own_conditions = tree_map(_clone, (noise, dict(conditions)))
+        own_noise, own_conditions = _copy_of((noise, dict(conditions)))
         return run_reference(denoiser, loop, schedule, own_noise, own_conditions, record=record)
 
     with torch.no_grad():
@@ -156,10 +152,11 @@ def compare_with_reference(
             compiled = run(*inputs)
         with _same_random_numbers(inputs):
             expected = reference()
-        results = [x for x in tree_flatten(expected)[0] if isinstance(x, Tensor)]
-        max_error, relative_error = largest_errors([x for x in compiled if isinstance(x, Tensor)], results)  # type: ignore[attr-defined]
-        if max_error == 0.0:
-            return VerifyReport(0.0, 0.0, 0, (), proof, wants_bitwise)
+        results = tree_flatten(expected)[0]
+        bitwise = same_bits(compiled, results)
+        if bitwise:
+            return VerifyReport(True, 0.0, 0.0, 0, (), proof, wants_bitwise)
+        max_error, relative_error = largest_errors(compiled, results)
         values: dict[tuple[int, str, int], Tensor] = {}
 
         def record(evaluation: int, site: Site, port: int, value: Tensor) -> None:
@@ -171,7 +168,7 @@ def compare_with_reference(
         with _same_random_numbers(inputs):
             watcher.run(*inputs)
     return VerifyReport(
-        max_error, relative_error, watcher.num_compared, tuple(watcher.differences), proof, wants_bitwise
+        bitwise, max_error, relative_error, watcher.num_compared, tuple(watcher.differences), proof, wants_bitwise
     )
 
 
@@ -190,15 +187,16 @@ class _ComparingInterpreter(fx.Interpreter):
             wanted = self.expected.get(key)
             if wanted is not None and isinstance(value, Tensor):
                 self.num_compared += 1
-                error, relative = largest_errors([value], [wanted])
-                if error != 0.0:
+                if not same_bits([value], [wanted]):
                     evaluation, site, port = key
-                    self.differences.append(Difference(evaluation, site, port, error, relative))
+                    self.differences.append(Difference(evaluation, site, port, *largest_errors([value], [wanted])))
         return value
 
 
-def _clone(leaf: object) -> object:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _copy_of(tree: object) -> Any:  # noqa: ANN401 - a tree of the same structure
+    """Return a copy in which a tensor that stands in several places is one tensor still."""
+    copies: dict[int, Tensor] = {}
+    return tree_map(lambda x: copies.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x, tree)
 
 
 def _same_random_numbers(inputs: list[Tensor]) -> AbstractContextManager[None]:
@@ -212,14 +210,42 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def largest_errors(got: list[Tensor], wanted: list[Tensor]) -> tuple[float, float]:
-    """Return the largest absolute error, and its ratio to the largest magnitude; infinite if either is not finite."""
+def same_bits(got: Sequence[object], wanted: Sequence[object]) -> bool:
+    """Return whether two lists of results are equal: shapes, dtypes, values, signs of zeros and places of NaNs."""
+    return len(got) == len(wanted) and all(map(_is_same, got, wanted))
+
+
+def _is_same(got: object, wanted: object) -> bool:
+    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
+        return type(got) is type(wanted) and got == wanted
+    if (got.shape, got.dtype, got.device) != (wanted.shape, wanted.dtype, wanted.device):
+        return False
+    a, b = (torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in (got, wanted))
+    equal = a == b
+    if a.is_floating_point():
+        equal = (equal & (torch.signbit(a) == torch.signbit(b))) | (a.isnan() & b.isnan())
+    return bool(equal.all())
+
+
+def largest_errors(got: Sequence[object], wanted: Sequence[object]) -> tuple[float, float]:
+    """Return the largest absolute error, and its ratio to the largest magnitude.
+
+    Both are infinite where the results are of other forms, or not finite in other places; an infinity or a NaN that
+    both have in one place is no error. Complex numbers count by their magnitude.
+    """
+    if len(got) != len(wanted):
+        return math.inf, math.inf
     worst = scale = 0.0
     for a, b in zip(got, wanted, strict=True):
-        if torch.equal(a, b) or a.numel() == 0:
-            scale = max(scale, float(b.abs().max()) if b.numel() else 0.0)
-            continue
-        error = float((a.double() - b.double()).abs().max())
-        worst = max(worst, error if error == error else float("inf"))
-        scale = max(scale, float(b.double().abs().max()))
-    return worst, (worst / scale if scale else (float("inf") if worst else 0.0))
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            worst = worst if _is_same(a, b) else math.inf
+        elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            worst = math.inf
+        elif b.numel():
+            wide = torch.complex128 if b.is_complex() else torch.float64
+            error = (a.to(wide) - b.to(wide)).abs()
+            error = error.masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0).nan_to_num(math.inf)
+            worst = max(worst, float(error.max()))
+            magnitudes = b.to(wide).abs()
+            scale = max(scale, float(magnitudes.masked_fill(~magnitudes.isfinite(), 0.0).max()))
+    return worst, (worst / scale if scale else (math.inf if worst else 0.0))

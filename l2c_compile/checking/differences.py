@@ -19,8 +19,6 @@ from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers
 
-__all__ = ["Comparison"]
-
 aten = torch.ops.aten
 
 _ROUNDING_WORK = frozenset({aten.cat.default, aten.linear.default, aten.slice.Tensor, aten.unsqueeze.default, "sum"})

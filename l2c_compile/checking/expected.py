@@ -19,8 +19,6 @@ from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["ExpectedValues", "SiteValueKey", "port_suffix"]
-
 aten = torch.ops.aten
 
 

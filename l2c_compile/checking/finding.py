@@ -8,8 +8,6 @@ from torch.fx.node import Node
 
 from l2c_compile.graphs.nodes import evaluation_of, module_path
 
-__all__ = ["Finding", "finding_at"]
-
 
 @dataclass(frozen=True)
 class Finding:

@@ -17,8 +17,6 @@ from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, module_path, output_list, root_tensor
 
-__all__ = ["FoundValues"]
-
 
 class FoundValues:
     """The expressions of a loop graph, node by node."""

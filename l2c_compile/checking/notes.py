@@ -22,8 +22,6 @@ from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, root_tensor
 
-__all__ = ["NodeForms", "constant_findings", "form_findings", "memory_findings"]
-
 
 def form_findings(graph: LoopGraph, nodes: Sequence[Node], facts: Collection[Fact]) -> Iterator[Finding]:
     """Yield what keeps the graph from being a well-formed program."""

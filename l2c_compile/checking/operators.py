@@ -20,8 +20,6 @@ from torch.fx.node import Argument, Node
 from l2c_compile.errors import VerificationError
 from l2c_compile.graphs.forms import TensorForm
 
-__all__ = ["Inference", "Inferred", "bind", "flattened", "hashable", "name_of", "on_values", "replace_tensors"]
-
 
 def on_values(node: Node, values: Mapping[Node, Any]) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments of a node, with values in place of its operands."""
@@ -121,9 +119,13 @@ def bind(target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object
     schema = target._schema.arguments
     given = dict(zip((argument.name for argument in schema), args, strict=False))
     given.update(kwargs)
+    num_positional = sum(not argument.kwarg_only for argument in schema)
     missing = [a.name for a in schema if a.name not in given and not a.has_default_value()]
-    if missing or len(args) > len(schema) or len(given) > len(schema):
-        raise VerificationError(f"{name_of(target)} is called with {len(args)} arguments and lacks {missing}")
+    unknown = kwargs.keys() - {argument.name for argument in schema} if kwargs else ()
+    if missing or unknown or len(args) > num_positional:
+        raise VerificationError(
+            f"{name_of(target)} is called with {len(args)} arguments, lacks {missing} and does not know {list(unknown)}"
+        )
     return tuple(_frozen(given.get(argument.name, argument.default_value)) for argument in schema)
 
 

@@ -52,8 +52,6 @@ from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.skeleton import LoopSkeleton
 
-__all__ = ["FINISHED", "Proof", "aten", "examine", "prove"]
-
 aten = torch.ops.aten
 
 FINISHED = frozenset({Fact.READS_LOWERED, Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})

@@ -20,8 +20,6 @@ from l2c_compile.schedules.rules import Reading
 from l2c_compile.schedules.schedule import CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Recorder", "run_reference"]
-
 Recorder = Callable[[int, Site, int, Tensor], None]
 """A function that is told (evaluation, site, port, value) for every computed value of a site."""
 

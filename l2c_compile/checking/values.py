@@ -44,8 +44,6 @@ from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.marks import CACHE_READ, SITE
 from l2c_compile.schedules.rules import Reading, Rule, rule_from_dict
 
-__all__ = ["Leaves", "Place", "Value", "ValueTable", "content_of", "needed_for", "values_in"]
-
 
 class Leaves:
     """Makes the values of tensors that a program refers to: weights by identity, other constants by content."""

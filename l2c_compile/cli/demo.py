@@ -1,4 +1,4 @@
-"""The body of ``l2c demo``: the trained digits model with and without caching, in the eager loop and compiled.
+"""``l2c demo``: the trained digits model with and without caching, in the eager loop and compiled.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -11,22 +11,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+import typer
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from l2c_compile import CacheSchedule, CompiledSampler, Router, l2c_compile, run_reference
+from l2c_compile.backends.options import EAGER
+from l2c_compile.cli.files import output_path
+from l2c_compile.cli.options import Force
+from l2c_compile.cli.plots import new_figure, save_figure
+from l2c_compile.cli.terminal import bar, say, show
 from l2c_compile.loops import DDIM, BuiltInLoop, Guidance
 from l2c_compile.methods import uniform_interval
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 from l2c_compile.models.named import tolerance
 
-__all__ = ["Side", "learned_router", "run_demo", "save_digit_grid"]
+__all__ = ["Side", "command", "learned_router", "save_digit_grid"]
 
 _NUM_CLASSES = 10
 _LABELS_B = torch.arange(_NUM_CLASSES)
@@ -35,21 +39,21 @@ _MAX_SHOWN = 3
 
 @dataclass
 class Side:
-    """One way to run the loop, and what it gave."""
+    """One way to run the loop, and what came of it."""
 
     caching: str
     how: str
     sample: Callable[[Tensor], Tensor]
     """Takes noise, shape (B, C, H, W), one sample a class; returns images in [-1, 1] of the same shape."""
     multiply_adds: int = 0
-    """Of one run."""
+    """Multiply-adds of one run."""
     times_s: list[float] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
-    """What each run returned."""
+    """The images that each run returned."""
 
     @property
     def median_s(self) -> float:
-        """Return the median time of a run."""
+        """The median time of a run."""
         return statistics.median(self.times_s)
 
 
@@ -59,7 +63,7 @@ def learned_router(num_evaluations: int) -> Router | None:
     Its ``info`` holds the command that learned it.
 
     Raises:
-        FileFormatError: The installed file is damaged.
+        FileFormatError: if the installed file is damaged.
     """
     file = resources.files("l2c_compile") / "data" / f"digits_router_{num_evaluations}.safetensors"
     if not file.is_file():
@@ -69,39 +73,40 @@ def learned_router(num_evaluations: int) -> Router | None:
 
 
 @torch.no_grad()
-def run_demo(console: Console, *, out: Path, steps: int = 20, per_class: int = 10, backend: str = "eager") -> bool:
-    """Sample, measure, print a table and write a picture.
+def command(
+    out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where the picture goes.")] = Path(
+        "out/demo"
+    ),
+    steps: Annotated[Literal["20", "50"], typer.Option(help="DDIM steps; each is one evaluation of the model.")] = "20",
+    per_class: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Samples of each digit, and timed runs of each side.")
+    ] = 10,
+    backend: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What runs the static graphs: eager, aot_eager, inductor (slow to compile)."),
+    ] = EAGER,
+    force: Force = False,
+) -> None:
+    """Draw digits with a trained model, with and without caching, eagerly and compiled; compare time and pictures.
 
-    Args:
-        console: Where to print; progress goes to stderr.
-        out: Folder for the picture; made if absent.
-        steps: DDIM steps, each one evaluation.
-        per_class: Samples of each digit. Each run makes one of each, so this is also the number of timed runs.
-        backend: What runs the static graphs.
-
-    Returns:
-        Whether the static graphs agree with the eager loops.
-
-    Raises:
-        BackendError: There is no such backend.
-        OSError: The picture cannot be written.
+    Exits with 1 if a static graph differs from the eager loop by more than rounding.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    picture = output_path(out / "digits.png", ".png", force=force)
     model = load_digits_dit()
-    loop = DDIM(steps=steps, guidance=Guidance(GUIDANCE_SCALE, null={"y": _NUM_CLASSES}))
-    router = learned_router(steps)
-    schedule = uniform_interval(steps, ("blocks.*.attn", "blocks.*.mlp"), 2) if router is None else router.schedule()
-    schedule = schedule.resolve([path for path, _ in model.named_modules()])
-    all_compute = CacheSchedule.all_compute(steps, schedule.sites)
+    loop = DDIM(steps=int(steps), guidance=Guidance(GUIDANCE_SCALE, null={"y": _NUM_CLASSES}))
+    router = learned_router(loop.steps)
+    odd_reuse = uniform_interval(loop.steps, ("blocks.*.attn", "blocks.*.mlp"), 2)
+    schedule = (odd_reuse if router is None else router.schedule()).resolve([path for path, _ in model.named_modules()])
+    all_compute = CacheSchedule.all_compute(loop.steps, schedule.sites)
     num_millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    _say(console, f"DiT of {num_millions:.1f} M parameters; DDIM, {steps} evaluations, guidance {GUIDANCE_SCALE:g}")
-    _say(console, f"schedule: {_described(router)}")
+    say(f"DiT of {num_millions:.1f} M parameters; DDIM, {steps} evaluations, guidance {GUIDANCE_SCALE:g}")
+    say(f"schedule: {_described(router)}")
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compile", total=None)
+    with bar("compile") as update:
 
         def on_stage(what: str) -> None:
-            progress.update(task, description=what)
+            update(description=what)
 
         uncached = l2c_compile(model, all_compute, loop, backend=backend, progress=on_stage)
         cached = l2c_compile(model, schedule, loop, backend=backend, progress=on_stage)
@@ -110,44 +115,38 @@ def run_demo(console: Console, *, out: Path, steps: int = 20, per_class: int = 1
         graph_s = time.perf_counter() - start_s
         sides = _sides(model, loop, schedule, uncached, cached)
         _warm_up(sides, on_stage)
-        progress.update(task, description="sample", total=per_class * len(sides))
-        _sample_in_turn(sides, per_class, on_run=lambda: progress.advance(task))
+        update(description="sample", total=per_class * len(sides))
+        _sample_in_turn(sides, per_class, on_run=lambda: update(advance=1))
 
     sides[1].multiply_adds = uncached.summary().multiply_adds
     sides[3].multiply_adds = cached.summary().multiply_adds
-    _say(console, f"\n{_NUM_CLASSES} digits a run, float32, CPU, {torch.get_num_threads()} threads, backend {backend};")
-    _say(
-        console, f"median of {per_class} runs in turn; ratio to the first row; errors against the eager loop above it\n"
-    )
-    console.print(_table(sides))
-    console.print()
+    say(f"\n{_NUM_CLASSES} digits a run, float32, CPU, {torch.get_num_threads()} threads, backend {backend};")
+    say(f"median of {per_class} runs in turn; ratio to the first row; errors against the eager loop above it\n")
+    show(_table(sides))
     num_nodes = len(cached.graph_module.graph.nodes)
-    _say(console, f"the cached loop as one static graph: {num_nodes} nodes, made in {graph_s:.1f} s;")
+    say(f"\nthe cached loop as one static graph: {num_nodes} nodes, made in {graph_s:.1f} s;")
     for total in cached.summary().in_short().split("; "):
-        _say(console, f"  {total}")
+        say(f"  {total}")
     change = float((torch.cat(sides[3].images) - torch.cat(sides[1].images)).abs().mean())
-    _say(console, f"caching moves a pixel by {change:.3f} on average, on a scale from -1 to 1")
-    path = out / "digits.png"
-    save_digit_grid(path, sides[1].images, sides[3].images, schedule)
-    _say(console, f"picture written to {path}")
-    return _agree(console, sides, (uncached, cached), steps)
+    say(f"caching moves a pixel by {change:.3f} on average, on a scale from -1 to 1")
+    save_digit_grid(picture, sides[1].images, sides[3].images, schedule)
+    say(f"picture written to {picture}")
+    if not _agree(sides, (uncached, cached), loop.steps):
+        raise typer.Exit(1)
 
 
 def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Tensor], schedule: CacheSchedule) -> None:
     """Write a PNG: uncached samples above, cached ones of equal noise below, one column a class.
 
     Args:
-        path: Where to; folders are made.
-        uncached: One tensor a run, shape (10, 1, 8, 8), in [-1, 1].
-        cached: The same.
-        schedule: What the cached samples were made with, for the titles.
+        path: the file to write.
+        uncached: samples without caching, one tensor a run, shape (10, 1, 8, 8), in [-1, 1].
+        cached: samples with caching, in the same form.
+        schedule: the schedule of the cached samples, for the titles.
     """
-    # Imported here: `l2c --help` should not wait for matplotlib.
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     num_shown = min(_MAX_SHOWN, len(uncached))
-    figure = Figure(figsize=(7.0, 1.4 + 1.4 * num_shown), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    figure = new_figure(7.0, 1.4 + 1.4 * num_shown)
+    figure.set_layout_engine("constrained", h_pad=0.12)
     figure.suptitle(f"Digits drawn by a diffusion transformer in {schedule.num_evaluations} evaluations", fontsize=13)
     titles = (
         "without caching: all of them compute every block",
@@ -162,8 +161,7 @@ def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Ten
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     axes.set_xlabel("digit asked for")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def _described(router: Router | None) -> str:
@@ -245,9 +243,7 @@ def _errors(side: Side, reference: Side) -> tuple[float, float]:
     return max_error, max_error / float(wanted.abs().max())
 
 
-def _agree(
-    console: Console, sides: Sequence[Side], samplers: tuple[CompiledSampler, CompiledSampler], steps: int
-) -> bool:
+def _agree(sides: Sequence[Side], samplers: tuple[CompiledSampler, CompiledSampler], steps: int) -> bool:
     """Return whether both static graphs are within the tolerance; print where one is not."""
     allowed = tolerance(steps)
     agree = True
@@ -257,11 +253,9 @@ def _agree(
         if not relative <= allowed:
             agree = False
             report = sampler.verify(_noise(0), y=_LABELS_B)
-            _say(
-                console, f"{side.caching} static graph: relative error {relative:.1e} is above {allowed:.1e}; {report}"
-            )
+            say(f"{side.caching} static graph: relative error {relative:.1e} is above {allowed:.1e}; {report}")
     if agree:
-        _say(console, f"both static graphs agree with the eager loops (relative error at most {allowed:.1e} allowed)")
+        say(f"both static graphs agree with the eager loops (relative error at most {allowed:.1e} allowed)")
     return agree
 
 
@@ -274,7 +268,3 @@ def _mosaic(images: Sequence[Tensor]) -> Tensor:
 def _noise(run: int) -> Tensor:
     """Return standard normal noise, one sample a class; equal for equal runs."""
     return torch.randn(_NUM_CLASSES, 1, 8, 8, generator=torch.Generator().manual_seed(run))
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(Text(line), soft_wrap=True)

@@ -1,27 +1,21 @@
-"""The body of ``l2c eval``, and the judge that it shares with ``python -m bench quality``.
-
-Shapes: N samples, D features.
-"""
+"""``l2c eval``: what a schedule file does to the samples of a known model."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import typer
 from rich.table import Table
-from rich.text import Text
 
-from l2c_compile.files.documents import write_atomically
-from l2c_compile.models.named import DIGITS, named_model
+from l2c_compile.cli.files import load_case, output_path, write_report
+from l2c_compile.cli.options import Batch, Digits, Force, Json, ScheduleFile, Seed, StepsOfFile, Threshold
+from l2c_compile.cli.terminal import bar, say, show
+from l2c_compile.models.named import DIGITS
 from l2c_compile.quality.judge import Judge, Verdict
 from l2c_compile.quality.measures import Estimate
-from l2c_compile.schedules.importers import load_schedule_file
-from l2c_compile.schedules.router import schedule_of
 
-__all__ = ["evaluate_file"]
+__all__ = ["command"]
 
 _HEADINGS = {
     "psnr_db": "PSNR, dB",
@@ -34,68 +28,45 @@ _HEADINGS = {
 }
 
 
-def evaluate_file(
-    path: str | os.PathLike[str],
-    console: Console,
-    *,
-    model: str = DIGITS,
-    steps: int | None = None,
-    threshold: float | None = None,
-    num_samples: int = 2000,
-    batch: int = 20,
-    seed: int = 0,
-    json_path: str | os.PathLike[str] | None = None,
+def command(
+    file: ScheduleFile,
+    model: Digits = DIGITS,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Samples with and without caching.")] = 2000,
+    batch: Batch = 20,
+    steps: StepsOfFile = None,
+    threshold: Threshold = None,
+    seed: Seed = 0,
+    json: Json = None,
+    force: Force = False,
 ) -> None:
-    """Print what a schedule or router does to the samples of a model.
-
-    Args:
-        path: A file that ``load_schedule_file`` reads.
-        console: Where to print; progress goes to stderr.
-        model: "digits".
-        steps: Sampler steps; None takes the loop in the file, or as many as the file is for.
-        threshold: For routers, in place of the usual one.
-        num_samples: Samples with and without caching.
-        batch: Samples a call.
-        seed: Of the noise.
-        json_path: If given, also write the numbers there.
-
-    Raises:
-        L2CError: The file cannot be read, there is no such model, they do not fit together, or there are too few
-            samples.
-        OSError: A file cannot be read or written.
-    """
-    schedule = schedule_of(load_schedule_file(path, threshold=threshold))
-    known = named_model(model, with_weights=True)
-    loop = known.loop_of(schedule, steps)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("sample without caching", total=2 * math.ceil(num_samples / min(batch, num_samples)))
+    """Measure what a schedule costs in quality, against the uncached model on equal noise."""
+    json = json and output_path(json, ".json", force=force, reads=file)
+    case = load_case(file, model, steps, threshold, with_weights=True)
+    with bar("sample without caching", 2 * math.ceil(samples / min(batch, samples))) as update:
         judge = Judge(
-            known,
-            loop,
-            num_samples=num_samples,
+            case.model,
+            case.loop,
+            num_samples=samples,
             batch=batch,
             seed=seed,
-            on_batch=lambda: progress.advance(task),
+            on_batch=lambda: update(advance=1),
         )
-        progress.update(task, description="sample with caching")
-        verdict = judge.judge(schedule, loop)
-    where = f"{known.name}, {loop.name}, {loop.num_evaluations} evaluations, {num_samples} samples, seed {seed}"
-    console.print(Text(where), soft_wrap=True)
-    console.print(_table(verdict, judge.reference_as_asked))
-    if json_path is not None:
+        update(description="sample with caching")
+        verdict = judge.judge(case.schedule, case.loop)
+    say(f"{case}, {samples} samples, seed {seed}")
+    show(_table(verdict, judge.reference_as_asked))
+    if json is not None:
         document = {
-            "model": known.name,
-            "loop": loop.to_dict(),
-            "schedule": schedule.digest,
+            "model": case.model.name,
+            "loop": case.loop.to_dict(),
+            "schedule": case.schedule.digest,
             "seed": seed,
             "multiply_adds_kept": verdict.multiply_adds_kept,
             "quality": verdict.quality.to_dict(),
             "as_asked": vars(verdict.as_asked),
             "as_asked_uncached": vars(judge.reference_as_asked),
         }
-        write_atomically(json_path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
-        console.print(Text(f"numbers written to {os.fspath(json_path)}"), soft_wrap=True)
+        write_report(json, "numbers", document)
 
 
 def _table(verdict: Verdict, uncached_as_asked: Estimate) -> Table:

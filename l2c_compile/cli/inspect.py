@@ -1,97 +1,73 @@
-"""The bodies of ``l2c inspect``: what a schedule or router file says, and what the passes make of it."""
+"""``l2c inspect``: what a schedule or router file says, in numbers and as a picture, and what the passes make of it."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from typing import Annotated
 
 import torch
-from rich.console import Console
+import typer
 from rich.table import Table
-from rich.text import Text
 
 from l2c_compile.api import l2c_compile
-from l2c_compile.cli.plots import LEGEND, save_heat_map, terminal_heat_map
+from l2c_compile.cli.files import Case, output_path, read_schedule
+from l2c_compile.cli.options import Force, Picture, ScheduleFile, Threshold
+from l2c_compile.cli.plots import save_heat_map, show_heat_map
+from l2c_compile.cli.terminal import bar, say, show
 from l2c_compile.models.named import DIGITS, named_model
-from l2c_compile.schedules.importers import Family, load_schedule_file
-from l2c_compile.schedules.router import Router
+from l2c_compile.schedules.importers import Family
+from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["explain_file", "inspect_file"]
+__all__ = ["command"]
 
 
-def inspect_file(
-    path: str | os.PathLike[str],
-    console: Console,
-    *,
-    threshold: float | None = None,
-    family: Family | None = None,
-    png: str | os.PathLike[str] | None = None,
-    evaluations: bool = False,
+def command(
+    file: ScheduleFile,
+    threshold: Threshold = None,
+    family: Annotated[Family | None, typer.Option(help="For pickles: which project wrote it.")] = None,
+    png: Picture = None,
+    evaluations: Annotated[bool, typer.Option("--evaluations", help="List the evaluations one by one.")] = False,
+    passes: Annotated[
+        bool,
+        typer.Option("--passes", help="List what each pass does to the static graph of a model, and why not more."),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --passes: digits, or a published size: dit-xl/2, ...")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --passes: sampler steps; by default those of FILE.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(metavar="B", min=1, help="With --passes: samples a call.")] = None,
+    force: Force = False,
 ) -> None:
-    """Print what a schedule or router file says.
-
-    Args:
-        path: A file that ``load_schedule_file`` reads.
-        console: Where to print.
-        threshold: For routers, in place of the usual one.
-        family: For pickles, which project wrote it.
-        png: If given, also write the picture there.
-        evaluations: Whether to print the number of computed sites of each evaluation.
-
-    Raises:
-        L2CError: If the file cannot be read as a schedule or router.
-        OSError: If a file cannot be read or written.
-    """
-    content = load_schedule_file(path, threshold=threshold, family=family)
+    """Show what a schedule or router file computes and reuses."""
+    given = [name for name, value in (("model", model), ("steps", steps), ("batch", batch)) if value is not None]
+    if given and not passes:
+        raise typer.BadParameter("is for --passes only", param_hint=f"--{given[0]}")
+    png = png and output_path(png, ".png", force=force, reads=file)
+    content = read_schedule(file, threshold, family)
     router = content if isinstance(content, Router) else None
-    schedule = content.schedule() if isinstance(content, Router) else content
-    _print(console, Path(path).name, _facts(schedule, router))
-    for line in terminal_heat_map(schedule, width=console.width):
-        console.print(line, no_wrap=True, overflow="ignore", crop=False)
-    console.print(Text(LEGEND, style="dim"), soft_wrap=True)
+    schedule = schedule_of(content)
+    _print(file.name, _facts(schedule, router))
+    show_heat_map(schedule)
     if evaluations:
-        console.print(_evaluation_table(schedule))
+        show(_evaluation_table(schedule))
     if png is not None:
         save_heat_map(schedule, png, router=router)
-        console.print(Text(f"picture written to {os.fspath(png)}"), soft_wrap=True)
+        say(f"picture written to {png}")
+    if passes:
+        known = named_model(model or DIGITS)
+        _explain(Case(schedule, known, known.loop_of(schedule, steps)), batch or 1)
 
 
-def explain_file(
-    path: str | os.PathLike[str],
-    console: Console,
-    *,
-    threshold: float | None = None,
-    family: Family | None = None,
-    model: str = DIGITS,
-    steps: int | None = None,
-    batch: int = 1,
-) -> None:
-    """Print what each pass does to the static graph of a model under a schedule or router; no backend compiles it.
-
-    Args:
-        path: a file that ``load_schedule_file`` reads.
-        console: where to print.
-        threshold: for routers, in place of the usual one.
-        family: for pickles, which project wrote it.
-        model: "digits", or a published size.
-        steps: sampler steps; None takes the loop in the file, or as many as the file is for.
-        batch: samples a call.
-
-    Raises:
-        L2CError: if the file cannot be read, there is no such model, or they do not fit together.
-        OSError: if the file cannot be read.
-    """
-    content = load_schedule_file(path, threshold=threshold, family=family)
-    schedule = content.schedule() if isinstance(content, Router) else content
-    known = named_model(model)
-    loop = known.loop_of(schedule, steps)
-    sampler = l2c_compile(known.denoiser, schedule, loop, numerics="rounding")
-    with console.status("build the graph"):
-        noise = torch.zeros(batch, *known.latent_shape, device=known.device)
-        sampler.capture(noise, y=torch.zeros(batch, dtype=torch.int64, device=known.device))
-    console.print(f"{model}, {loop.name}, {loop.num_evaluations} evaluations, batch {batch}")
-    console.print(sampler.explain())
+def _explain(case: Case, batch: int) -> None:
+    sampler = l2c_compile(case.model.denoiser, case.schedule, case.loop, numerics="rounding")
+    device = case.model.device
+    noise = torch.zeros(batch, *case.model.latent_shape, device=device)
+    with bar("build the graph"):
+        sampler.capture(noise, y=torch.zeros(batch, dtype=torch.int64, device=device))
+    say(f"{case}, batch {batch}")
+    show(sampler.explain())
 
 
 def _facts(schedule: CacheSchedule, router: Router | None) -> dict[str, str]:
@@ -117,12 +93,12 @@ def _facts(schedule: CacheSchedule, router: Router | None) -> dict[str, str]:
     return facts
 
 
-def _print(console: Console, name: str, facts: dict[str, str]) -> None:
-    console.print(Text(name, style="bold"))
+def _print(name: str, facts: dict[str, str]) -> None:
+    say(name, style="bold")
     width = max(map(len, facts))
     for key, value in facts.items():
-        console.print(Text(f"  {key:<{width}}  {_printable(value)}"), soft_wrap=True)
-    console.print()
+        say(f"  {key:<{width}}  {_printable(value)}")
+    say()
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The body of ``l2c learn``: learn a router for a known model on samples of its own.
+"""``l2c learn``: learn a router for a known model on samples of its own.
 
 Started by ``accelerate launch -m l2c_compile learn ...`` several processes share the batch.
 """
@@ -7,75 +7,105 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
+import typer
 from torch import Tensor
 
-from l2c_compile.cli.plots import LEGEND, save_heat_map, terminal_heat_map
+from l2c_compile.cli.files import output_path
+from l2c_compile.cli.options import Digits, Force, Steps
+from l2c_compile.cli.plots import save_heat_map, show_heat_map
+from l2c_compile.cli.terminal import bar, say
 from l2c_compile.errors import ScheduleError
-from l2c_compile.files.documents import replaced_at_once
 from l2c_compile.finders.training import Draw, RoundReport
 from l2c_compile.methods import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from l2c_compile.models.named import DIGITS, NamedModel, named_model
-from l2c_compile.schedules.router import Router
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["learn_router"]
+__all__ = ["command"]
 
 _SECONDS_A_PICTURE = 5.0
 
 
-def learn_router(
-    out: Path,
-    console: Console,
-    *,
-    model: str = DIGITS,
-    method: Literal["l2c", "rollout"] = "l2c",
-    steps: int = 20,
-    sites: tuple[str, ...] = (),
-    resume: bool = False,
-    png: Path | None = None,
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no",
-    **settings: Any,  # noqa: ANN401 - the fields of the settings
+def command(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The router; ends in .safetensors.")],
+    budget: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="How much of the work may be left, between 0 and 1.")
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(metavar="LAMBDA", help="In place of a budget: the price of a computed site.")
+    ] = None,
+    method: Annotated[
+        Literal["l2c", "rollout"],
+        typer.Option(help="l2c: every second evaluation is cached. rollout: any may reuse values of any age."),
+    ] = "l2c",
+    model: Digits = DIGITS,
+    steps: Steps = 20,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Updates of every evaluation.")] = 80,
+    batch: Annotated[int, typer.Option(metavar="B", min=1, help="Samples of an update, over all processes.")] = 4,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of AdamW on the logits.")] = 0.1,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE", help="What may be reused; may be repeated. Attention and MLP of every block."),
+    ] = None,
+    budget_in: Annotated[
+        Literal["multiply-adds", "time"], typer.Option(help="The work that the budget is a share of.")
+    ] = "multiply-adds",
+    price_by: Annotated[
+        Literal["sites", "multiply-adds", "time"], typer.Option(help="What a site costs relative to others.")
+    ] = "sites",
+    straight_through: Annotated[
+        bool, typer.Option("--straight-through", help="Learn with scores rounded to 0 or 1.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of all that is drawn.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds between checkpoints.")] = 10,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Draw the router there while it learns.")
+    ] = None,
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], typer.Option(help="Of the model's evaluations.")] = "no",
+    force: Force = False,
 ) -> None:
-    """Learn a router and write it.
+    """Learn a router on samples that the model draws itself; give a budget or a penalty.
 
-    Args:
-        out: The router file, safetensors. A checkpoint is kept next to it until it is written.
-        console: Where to print; progress goes to stderr.
-        model: "digits".
-        method: "l2c" (pairs of a full and a cached evaluation) or "rollout" (whole trajectories, values of any age).
-        steps: Sampler steps.
-        sites: What may be reused; none takes attention and MLP of every block.
-        resume: Go on from the checkpoint of an interrupted run.
-        png: If given, a picture of the router is drawn there every few seconds.
-        mixed_precision: Of the model's evaluations.
-        **settings: Fields of ``L2CSettings`` or ``RolloutSettings``.
-
-    Raises:
-        L2CError: There is no such model or site, the settings do not fit, or a file is in the way.
-        OSError: A file cannot be written.
+    Several processes share the work with `accelerate launch -m l2c_compile learn ...`. A checkpoint is kept beside the
+    router until that is written.
     """
+    if budget is not None and penalty is not None:
+        raise ScheduleError("give a penalty or a budget, not both")
+    out = output_path(out, ".safetensors", force=force)
+    # A run that is resumed overwrites its own picture.
+    png = png and output_path(png, ".png", force=force or resume)
     checkpoint = out.with_name(out.name + ".checkpoint")
-    _check_files(out, checkpoint, resume)
+    if checkpoint.exists() and not resume:
+        raise ScheduleError(
+            f"{checkpoint} is left of an interrupted run; go on from it with --resume, or choose another --out"
+        )
     known = named_model(model, with_weights=True)
     loop = known.loop(steps)
     accelerator = _accelerator(mixed_precision)
     is_main = accelerator is None or accelerator.is_main_process
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_main) as progress:
-        task = progress.add_task("capture the model", total=None)
-        watch = _Watch(progress, task, png if is_main else None)
-        shared: dict[str, Any] = {"checkpoint": checkpoint, "accelerator": accelerator, "on_round": watch.on_round}
-        given = known.denoiser, loop, _draw(known), sites or known.sublayers
+    settings: dict[str, Any] = {
+        "budget": budget,
+        "penalty": penalty,
+        "rounds": rounds,
+        "batch_size": batch,
+        "learning_rate": learning_rate,
+        "budget_in": budget_in,
+        "price_by": price_by,
+        "straight_through": straight_through,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+    }
+    with bar("capture the model", shown=is_main) as update:
+        on_round = _round_display(update, png if is_main else None)
+        shared: dict[str, Any] = {"checkpoint": checkpoint, "accelerator": accelerator, "on_round": on_round}
+        given = known.denoiser, loop, _draw(known), site or known.sublayers
         if method == "l2c":
             router = learn_l2c(*given, L2CSettings(**settings), **shared)
         else:
@@ -83,42 +113,30 @@ def learn_router(
     if is_main:
         router.save(out)
         checkpoint.unlink(missing_ok=True)
-        _print(console, router, out, png)
+        show_heat_map(router.schedule())
+        say(f"{router}: {', '.join(f'{name} {value}' for name, value in router.info.items())}")
+        say(f"router written to {out}" + (f", picture to {png}" if png else ""))
 
 
-@dataclass
-class _Watch:
-    """Shows how learning goes."""
+def _round_display(update: Callable[..., None], png: Path | None) -> Callable[[RoundReport], None]:
+    """Return a function that shows each round's report: on the bar, and every few seconds as a picture."""
+    drawn_s = 0.0
 
-    progress: Progress
-    task: TaskID
-    png: Path | None
-    drawn_s: float = 0.0
-
-    def on_round(self, report: RoundReport) -> None:
+    def on_round(report: RoundReport) -> None:
+        nonlocal drawn_s
         what = f"distance {report.distance:.3g}, {report.kept:.1%} kept, lambda {report.penalty:.2g}"
-        self.progress.update(self.task, total=report.rounds, completed=report.round, description=what)
+        update(total=report.rounds, completed=report.round, description=what)
         is_last = report.round == report.rounds
-        if self.png is not None and (is_last or time.monotonic() - self.drawn_s > _SECONDS_A_PICTURE):
+        if png is not None and (is_last or time.monotonic() - drawn_s > _SECONDS_A_PICTURE):
             router = report.router()
-            with replaced_at_once(self.png) as temporary:
-                save_heat_map(router.schedule(), temporary, router=router)
-            self.drawn_s = time.monotonic()
+            save_heat_map(router.schedule(), png, router=router)
+            drawn_s = time.monotonic()
 
-
-def _check_files(out: Path, checkpoint: Path, resume: bool) -> None:
-    if out.exists():
-        raise ScheduleError(f"{out} exists already; choose another --out, or move it away")
-    if checkpoint.exists() and not resume:
-        raise ScheduleError(
-            f"{checkpoint} is left of an interrupted run; go on from it with --resume, or choose another --out"
-        )
-    if not os.access(out.parent, os.W_OK):
-        raise ScheduleError(f"the folder {out.parent} does not exist or cannot be written to; make it first")
+    return on_round
 
 
 def _accelerator(mixed_precision: str) -> Accelerator | None:
-    """Return what joins the processes, or None for a single one in the model's own precision."""
+    """Return the Accelerator that joins the processes, or None for one process in the model's own precision."""
     if mixed_precision == "no" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     try:
@@ -136,12 +154,3 @@ def _draw(known: NamedModel) -> Draw:
         return noise, {"y": torch.randint(0, known.num_classes, (count,), generator=generator)}
 
     return draw
-
-
-def _print(console: Console, router: Router, out: Path, png: Path | None) -> None:
-    for line in terminal_heat_map(router.schedule(), width=console.width):
-        console.print(line, no_wrap=True, overflow="ignore", crop=False)
-    console.print(Text(LEGEND, style="dim"), soft_wrap=True)
-    facts = ", ".join(f"{name} {value}" for name, value in router.info.items())
-    console.print(Text(f"{router}: {facts}"), soft_wrap=True)
-    console.print(Text(f"router written to {out}" + (f", picture to {png}" if png else "")), soft_wrap=True)

@@ -1,6 +1,6 @@
 """Pictures of schedules and routers: evaluations from left to right, sites from top to bottom.
 
-The terminal map needs rich only; the PNG needs matplotlib, which is not a dependency of this package.
+The terminal map needs rich only; a PNG needs matplotlib, and takes the place of an older one when it is complete.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
 
 from l2c_compile.errors import L2CError
+from l2c_compile.files.documents import replaced_at_once
 from l2c_compile.finders import Profile
 from l2c_compile.schedules.router import Router
 from l2c_compile.schedules.schedule import CacheSchedule
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HIDDEN",
-    "LEGEND",
     "PlotError",
     "new_figure",
+    "save_figure",
     "save_heat_map",
     "save_profile_plot",
+    "show_heat_map",
     "source_ages",
     "terminal_heat_map",
 ]
@@ -35,7 +38,7 @@ __all__ = [
 HIDDEN = -1
 """The age of a site that has no value in an evaluation, because a site over it is reused."""
 
-LEGEND = "# computed   1-9 reused, that many evaluations old (+ is more)   . part of a reused site"
+_LEGEND = "# computed   1-9 reused, that many evaluations old (+ is more)   . part of a reused site"
 
 _MAX_LABELS = 60
 
@@ -47,6 +50,14 @@ class PlotError(L2CError, RuntimeError):
 def source_ages(schedule: CacheSchedule) -> list[list[int]]:
     """Return a row for each site: 0 computed, n > 0 reused from n evaluations before, ``HIDDEN`` neither."""
     return [[_age(schedule, e, index) for e in range(schedule.num_evaluations)] for index in range(len(schedule.sites))]
+
+
+def show_heat_map(schedule: CacheSchedule) -> None:
+    """Print the map of a schedule, and what its characters mean."""
+    console = Console()
+    for line in terminal_heat_map(schedule, width=console.width):
+        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    console.print(Text(_LEGEND, style="dim"), soft_wrap=True)
 
 
 def terminal_heat_map(schedule: CacheSchedule, *, width: int = 120) -> Iterator[Text]:
@@ -74,8 +85,8 @@ def save_heat_map(schedule: CacheSchedule, path: str | os.PathLike[str], *, rout
     """Write a PNG of the schedule, and of the scores of the router it comes from if there is one.
 
     Raises:
-        PlotError: If matplotlib is not installed, or there are no sites to draw.
-        OSError: If the file cannot be written.
+        PlotError: if matplotlib is not installed, or there are no sites to draw.
+        OSError: if the file cannot be written.
     """
     if not schedule.sites:
         raise PlotError("a picture wants at least one site, the schedule has none")
@@ -87,22 +98,22 @@ def save_heat_map(schedule: CacheSchedule, path: str | os.PathLike[str], *, rout
         _draw_scores(figure, panels[1], router)
     for axes in panels:
         _label(axes, schedule.sites)
-    figure.savefig(path, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def save_profile_plot(profile: Profile, path: str | os.PathLike[str]) -> None:
     """Write a PNG of a profile: relative change at lag 1 (over the later value) and magnitude ratio.
 
     Raises:
-        PlotError: If matplotlib is not installed.
-        OSError: If the file cannot be written.
+        PlotError: if matplotlib is not installed.
+        OSError: if the file cannot be written.
     """
     import numpy as np
 
     figure = new_figure(16.0, _height(len(profile.sites)))
     change = profile.relative_change(1).T.numpy()
     growth = profile.growth.double().mean(0).T.numpy()
-    # What has nothing before it has no change and no ratio.
+    # The first evaluation of each branch has no earlier one to be compared with.
     change[:, : profile.branches] = growth[:, : profile.branches] = np.nan
     furthest = float(np.nanmax(np.abs(growth - 1), initial=1e-3))
     panels = figure.subplots(1, 2, squeeze=False)[0]
@@ -116,14 +127,24 @@ def save_profile_plot(profile: Profile, path: str | os.PathLike[str]) -> None:
         figure.colorbar(image, ax=axes)
         axes.set_title(title)
         _label(axes, profile.sites)
-    figure.savefig(path, format="png", dpi=120)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as a PNG.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with replaced_at_once(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of that size in inches.
 
     Raises:
-        PlotError: If matplotlib is not installed.
+        PlotError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,79 +1,67 @@
-"""The body of ``l2c profile``: measure how the sites of a known model change, and keep that in a file."""
+"""``l2c profile``: measure how the sites of a known model change, and keep that in a file."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import typer
 from rich.table import Table
-from rich.text import Text
 
+from l2c_compile.cli.files import output_path
+from l2c_compile.cli.options import Batch, Digits, Force, Picture, Seed, Steps
 from l2c_compile.cli.plots import save_profile_plot
+from l2c_compile.cli.terminal import bar, say, show
 from l2c_compile.finders import Profile, take_profile
 from l2c_compile.models.named import DIGITS, named_model
 
-__all__ = ["profile_model", "profile_table"]
+__all__ = ["command"]
 
 _MAX_LAGS_SHOWN = 3
 
 
-def profile_model(
-    out: str | os.PathLike[str],
-    console: Console,
-    *,
-    model: str = DIGITS,
-    steps: int = 20,
-    num_runs: int = 16,
-    batch: int = 1,
-    lags: int | None = None,
-    sites: Sequence[str] = (),
-    seed: int = 0,
-    png: str | os.PathLike[str] | None = None,
+def command(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The profile; ends in .safetensors.")],
+    model: Digits = DIGITS,
+    steps: Steps = 20,
+    runs: Annotated[int, typer.Option(metavar="N", min=1, help="Runs of the loop, without caching.")] = 16,
+    batch: Batch = 1,
+    lags: Annotated[
+        int | None, typer.Option(metavar="K", min=1, help="The most evaluations to look back; by default all.")
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE", help="What to measure; may be repeated. Sublayers of every block, whole stack."),
+    ] = None,
+    seed: Seed = 0,
+    png: Picture = None,
+    force: Force = False,
 ) -> None:
-    """Take a profile, write it and print its changes.
-
-    Args:
-        out: The file, safetensors.
-        console: Where to print; progress goes to stderr.
-        model: "digits".
-        steps: Sampler steps.
-        num_runs: Runs of the loop.
-        batch: Samples a run.
-        lags: The most evaluations to look back; None takes all there are.
-        sites: What to measure; none takes attention and MLP of every block, and the whole stack.
-        seed: Of the noise.
-        png: If given, also write a picture there.
-
-    Raises:
-        L2CError: There is no such model, site or loop.
-        OSError: A file cannot be written.
-    """
+    """Measure once how the sites of a model change from evaluation to evaluation; `l2c schedule` decides from that."""
+    out = output_path(out, ".safetensors", force=force)
+    png = png and output_path(png, ".png", force=force)
     known = named_model(model, with_weights=True)
     loop = known.loop(steps)
-    noise, labels = known.inputs(num_runs * batch, seed)
-    runs = [(noise[i : i + batch], {"y": labels[i : i + batch]}) for i in range(0, len(noise), batch)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("run without caching", total=num_runs)
+    noise, labels = known.inputs(runs * batch, seed)
+    inputs = [(noise[i : i + batch], {"y": labels[i : i + batch]}) for i in range(0, len(noise), batch)]
+    with bar("run without caching", runs) as update:
         profile = take_profile(
             known.denoiser,
             loop,
-            sites or (*known.sublayers, *known.stacks),
-            runs,
+            site or (*known.sublayers, *known.stacks),
+            inputs,
             lags=lags or max(1, loop.num_evaluations - 1),
-            on_run=lambda: progress.advance(task),
+            on_run=lambda: update(advance=1),
         )
     profile.save(out)
-    console.print(profile_table(profile))
-    console.print(Text(f"{profile!r} written to {os.fspath(out)}"), soft_wrap=True)
+    show(_table(profile))
+    say(f"{profile!r} written to {out}")
     if png is not None:
         save_profile_plot(profile, png)
-        console.print(Text(f"picture written to {os.fspath(png)}"), soft_wrap=True)
+        say(f"picture written to {png}")
 
 
-def profile_table(profile: Profile) -> Table:
+def _table(profile: Profile) -> Table:
     """Return the change of each evaluation against earlier ones: the mean over the sites, and the largest."""
     table = Table(title="relative change (L1), mean over sites", title_justify="left")
     table.add_column("evaluation", justify="right")

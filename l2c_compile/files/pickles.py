@@ -16,8 +16,6 @@ import torch
 from l2c_compile.errors import FileFormatError
 from l2c_compile.files.documents import open_regular
 
-__all__ = ["load_pickle"]
-
 _MAX_PICKLE_BYTES = 64 * 2**20
 _MAX_PICKLE_ENTRIES = 10_000
 
@@ -53,7 +51,7 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
         try:
             entries = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error, OSError) as error:
-            # zipfile may seek to where a forged offset says; other numbers are the disk's.
+            # zipfile gets EINVAL where it seeks to a forged offset; other numbers mean that the disk failed.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             raise FileFormatError(

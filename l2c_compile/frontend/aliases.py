@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AliasesAsInEagerTorch"]
-
 
 def _functional_dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple[Any, Any]:  # noqa: A002, ANN401
     return input, training

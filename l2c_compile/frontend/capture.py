@@ -30,8 +30,6 @@ from l2c_compile.graphs.marks import INPUT_PORT, SITE, site_marks
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["capture", "check_sites_exist"]
-
 
 def check_sites_exist(denoiser: nn.Module, sites: Sequence[Site]) -> None:
     """Raise ``UnknownSiteError`` for a site whose module the denoiser does not have."""

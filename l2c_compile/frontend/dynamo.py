@@ -33,8 +33,6 @@ from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_l
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["DynamoLoop", "loop_graph_of"]
-
 _GRAD_MODES = (
     torch._C._set_grad_enabled,
     torch.autograd.grad_mode._enter_inference_mode,

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Loop", "StandIn"]
-
 Loop = Callable[..., object]
 """A sampler in plain PyTorch, called as ``loop(denoiser, noise, **conditions) -> latent``."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -36,8 +37,6 @@ from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
-
-__all__ = ["trace_loop"]
 
 _NO_VALUES = (
     "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
@@ -170,6 +169,8 @@ class LoopTracer(fx.proxy.TracerBase):
         self.capturing = False
         self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
+        self._thread = threading.get_ident()
+        self._refusal: LoopTraceError | None = None
 
     def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
         """Run ``loop`` and return the recorded graph of torch calls."""
@@ -179,6 +180,9 @@ class LoopTracer(fx.proxy.TracerBase):
         random_state = torch.get_rng_state()
         with torch.no_grad(), _RandomDrawRecorder(self):
             result = loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
+        if self._refusal is not None:
+            # The loop caught it and went on, another way than it will with values.
+            raise self._refusal
         if not self.calls:
             raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
         if not torch.equal(random_state, torch.get_rng_state()):
@@ -193,7 +197,10 @@ class LoopTracer(fx.proxy.TracerBase):
     def untraceable(self, what: str, instead: str = _NO_VALUES) -> LoopTraceError:
         """Return the error for something that the loop does at this moment and that a static program cannot do."""
         done = len(self.calls)
-        return LoopTraceError(f"the loop {what} at {_caller()}, after {done} evaluation{'s' * (done != 1)}; {instead}")
+        after = f"after {done} evaluation{'s' * (done != 1)}"
+        error = LoopTraceError(f"the loop {what} at {_caller()}, {after}; {instead}")
+        self._refusal = self._refusal or error
+        return error
 
     def call(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Record one call of torch and return its result: loop tensors, or values that are already known."""
@@ -229,6 +236,7 @@ class LoopTracer(fx.proxy.TracerBase):
         return tree_unflatten(wrapped, spec)
 
     def create_arg(self, a: object) -> Argument:
+        """Return what stands for a value among the arguments of a node."""
         if isinstance(a, LoopTensor):
             return a.node
         if isinstance(a, torch.Generator):
@@ -248,6 +256,10 @@ class LoopTracer(fx.proxy.TracerBase):
 
     def evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Record one call of the denoiser and return tensors for its results."""
+        if threading.get_ident() != self._thread:
+            raise self.untraceable(
+                "calls the denoiser from another thread", "call it in the thread that runs the loop, in order"
+            )
         self._reject_autocast()
         leaves, spec = tree_flatten((args, kwargs))
         signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))

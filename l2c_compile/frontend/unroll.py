@@ -23,8 +23,6 @@ from l2c_compile.graphs.nodes import Expression, draws_random_numbers, expressio
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["unroll"]
-
 
 def unroll(skeleton: LoopSkeleton, denoiser: nn.Module, schedule: CacheSchedule) -> LoopGraph:
     """Return the loop graph: every evaluation in execution order, every site marked, nothing skipped yet.

@@ -18,8 +18,6 @@ from contextlib import contextmanager
 
 from l2c_compile.errors import CaptureError
 
-__all__ = ["one_capture", "weights_in_use", "weights_swapped"]
-
 
 class _HeldByThread(threading.local):
     """How many reads and writes this thread holds."""

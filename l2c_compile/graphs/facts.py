@@ -18,8 +18,6 @@ from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGra
 from l2c_compile.graphs.marks import CACHE_READ, INPUT_PORT, SITE, cache_reads, site_marks
 from l2c_compile.graphs.nodes import draws_random_numbers
 
-__all__ = ["Fact", "check"]
-
 
 class Fact(enum.Enum):
     """A statement that can hold of a graph between two passes."""

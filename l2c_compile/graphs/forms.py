@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["CallSignature", "StaticValue", "TensorForm", "form_of", "signature_of", "tensors_in"]
-
 
 @dataclass(frozen=True)
 class TensorForm:

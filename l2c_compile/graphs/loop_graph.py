@@ -28,8 +28,6 @@ from l2c_compile.graphs.nodes import draws_random_numbers
 from l2c_compile.schedules.schedule import CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["EvaluationGraph", "EvaluationPrice", "FoldedConstants", "LoopGraph", "ProgramGraph", "copy_of"]
-
 
 @dataclass
 class FoldedConstants:

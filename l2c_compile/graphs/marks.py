@@ -12,18 +12,6 @@ from torch.fx.node import Node
 
 from l2c_compile.schedules.rules import Reading, Rule, rule_from_dict
 
-__all__ = [
-    "CACHE_READ",
-    "INPUT_PORT",
-    "SITE",
-    "CacheRead",
-    "SiteMark",
-    "cache_reads",
-    "site_marks",
-    "strided_copy",
-    "write_into",
-]
-
 INPUT_PORT = -1
 """The port of a site's input, which is marked only where the site or its rule needs it."""
 

@@ -12,28 +12,11 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument, Node
 
-__all__ = [
-    "Expression",
-    "argument_key",
-    "arguments_of",
-    "draws_random_numbers",
-    "emit",
-    "evaluation_of",
-    "expression",
-    "form_of",
-    "infer",
-    "is_pointwise",
-    "module_path",
-    "num_bytes",
-    "output_list",
-    "outputs_of",
-    "own_evaluation",
-    "packet_of",
-    "put_with",
-    "root_tensor",
-]
+from l2c_compile.files.torch_cache import cache_folder_named
 
-_INFERENCE = FakeTensorMode()
+# Imports Dynamo, which makes torch's cache folder.
+with cache_folder_named():
+    _INFERENCE = FakeTensorMode()
 
 
 def emit(
@@ -48,11 +31,11 @@ def emit(
     """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs.
 
     Args:
-        graph: where to.
+        graph: the graph that gets the node.
         target: what to call.
-        args: its arguments.
+        args: the node's arguments.
         evaluation: the evaluation it belongs to; None: to the loop itself.
-        kwargs: its keyword arguments.
+        kwargs: the node's keyword arguments.
         like: a node that it belongs with, in place of an evaluation.
     """
     node = graph.call_function(target, args, dict(kwargs or {}))

@@ -13,8 +13,6 @@ from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import EvaluationGraph, ProgramGraph, copy_of
 from l2c_compile.graphs.nodes import output_list
 
-__all__ = ["EvaluationCall", "LoopSkeleton"]
-
 
 @dataclass
 class EvaluationCall:

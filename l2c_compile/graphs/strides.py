@@ -17,9 +17,6 @@ from torch.fx.node import Node
 from l2c_compile.graphs.forms import form_of
 from l2c_compile.graphs.nodes import argument_key, emit, infer, output_list, packet_of
 
-__all__ = ["addresses_memory", "follow", "permutation", "relaid", "same_strides"]
-
-
 aten = torch.ops.aten
 
 

@@ -18,8 +18,6 @@ from l2c_compile.errors import LoopError, nearest
 from l2c_compile.loops.guidance import Denoiser, Guidance, evaluate
 from l2c_compile.loops.noise_schedules import BetaSchedule
 
-__all__ = ["BuiltInLoop", "check_count", "check_number"]
-
 _T = TypeVar("_T")
 
 

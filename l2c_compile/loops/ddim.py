@@ -18,8 +18,6 @@ from l2c_compile.loops.base import BuiltInLoop, check_count, check_number
 from l2c_compile.loops.guidance import Denoiser, Guidance
 from l2c_compile.loops.noise_schedules import LINEAR_BETAS, BetaSchedule, Spacing, respaced_timesteps
 
-__all__ = ["DDIM"]
-
 
 @dataclass(frozen=True)
 class DDIM(BuiltInLoop):

@@ -25,8 +25,6 @@ from l2c_compile.loops.base import BuiltInLoop, check_count
 from l2c_compile.loops.guidance import Denoiser, Guidance
 from l2c_compile.loops.noise_schedules import LINEAR_BETAS, BetaSchedule, DiscreteVP, NoiseLevel
 
-__all__ = ["DPMSolver"]
-
 
 class _Step(NamedTuple):
     """The noise levels of a solver step: those of its evaluations, the first of which is its start, and of its end."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from l2c_compile.loops.base import BuiltInLoop, check_count, check_number
 from l2c_compile.loops.guidance import Denoiser, Guidance
 
-__all__ = ["FlowEuler"]
-
 
 @dataclass(frozen=True)
 class FlowEuler(BuiltInLoop):

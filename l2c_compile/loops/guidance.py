@@ -16,8 +16,6 @@ from torch import Tensor
 
 from l2c_compile.errors import LoopError, nearest
 
-__all__ = ["Denoiser", "Guidance", "evaluate"]
-
 Denoiser = Callable[..., Tensor]
 """``denoiser(x, t_B, **conditions)`` takes latents, a timestep for each sample, and conditions; it returns at least C
 channels."""

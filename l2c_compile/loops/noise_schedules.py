@@ -15,16 +15,6 @@ from numpy.typing import NDArray
 
 from l2c_compile.errors import LoopError
 
-__all__ = [
-    "LINEAR_BETAS",
-    "STABLE_DIFFUSION_BETAS",
-    "BetaSchedule",
-    "DiscreteVP",
-    "NoiseLevel",
-    "Spacing",
-    "respaced_timesteps",
-]
-
 Spacing = Literal["linspace", "leading", "trailing"]
 """How a sampler picks its timesteps; see ``respaced_timesteps``."""
 

@@ -17,8 +17,6 @@ from l2c_compile.errors import FileFormatError
 from l2c_compile.files.tensors import read_tensors
 from l2c_compile.models.dit import DiT
 
-__all__ = ["GUIDANCE_SCALE", "DigitClassifier", "load_digit_classifier", "load_digits_dit"]
-
 GUIDANCE_SCALE = 2.0
 """The guidance scale of the digits model. From 1.5 to 5 it draws the digits that are asked for; without guidance some
 are other digits, and above 2 pixels overshoot their range."""

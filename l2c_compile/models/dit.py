@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from l2c_compile.errors import nearest
 from l2c_compile.models.layers import Attention, Mlp, PatchEmbed, check_sizes, timestep_embedding, unpatchify
 
-__all__ = ["DIT_PRESETS", "DiT"]
-
 _SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},

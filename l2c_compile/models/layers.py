@@ -11,8 +11,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Attention", "Mlp", "PatchEmbed", "check_sizes", "timestep_embedding", "unpatchify"]
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""

@@ -13,8 +13,6 @@ from l2c_compile.models import DIT_PRESETS, UVIT_PRESETS, DiT, UViT, load_digits
 from l2c_compile.models.digits import GUIDANCE_SCALE
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["DIGITS", "NamedModel", "named_model", "tolerance"]
-
 DIGITS = "digits"
 _PRESETS = {name.lower(): name for name in (*DIT_PRESETS, *UVIT_PRESETS)}
 

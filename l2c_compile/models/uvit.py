@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from l2c_compile.errors import nearest
 from l2c_compile.models.layers import Attention, Mlp, PatchEmbed, check_sizes, timestep_embedding, unpatchify
 
-__all__ = ["UVIT_PRESETS", "UViT"]
-
 UVIT_PRESETS: Mapping[str, Mapping[str, Any]] = {
     f"U-ViT-{size}/2": {"img_size": 32, "patch_size": 2, "num_classes": 1001, "conv": False, **shape}
     for size, shape in {

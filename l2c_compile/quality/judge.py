@@ -23,8 +23,6 @@ from l2c_compile.quality.measures import (
 )
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["Judge", "Verdict"]
-
 _DATA_RANGE = 2.0
 """The range of the pixels of digits, which lie in [-1, 1]."""
 

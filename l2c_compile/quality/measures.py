@@ -18,20 +18,6 @@ from torch import Tensor
 
 from l2c_compile.errors import QualityError
 
-__all__ = [
-    "Estimate",
-    "Quality",
-    "bootstrap_mean",
-    "check_num_samples",
-    "frechet_distance",
-    "in_precision_and_recall",
-    "measure_quality",
-    "psnr",
-    "relative_error",
-    "sample_all",
-    "ssim",
-]
-
 NUM_NEIGHBOURS = 3
 """The number of neighbours in improved precision and recall, as published (arXiv 1904.06991)."""
 

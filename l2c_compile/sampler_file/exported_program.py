@@ -32,8 +32,6 @@ from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import argument_key, expression, is_pointwise, output_list, root_tensor
 
-__all__ = ["compile_ahead_of_time", "infer_values", "to_exported_program"]
-
 
 def to_exported_program(
     program: ProgramGraph, before: Callable[[fx.Node], None] = lambda node: None

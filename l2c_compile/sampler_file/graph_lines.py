@@ -34,17 +34,6 @@ from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import evaluation_of, module_path, output_list
 from l2c_compile.sampler_file.exported_program import infer_values
 
-__all__ = [
-    "OperationBudget",
-    "StoredTensor",
-    "decode_form",
-    "decode_graph",
-    "decode_literal",
-    "encode_form",
-    "encode_graph",
-    "encode_literal",
-]
-
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 8
 _MAX_DIMS = 64

@@ -16,25 +16,6 @@ from l2c_compile.files.documents import MAX_JSON_BYTES, check_header, parse_json
 from l2c_compile.graphs.forms import StaticValue, TensorForm
 from l2c_compile.sampler_file.graph_lines import encode_form, encode_literal
 
-__all__ = [
-    "FORMAT",
-    "GRAPH",
-    "MANIFEST",
-    "MAX_GRAPH_BYTES",
-    "SCHEDULE",
-    "VERSION",
-    "decode_numbers",
-    "decode_tree",
-    "describe_input",
-    "encode_input",
-    "encode_tree",
-    "hashed",
-    "list_of",
-    "own_version",
-    "raw_value",
-    "read_manifest",
-]
-
 FORMAT = "l2c_compile.sampler"
 VERSION = 1
 

@@ -47,8 +47,6 @@ from l2c_compile.sampler_file.manifest import (
 )
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["MapLocation", "read_sampler"]
-
 MapLocation = str | torch.device | Mapping[str, str | torch.device] | None
 """Where tensors of other devices are put: one device for all, or a mapping from the names of the saved devices."""
 

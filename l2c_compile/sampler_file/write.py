@@ -38,8 +38,6 @@ from l2c_compile.sampler_file.manifest import (
     raw_value,
 )
 
-__all__ = ["save_sampler"]
-
 
 def save_sampler(
     path: str | os.PathLike[str],

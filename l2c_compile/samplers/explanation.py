@@ -6,20 +6,18 @@ import io
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from l2c_compile.passes.base import LeftAlone, PassRun
 
-__all__ = ["Explanation"]
-
 
 @dataclass(frozen=True)
 class Explanation:
-    """What each pass did, and why it left other candidates alone. Print it."""
+    """What each pass did, and why it left other candidates alone. ``print`` shows it."""
 
     passes: tuple[PassRun, ...]
-    """In the order in which they ran."""
+    """The runs of the passes, in their order."""
 
     def to_dict(self) -> dict[str, object]:
         """Return all of it as what JSON holds."""
@@ -47,21 +45,14 @@ class Explanation:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title="passes in order", title_justify="left")
-        table.add_column("pass", no_wrap=True)
-        for heading in ("rewrites", "ms", "left alone"):
-            table.add_column(heading, justify="right")
-        table.add_column("because it")
-        table.add_column("first one")
+        width = max((len(run.name) for run in self.passes), default=4)
+        yield Text(f"{'pass':<{width}}  rewrites        ms", style="bold")
         for run in self.passes:
-            cells = [run.name, str(run.report.rewrites), f"{1e3 * run.seconds:.1f}"]
+            yield Text(f"{run.name:<{width}}  {run.report.rewrites:>8}  {1e3 * run.seconds:>8.1f}")
             for left in run.report.left_alone.values():
-                # Not as markup: reasons have sizes in brackets.
-                table.add_row(*cells, str(left.count), Text(str(left.reason)), Text(_place_of(left)))
-                cells = ["", "", ""]
-            if any(cells):
-                table.add_row(*cells)
-        yield table
+                # A reason may have sizes in brackets, which markup would swallow.
+                why = f"{left.count} left alone: {left.reason}; the first is {_place_of(left)}"
+                yield Padding(Text(why), (0, 0, 0, 4))
         rewrites = sum(run.report.rewrites for run in self.passes)
         left_alone = sum(left.count for run in self.passes for left in run.report.left_alone.values())
         seconds = sum(run.seconds for run in self.passes)

@@ -27,8 +27,6 @@ from l2c_compile.sampler_file.read import (
     read_sampler,
 )
 
-__all__ = ["LoadedSampler", "load"]
-
 
 def load(
     path: str | os.PathLike[str],

@@ -9,8 +9,6 @@ from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.rules import Rule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["COMPUTED", "HIDDEN", "REUSED", "covering_sites", "derive_sources", "entry_states"]
-
 _MAX_SHARED_WORK = 1_000_000
 
 COMPUTED, REUSED, HIDDEN = 0, 1, 2

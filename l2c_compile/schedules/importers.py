@@ -27,16 +27,6 @@ from l2c_compile.schedules.schedule import FORMAT as SCHEDULE_FORMAT
 from l2c_compile.schedules.schedule import MAX_CELLS, MAX_EVALUATIONS, CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = [
-    "Family",
-    "import_harmonica",
-    "import_invardiff",
-    "import_l2c_dit",
-    "import_l2c_uvit",
-    "import_smoothcache",
-    "load_schedule_file",
-]
-
 Family = Literal["dit", "uvit", "harmonica"]
 """The code base that a pickle of router logits comes from; the file alone does not always show it."""
 

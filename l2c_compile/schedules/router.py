@@ -22,8 +22,6 @@ from l2c_compile.files.tensors import read_tensors, write_tensors
 from l2c_compile.schedules.schedule import MAX_CELLS, CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
 
-__all__ = ["FORMAT", "VERSION", "Router", "schedule_of"]
-
 FORMAT = "l2c_compile.router"
 VERSION = 1
 

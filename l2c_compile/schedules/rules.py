@@ -15,8 +15,6 @@ from typing import ClassVar, Generic, Literal, TypeVar
 
 from l2c_compile.errors import FileFormatError, nearest
 
-__all__ = ["HOLD", "Hold", "Reading", "Rule", "rule_from_dict"]
-
 T = TypeVar("T")
 
 _RULES: dict[str, type[Rule]] = {}

@@ -36,8 +36,6 @@ from l2c_compile.schedules.coverage import COMPUTED, HIDDEN, REUSED, derive_sour
 from l2c_compile.schedules.rules import HOLD, Rule, rule_from_dict
 from l2c_compile.schedules.sites import Site, as_site, expand_patterns
 
-__all__ = ["FORMAT", "MAX_CELLS", "MAX_EVALUATIONS", "VERSION", "CacheSchedule", "Reuse"]
-
 FORMAT = "l2c_compile.schedule"
 VERSION = 1
 _KEYS = frozenset({"format", "version", "orientation", "num_evaluations", "sites"})

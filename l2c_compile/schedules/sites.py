@@ -15,8 +15,6 @@ from typing import Literal
 
 from l2c_compile.errors import ScheduleError, UnknownSiteError, nearest
 
-__all__ = ["MAX_RUN_MODULES", "Site", "as_site", "expand_patterns"]
-
 
 def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, Site]:
     """Return for each concrete site the key of the table that it gets its entries from."""

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
 
 from l2c_compile import CacheSchedule, Router, load, load_schedule_file
-from l2c_compile.cli.main import app
 from l2c_compile.errors import FileFormatError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import open_regular, read_bytes
@@ -29,6 +27,7 @@ from l2c_compile.schedules.importers import (
     import_l2c_uvit,
     import_smoothcache,
 )
+from tests.command_line import l2c
 from tests.tiny import residual, steps
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
@@ -104,16 +103,16 @@ COMMANDS = (
 
 
 def refused(*arguments: str) -> None:
-    error = CliRunner().invoke(app, arguments).exception
-    assert isinstance(error, FileFormatError)
-    assert "no regular file" in str(error)
+    done = l2c(*arguments)
+    assert done.code == 2
+    assert "no regular file" in done.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses_a_pipe(command: str, pipe: Path) -> None:
-    places = {"PIPE": str(pipe), "OUT": str(pipe.with_name("out"))}
+    places = {"PIPE": str(pipe), "OUT": str(pipe.with_name("out.json"))}
     refused(*(places.get(word, word) for word in command.split()))
-    assert not pipe.with_name("out").exists()
+    assert not pipe.with_name("out.json").exists()
 
 
 def test_verify_refuses_a_pipe_in_the_place_of_a_saved_sampler(pipe: Path) -> None:
@@ -121,7 +120,7 @@ def test_verify_refuses_a_pipe_in_the_place_of_a_saved_sampler(pipe: Path) -> No
 
 
 def test_learning_that_is_resumed_refuses_a_pipe_in_the_place_of_its_checkpoint(pipe: Path) -> None:
-    out = pipe.with_name("router")
-    pipe.rename(out.with_name("router.checkpoint"))
+    out = pipe.with_name("router.safetensors")
+    pipe.rename(out.with_name(f"{out.name}.checkpoint"))
     few = ["--steps", "2", "--rounds", "1", "--batch", "1", "--site", "blocks.0.attn", "--penalty", "1"]
     refused("learn", "--out", str(out), "--resume", *few)

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,15 +15,12 @@ import torch
 from torch import Tensor
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
-from l2c_compile.errors import CaptureError
-from l2c_compile.frontend import weights_lock
-from tests.tiny import calls_in, draw, residual, steps
+from tests.tiny import draw, residual, steps
+from tests.waiting import HANG_S, num_blocked, wait_until
 
 pytestmark = pytest.mark.usefixtures("captured_anew")
 
 NUM_EVALUATIONS = 3
-HANG_S = 300
-"""Only a test that fails waits so long."""
 
 
 def compiled(backend: str = "eager") -> CompiledSampler:
@@ -36,19 +32,6 @@ def expected(sampler: CompiledSampler, noise: Tensor) -> Tensor:
     result = run_reference(sampler.model, sampler.loop, sampler.schedule, noise.clone(), {})
     assert isinstance(result, Tensor)
     return result
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return once the condition holds, however slow the machine is."""
-    give_up_s = time.monotonic() + HANG_S
-    while not condition():
-        assert time.monotonic() < give_up_s, "a thread hangs"
-        time.sleep(0.001)
-
-
-def num_blocked() -> int:
-    """Return how many threads wait for the lock of the weights."""
-    return len(weights_lock._weights._changed._waiters)  # type: ignore[attr-defined]
 
 
 def run_together(*jobs: Callable[[], None]) -> None:
@@ -140,43 +123,6 @@ def test_a_captured_form_runs_while_the_rest_of_another_capture_goes_on(monkeypa
         assert torch.equal(sampler(draw(2, 4)), wanted)
         go_on.set()
         capturing.result(HANG_S)
-
-
-def test_a_capture_within_a_run_is_an_error_and_no_deadlock() -> None:
-    sampler = compiled()
-    with weights_lock.weights_in_use(), pytest.raises(CaptureError, match="in the same thread"):
-        sampler.capture(draw(2, 4))
-    sampler.capture(draw(2, 4))
-
-
-def test_the_lock_may_be_taken_again_by_its_thread() -> None:
-    with weights_lock.weights_swapped(), weights_lock.weights_in_use(), weights_lock.weights_swapped():
-        pass
-    with weights_lock.weights_in_use(), weights_lock.weights_in_use():
-        pass
-
-
-def test_a_reader_that_is_in_goes_on_though_a_writer_waits() -> None:
-    def write() -> None:
-        with weights_lock.weights_swapped():
-            pass
-
-    with weights_lock.weights_in_use():
-        writer = threading.Thread(target=write)
-        writer.start()
-        wait_until(lambda: num_blocked() == 1)
-        with weights_lock.weights_in_use():
-            assert writer.is_alive()
-    writer.join(HANG_S)
-    assert not writer.is_alive()
-
-
-def test_the_lock_costs_a_call_little() -> None:
-    def sample() -> None:
-        with weights_lock.weights_in_use():
-            pass
-
-    assert calls_in(sample) < 20
 
 
 def _sample_in_child(sampler: CompiledSampler, noise: Tensor, connection: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -17,9 +18,12 @@ WIDTHS = (1152, 4096)
 BOUNDED = [
     *(Config("cached_residual", dim, 12, form="full") for dim in WIDTHS),
     *(Config("cached_residual_norm", dim, 5) for dim in WIDTHS),
-    *(Config("cached_residual_norm", dim, 5, form="packed", packed=packed) for dim in WIDTHS for packed in PACKED),
+    *(
+        Config("cached_residual_norm", dim, 5, form="packed", packed=packed)
+        for dim, packed in zip(WIDTHS, PACKED, strict=True)
+    ),
     *(Config("pack_cache", dim, packed=packed) for dim in WIDTHS for packed in PACKED),
-    Config("cached_residual", 1152, 56, batch=2),
+    Config("cached_residual", 1152, 24, batch=2),
     Config("cached_residual", 4096, 12, dtype=torch.float32),
     # A size of 1 is a constant to the compiler, which has no methods.
     Config("cached_residual_norm", 1, 5),
@@ -29,8 +33,12 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, no
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("config", BOUNDED, ids=lambda config: "-".join(map(str, config.conditions().values())))
+@pytest.mark.parametrize(
+    ("config", "target"),
+    # The longest run there is takes as long to compile as four others: for one target.
+    [*itertools.product(BOUNDED, TARGETS), (Config("cached_residual", 1152, 56, batch=2), "sm_90")],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.conditions().values())),
+)
 def test_a_kernel_compiles_for_a_gpu_that_is_not_here_without_spills(config: Config, target: str) -> None:
     usage = compile_for(config.launch(TARGETS[target]), TARGETS[target])
     assert usage.spill_bytes == 0

@@ -111,7 +111,7 @@ _LINES: dict[str, _LinesEdit] = {
 
 
 def _other_weights(draw: Draw, content: bytes) -> bytes:
-    """Weights that are not finite, of another length, or others, with or without a checksum that says so."""
+    """Return weights that are not finite, of another length, or others, with or without a checksum that fits."""
     records = records_of(content)
     name = draw.choice([name for name in records if "/weight_" in name or "/tensor_" in name])
     old = records[name]

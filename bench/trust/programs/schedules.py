@@ -30,9 +30,9 @@ class CalledModules:
     calls: Counter[str] = field(default_factory=Counter)
     inputs: dict[str, object] = field(default_factory=dict)
     outputs: dict[str, object] = field(default_factory=dict)
-    """Shapes, where there is a single tensor."""
+    """The shapes, where there is a single tensor."""
     pass_on: set[str] = field(default_factory=set)
-    """Those that return a tensor which they were given."""
+    """The sites that return a tensor which they were given."""
 
     @classmethod
     def of(cls, denoiser: nn.Module, *args: Tensor, **kwargs: Tensor) -> CalledModules:

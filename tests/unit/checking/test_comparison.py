@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
+from l2c_compile.checking.comparison import largest_errors, same_bits
 from l2c_compile.loops import DDIM
 from tests.tiny import draw, residual, steps
 
@@ -48,3 +50,49 @@ def test_verify_names_the_first_site_that_a_spoiled_graph_computes_wrongly(loop:
     assert (report.first_difference.evaluation, report.first_difference.site) == (1, "b")
     assert 0 < report.relative_error < 0.1
     assert "site 'b' of evaluation 1 differs by" in str(report)
+
+
+ONES, NAN = torch.ones(2), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("got", "wanted", "same", "error"),
+    [
+        (ONES, ONES.clone(), True, 0.0),
+        (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]), True, 0.0),
+        (torch.tensor([NAN, 1.0]), torch.tensor([1.0, NAN]), False, math.inf),
+        (torch.tensor([math.inf]), torch.tensor([math.inf]), True, 0.0),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), False, 0.0),
+        (ONES, ONES.double(), False, math.inf),
+        (ONES, torch.ones(3), False, math.inf),
+        (ONES, torch.ones(1), False, math.inf),
+        (torch.tensor([1 + 2j]), torch.tensor([1 - 2j]), False, 4.0),
+        (torch.tensor([1 + 2j]), torch.tensor([1 + 2j]), True, 0.0),
+        (torch.tensor([1 + 2j]).conj(), torch.tensor([1 - 2j]), True, 0.0),
+        (torch.tensor([3]), torch.tensor([1]), False, 2.0),
+        (1, 1.0, False, math.inf),
+        (2, 2, True, 0.0),
+        (ONES[:0], ONES[:0], True, 0.0),
+    ],
+)
+def test_every_kind_of_difference_counts(got: object, wanted: object, same: bool, error: float) -> None:
+    assert same_bits([got], [wanted]) is same
+    assert largest_errors([got], [wanted])[0] == error
+
+
+def test_results_of_another_number_differ() -> None:
+    assert not same_bits([ONES], [ONES, ONES])
+    assert largest_errors([ONES], [ONES, ONES]) == (math.inf, math.inf)
+
+
+def test_a_tensor_given_twice_is_one_tensor_for_the_reference_too() -> None:
+    def loop(denoiser: Any, x: Tensor, y: Tensor) -> Tensor:  # noqa: ANN401
+        x.mul_(2.0)
+        result: Tensor = denoiser(x, torch.zeros(3)) + y
+        return result
+
+    noise = draw(3, 4)
+    sampler = sampler_of(residual(), {"a": [1]}, loop)
+    assert sampler.verify(noise, y=noise.clone()).bitwise
+    # Written in place, the noise changes the condition, which the graph takes for another input.
+    assert not sampler.verify(noise, y=noise).bitwise

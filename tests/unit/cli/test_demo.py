@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
 
 import l2c_compile.cli.demo
-from l2c_compile.cli.demo import Side, learned_router, run_demo, save_digit_grid
-from l2c_compile.cli.main import app
+from l2c_compile.cli.demo import Side, command, learned_router, save_digit_grid
 from l2c_compile.loops import DDIM, Guidance, loop_from_dict
 from l2c_compile.methods import uniform_interval
-from l2c_compile.models.digits import GUIDANCE_SCALE
+from l2c_compile.models.digits import GUIDANCE_SCALE, load_digits_dit
 from l2c_compile.models.named import tolerance
+from tests.command_line import l2c
 
 PNG = b"\x89PNG"
-
-
-def text_console() -> tuple[Console, io.StringIO]:
-    text = io.StringIO()
-    return Console(file=text, width=80), text
 
 
 def test_odd_evaluations_reuse_everything() -> None:
@@ -41,13 +33,15 @@ def test_the_router_of_the_demo_was_learned_for_its_loop() -> None:
     assert str(router.info["command"]).startswith("python -m bench.digits.learn")
     assert len(router.sites) == 16
     assert 0.55 < router.info["kept_multiply-adds"] <= 0.7  # type: ignore[operator]
+    assert router.schedule().resolve([path for path, _ in load_digits_dit().named_modules()]).sites == router.sites
     assert learned_router(4) is None
 
 
-def test_the_demo_prints_its_table_and_writes_its_picture(tmp_path: Path) -> None:
-    console, text = text_console()
-    assert run_demo(console, out=tmp_path, steps=4, per_class=1)
-    printed = text.getvalue()
+@pytest.mark.usefixtures("two_blocks_each")
+def test_the_demo_prints_its_table_and_writes_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # On a command line --steps is 20 or 50; fewer are quick.
+    command(tmp_path / "new", "2", 1)  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
     assert "no learned router" in printed
     rows = re.findall(r"^(?:un)?cached .*ms .*$", printed, re.MULTILINE)
     assert [row.split()[0] for row in rows] == ["uncached", "uncached", "cached", "cached"]
@@ -56,33 +50,41 @@ def test_the_demo_prints_its_table_and_writes_its_picture(tmp_path: Path) -> Non
     assert "50." in rows[2]
     assert "agree" in printed
     assert max(map(len, printed.splitlines())) < 120
-    assert (tmp_path / "digits.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "new" / "digits.png").read_bytes().startswith(PNG)
 
 
-def test_a_backend_that_rounds_elsewhere_is_within_the_tolerance(tmp_path: Path) -> None:
-    console, text = text_console()
-    assert run_demo(console, out=tmp_path, steps=2, per_class=1, backend="aot_eager")
-    assert "backend aot_eager" in text.getvalue()
+@pytest.mark.usefixtures("two_blocks_each")
+def test_a_backend_that_rounds_elsewhere_is_within_the_tolerance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(tmp_path, "2", 1, "aot_eager")  # type: ignore[arg-type]
+    assert "backend aot_eager" in capsys.readouterr().out
 
 
-def test_a_difference_beyond_the_tolerance_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("two_blocks_each")
+def test_a_difference_beyond_the_tolerance_is_reported_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of the router's sites the small model has only some.
+    monkeypatch.setattr(l2c_compile.cli.demo, "learned_router", lambda num_evaluations: None)
     monkeypatch.setattr(l2c_compile.cli.demo, "tolerance", lambda num_evaluations: -1.0)
-    console, text = text_console()
-    assert not run_demo(console, out=tmp_path, steps=2, per_class=1)
-    assert "uncached static graph: relative error 0.0e+00 is above -1.0e+00" in text.getvalue()
+    monkeypatch.setattr(l2c_compile.cli.demo, "DDIM", lambda steps, guidance: DDIM(steps // 10, guidance=guidance))
+    done = l2c("demo", "--out", tmp_path, "--steps", "20", "--per-class", 2)
+    assert done.code == 1
+    assert "DDIM, 20 evaluations" in done.out
+    assert "median of 2 runs" in done.out
+    assert "uncached static graph: relative error 0.0e+00 is above -1.0e+00" in done.out
 
 
-def test_the_command_exits_with_1_if_the_graphs_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, object] = {}
-
-    def fake(console: Console, **options: object) -> bool:
-        asked.update(options)
-        return False
-
-    monkeypatch.setattr(l2c_compile.cli.demo, "run_demo", fake)
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--steps", "50", "--per-class", "3"])
-    assert result.exit_code == 1
-    assert asked == {"out": tmp_path, "steps": 50, "per_class": 3, "backend": "eager"}
+def test_a_picture_that_exists_is_overwritten_only_with_force(tmp_path: Path) -> None:
+    (tmp_path / "digits.png").write_text("precious")
+    done = l2c("demo", "--out", tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "exists already; overwrite it with --force" in done.err
+    done = l2c("demo", "--out", tmp_path, "--force", "--backend", "nope")
+    assert done.code == 2
+    assert "torch.compile knows no backend 'nope'; there are " in done.err
+    assert (tmp_path / "digits.png").read_text() == "precious"
 
 
 def test_the_tolerance_is_a_few_units_an_evaluation() -> None:
@@ -95,6 +97,6 @@ def test_the_median_of_a_side_ignores_one_slow_run() -> None:
 
 def test_the_grid_takes_a_single_run(tmp_path: Path) -> None:
     images = [torch.zeros(10, 1, 8, 8)]
-    path = tmp_path / "folder" / "digits.png"
+    path = tmp_path / "digits.png"
     save_digit_grid(path, images, images, uniform_interval(20, ("blocks.*.attn", "blocks.*.mlp"), 2))
     assert path.read_bytes().startswith(PNG)

@@ -6,18 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from l2c_compile import CacheSchedule, L2CError
-from l2c_compile.cli.main import app
-
-
-def l2c(*args: object) -> str:
-    result = CliRunner().invoke(app, list(map(str, args)), env={"COLUMNS": "140"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+from l2c_compile import CacheSchedule
+from tests.command_line import l2c
 
 
 @pytest.mark.filterwarnings("ignore:a Frechet distance")
@@ -25,9 +16,10 @@ def test_a_schedule_is_evaluated(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     row = [1, 1, 0]
     CacheSchedule.from_table({"blocks.*.attn": row, "blocks.*.mlp": row}).save(path)
-    output = l2c("eval", path, "--samples", 70, "--batch", 35, "--json", tmp_path / "q.json")
-    assert "digits, ddim, 3 evaluations, 70 samples, seed 0" in output
-    assert "drawn as asked" in output
+    done = l2c("eval", path, "--samples", 70, "--batch", 35, "--json", tmp_path / "q.json")
+    assert done.code == 0
+    assert "digits, ddim, 3 evaluations, 70 samples, seed 0" in done.out
+    assert "drawn as asked" in done.out
     document = json.loads((tmp_path / "q.json").read_text())
     assert document["schedule"] == CacheSchedule.load(path).digest
     assert 0.66 < document["multiply_adds_kept"] < 0.68
@@ -41,11 +33,12 @@ def test_a_schedule_is_evaluated(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("two_blocks_each")
 def test_nothing_reused_is_nothing_lost(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     CacheSchedule.all_compute(2, ["blocks.0.attn"]).save(path)
     with pytest.warns(UserWarning, match="is mostly bias"):
-        l2c("eval", path, "--samples", 66, "--batch", 33, "--json", tmp_path / "q.json")
+        assert l2c("eval", path, "--samples", 66, "--batch", 33, "--json", tmp_path / "q.json").code == 0
     document = json.loads((tmp_path / "q.json").read_text())
     assert document["multiply_adds_kept"] == 1.0
     assert document["quality"]["psnr_db"]["value"] is None
@@ -56,5 +49,6 @@ def test_nothing_reused_is_nothing_lost(tmp_path: Path) -> None:
 def test_too_few_samples_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     CacheSchedule.from_table({"blocks.0.attn": [1, 0]}).save(path)
-    with pytest.raises(L2CError, match="a Frechet distance of 64 features wants more than 64 samples"):
-        l2c("eval", path, "--samples", 20)
+    done = l2c("eval", path, "--samples", 20)
+    assert done.code == 2
+    assert "a Frechet distance of 64 features wants more than 64 samples" in done.err

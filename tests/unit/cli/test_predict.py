@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from l2c_compile import CacheSchedule, L2CError
-from l2c_compile.cli.main import app
+from l2c_compile import CacheSchedule
+from tests.command_line import l2c
+
+pytestmark = pytest.mark.usefixtures("two_blocks_each")
 
 
 def written(tmp_path: Path, rows: dict[str, list[int]]) -> str:
@@ -21,18 +22,18 @@ def written(tmp_path: Path, rows: dict[str, list[int]]) -> str:
 
 def test_l2c_predict_prices_a_file_on_the_digits_model(tmp_path: Path) -> None:
     file = written(tmp_path, {"blocks.*.attn": [1, 0], "blocks.*.mlp": [1, 0]})
-    result = CliRunner().invoke(app, ["predict", file])
-    assert result.exit_code == 0, result.output
-    assert "digits, ddim, 2 evaluations" in result.output
-    assert "of the time without caching" in result.output
+    done = l2c("predict", file)
+    assert done.code == 0
+    assert "digits, ddim, 2 evaluations" in done.out
+    assert "of the time without caching" in done.out
 
 
 def test_l2c_predict_counts_on_a_published_size(tmp_path: Path) -> None:
     file = written(tmp_path, {"blocks.*.attn": [1, 0]})
-    result = CliRunner().invoke(app, ["predict", file, "--model", "dit-s/8"])
-    assert result.exit_code == 0, result.output
-    assert "multiply-adds" in result.output
-    assert "time, eager" not in result.output
+    done = l2c("predict", file, "--model", "dit-s/8")
+    assert done.code == 0
+    assert "multiply-adds" in done.out
+    assert "time, eager" not in done.out
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,6 @@ def test_l2c_predict_counts_on_a_published_size(tmp_path: Path) -> None:
 )
 def test_l2c_predict_says_what_does_not_fit(tmp_path: Path, options: list[str], message: str) -> None:
     file = written(tmp_path, {"blocks.*.attn": [1, 0]})
-    result = CliRunner().invoke(app, ["predict", file, *options])
-    assert isinstance(result.exception, L2CError)
-    assert message in str(result.exception)
+    done = l2c("predict", file, *options)
+    assert done.code == 2
+    assert message in done.err

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from l2c_compile import CacheSchedule, l2c_compile
+from l2c_compile.errors import LoopTraceError
 from l2c_compile.frontend.capture import capture
 from l2c_compile.frontend.trace import trace_loop
 from l2c_compile.graphs.forms import CallSignature
@@ -98,3 +102,26 @@ def test_numbers_assigned_to_a_part_are_kept() -> None:
 
     skeleton = traced(loop)
     assert {float(value) for value in skeleton.root.buffers()} <= {7.0, 2.0}
+
+
+def test_a_refusal_that_the_loop_catches_is_raised_when_it_returns() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        with contextlib.suppress(Exception):
+            if x.mean() > 0:
+                x = x * 2
+        result: Tensor = denoiser(x, at(x, 0))
+        return result
+
+    with pytest.raises(LoopTraceError, match=r"branches on a value .* at .*test_trace\.py:\d+, after 0 evaluations"):
+        traced(loop, draw(3, 4))
+
+
+def test_a_denoiser_called_from_another_thread_is_an_error_and_no_deadlock() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        with ThreadPoolExecutor(1) as pool:
+            result: Tensor = pool.submit(denoiser, x, at(x, 0)).result()
+        return result
+
+    sampler = l2c_compile(residual(), CacheSchedule.all_compute(1), loop)
+    with pytest.raises(LoopTraceError, match=r"from another thread at .*; call it in the thread that runs the loop"):
+        sampler(draw(3, 4))

@@ -289,7 +289,7 @@ def test_a_partial_sum_that_someone_else_reads_stays() -> None:
     (call,) = found.calls
     partial = call.args[0]
     assert isinstance(partial, torch.fx.Node)
-    assert [each.name for each in found.report.reasons().values()] == [partial.name]
+    assert [each.name for each in found.report.left_alone.values()] == [partial.name]
     assert found.terms() == 2
     found.check_close()
 

@@ -1,0 +1,23 @@
+"""A sampler and the file that it is saved to, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from l2c_compile import CompiledSampler
+from tests.saved_samplers import compiled, inputs
+
+
+@pytest.fixture(scope="session")
+def sampler() -> CompiledSampler:
+    return compiled()
+
+
+@pytest.fixture(scope="session")
+def saved(sampler: CompiledSampler, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "tiny.pt2"
+    noise, y = inputs()
+    sampler.save(path, noise, y=y, scale=0.5)
+    return path
