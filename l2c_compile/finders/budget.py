@@ -10,8 +10,6 @@ from l2c_compile.finders.work import Work
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Found", "for_budget", "within_budget"]
-
 _NUM_HALVINGS = 50
 _HIGHEST = 2.0**40
 

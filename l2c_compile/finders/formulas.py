@@ -11,8 +11,6 @@ from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
 
-__all__ = ["all_sites", "alternate_evaluations", "per_branch"]
-
 
 def alternate_evaluations(num_evaluations: int, *, first: int = 1, branches: int = 1) -> list[int]:
     """Return every second evaluation: those that may reuse in the pairs of Learning-to-Cache (arXiv 2406.01733).

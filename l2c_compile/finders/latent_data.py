@@ -12,8 +12,6 @@ from l2c_compile.errors import ScheduleError
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import BuiltInLoop
 
-__all__ = ["LatentData", "noised_by"]
-
 
 @dataclass(frozen=True)
 class LatentData:

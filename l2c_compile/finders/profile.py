@@ -29,8 +29,6 @@ from l2c_compile.loops import BuiltInLoop
 from l2c_compile.schedules.schedule import MAX_CELLS
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["FORMAT", "VERSION", "Profile", "take_profile"]
-
 FORMAT = "l2c_compile.profile"
 VERSION = 1
 

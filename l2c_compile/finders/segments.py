@@ -25,8 +25,6 @@ from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.pipeline import SKELETON
 
-__all__ = ["Segment", "segments"]
-
 
 @dataclass(frozen=True)
 class _Part:

@@ -8,8 +8,6 @@ from typing import Literal
 
 from l2c_compile.errors import ScheduleError
 
-__all__ = ["Settings"]
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -18,8 +18,6 @@ from l2c_compile.graphs.nodes import output_list
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Work", "work_of"]
-
 _Price = TypeVar("_Price", bound=float)
 
 

@@ -15,8 +15,6 @@ from l2c_compile.loops import BuiltInLoop, DPMSolver
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
 
-__all__ = ["fewer_steps", "random_reuse"]
-
 _BuiltIn = TypeVar("_BuiltIn", bound=BuiltInLoop)
 
 

@@ -9,8 +9,6 @@ from l2c_compile.finders.formulas import all_sites, per_branch
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["deep_cache"]
-
 
 def deep_cache(
     num_evaluations: int,

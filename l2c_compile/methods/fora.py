@@ -10,8 +10,6 @@ from l2c_compile.finders.formulas import all_sites, per_branch
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["uniform_interval"]
-
 
 def uniform_interval(
     num_evaluations: int,

@@ -37,8 +37,6 @@ from l2c_compile.schedules.sites import Site
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["RolloutSettings", "learn_rollout"]
-
 _FROZEN_SCORE = 0.9933071
 """The sigmoid of 5: what the authors freeze the first evaluation at."""
 

@@ -13,8 +13,6 @@ from l2c_compile.finders.selecting import INVARDIFF_EPS, branches_in, columns_of
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["invar_diff", "invar_diff_scaled"]
-
 INVARDIFF_WHOLE_QUANTILE = 0.63
 INVARDIFF_QUANTILE = 0.22
 """The settings of InvarDiff's "fast" books for DiT."""

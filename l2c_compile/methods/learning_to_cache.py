@@ -39,8 +39,6 @@ from l2c_compile.schedules.sites import Site
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["L2CSettings", "alternating_pairs", "learn_l2c", "published_pairs"]
-
 _NUM_WEIGHING_DRAWS = 4
 """Batches that the sensitivities are a mean of."""
 

@@ -16,8 +16,6 @@ from l2c_compile.finders.selecting import INVARDIFF_EPS, columns_of, safe_ratio
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["ErrorOf", "pairwise"]
-
 ErrorOf = Literal["smooth-cache", "block-caching", "invar-diff", "mag-cache"]
 """Whose statistic at lag 1 says what a reuse costs."""
 

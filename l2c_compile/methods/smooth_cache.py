@@ -11,8 +11,6 @@ from l2c_compile.finders.selecting import check_parameter, columns_of, decided_s
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["smooth_cache"]
-
 
 def smooth_cache(
     profile: Profile,
