@@ -18,7 +18,7 @@ class LatentData:
     """Clean latents and their conditions, to be noised to the time of an evaluation.
 
     Raises:
-        ScheduleError: The conditions have another number of samples than the latents.
+        ScheduleError: if the conditions have another number of samples than the latents.
     """
 
     latents: Tensor

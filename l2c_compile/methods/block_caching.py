@@ -25,8 +25,8 @@ def block_caching(profile: Profile, delta: float, *, sites: Iterable[Site | str]
         sites: what to decide about; None takes every site of the profile that contains no other.
 
     Raises:
-        UnknownSiteError: the profile does not hold one of the sites.
-        ScheduleError: ``delta`` makes no sense.
+        UnknownSiteError: if the profile does not hold one of the sites.
+        ScheduleError: if ``delta`` makes no sense.
     """
     check_parameter("delta", delta)
     steps = profile.branches

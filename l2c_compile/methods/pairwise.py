@@ -43,8 +43,8 @@ def pairwise(
         sites: what to decide about; None takes every site of the profile that contains no other.
 
     Raises:
-        UnknownSiteError: the profile does not hold one of the sites.
-        ScheduleError: the budget is out of range, or evaluations in ``among`` follow one another.
+        UnknownSiteError: if the profile does not hold one of the sites.
+        ScheduleError: if the budget is out of range, or evaluations in ``among`` follow one another.
     """
     branches = profile.branches
     columns = columns_of(profile, sites)
