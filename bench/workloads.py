@@ -22,21 +22,6 @@ from l2c_compile.methods import uniform_interval
 from l2c_compile.models import DiT, UViT
 from l2c_compile.schedules.importers import import_l2c_dit, import_l2c_uvit
 
-__all__ = [
-    "DTYPES",
-    "MODELS",
-    "SCHEDULES",
-    "Workload",
-    "keeping",
-    "published_router",
-    "relative_error",
-    "routers_folder",
-    "scaled_to_depth",
-    "shared_folder",
-    "without_tf32",
-    "workload",
-]
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 SCHEDULES = ("published", "every-second", "nothing")
@@ -62,7 +47,7 @@ class Workload:
     case: str
     """One of ``MODELS``."""
     size: str
-    """What it is, in words."""
+    """A description in words."""
     steps: int
     model: nn.Module
     loop: BuiltInLoop
@@ -71,7 +56,7 @@ class Workload:
     noise: Tensor
     labels: Tensor
     backend: str
-    """What compiles."""
+    """The name of the backend that compiles."""
 
     @property
     def uncached(self) -> CacheSchedule:
@@ -136,7 +121,7 @@ def workload(case: str, options: argparse.Namespace, **instead: Any) -> Workload
         case: one of ``MODELS``.
         options: ``steps`` of the sampler (U-ViT is called twice a step), ``batch``, and what ``Options.add_loop`` and
             ``Options.add_device`` add; ``depth``, of a DiT, may be absent.
-        instead: values that take the place of those in the options.
+        instead: the values that take the place of those in the options.
 
     Raises:
         BenchError: if a published router is wanted that is not there, or a formula for U-ViT.

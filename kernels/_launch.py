@@ -27,39 +27,9 @@ try:
 except ModuleNotFoundError:  # torch for a machine without a GPU may come without Triton; the references need none
     triton = tl = None
 
-__all__ = [
-    "FLOATS",
-    "INTERPRETED",
-    "MAX_DIM",
-    "MAX_TERMS",
-    "PACKED",
-    "Argument",
-    "Launch",
-    "Layout",
-    "Operand",
-    "Term",
-    "Terms",
-    "Tile",
-    "accumulator",
-    "add_terms",
-    "add_terms_reference",
-    "align",
-    "check_operand",
-    "check_stream",
-    "jit",
-    "load_tile",
-    "next_power_of_2",
-    "no_gradient",
-    "plan_sum",
-    "refuse_backward",
-    "runs_triton",
-    "store_tile",
-    "tile_position",
-    "tl",
-]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels read and write; float64 is for tests and runs the reference."""
+"""The dtypes that the kernels read and write; float64 is for tests and runs the reference."""
 
 PACKED = (torch.float8_e4m3fn, torch.int8)
 """How ``pack_cache`` stores a cache."""
@@ -68,21 +38,21 @@ MAX_DIM = 8192
 """The widest row that a kernel with a reduction holds in registers: 16 warps with 16 values a thread."""
 
 MAX_TERMS = 64
-"""Terms of one launch. DiT-XL/2 has 56 sublayers, so each of its runs is one launch. 64 terms with a gate are 2 KB of
-arguments and with all their factors 5 KB; CUDA takes 4 KB, from 12.1 on 32 KB. More terms are several launches with a
-float32 sum in between."""
+"""The most terms of one launch. DiT-XL/2 has 56 sublayers, so each of its runs is one launch. 64 terms with a gate are
+2 KB of arguments and with all their factors 5 KB; CUDA takes 4 KB, from 12.1 on 32 KB. More terms are several launches
+with a float32 sum in between."""
 
 TERM_WIDTH = 21 if tl is None else tl.constexpr(21)
-"""Entries a term takes in what ``Layout.terms`` returns."""
+"""The number of entries for each term in what ``Layout.terms`` returns."""
 
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
-"""Whether TRITON_INTERPRET=1 was set when this was imported: kernel bodies then run on a CPU."""
+"""Whether TRITON_INTERPRET=1 was set when this module was imported: kernel bodies then run on a CPU."""
 
 Operand: TypeAlias = "tuple[Tensor | int | float | None, ...]"
-"""Pointer and strides over B, T, D; or several of them one after the other. Unrolled at compile time."""
+"""Pointer and strides over B, T, D; or several such groups one after the other. Unrolled at compile time."""
 
 Argument: TypeAlias = "Tensor | int | float | Operand | None"
-"""What a kernel takes."""
+"""An argument of a kernel."""
 
 
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - Triton is untyped
@@ -110,7 +80,7 @@ def next_power_of_2(number: int) -> int:
 
 
 def no_gradient(op: str) -> str:
-    """Return what is said where a gradient of a sum is asked for."""
+    """Return the message of the error that asking for the gradient of a sum raises."""
     return (
         f"l2c::{op} has no gradient: run it under torch.no_grad() or detach its operands; to train through it, call "
         f"decompose_{op}, which is plain torch"
@@ -150,9 +120,9 @@ class Terms:
     caches: Sequence[Tensor]
     """The cached values, each of the shape of the stream."""
     gates: Sequence[Tensor | None] = ()
-    """What a cached value is multiplied with, last."""
+    """The last factors of the cached values."""
     scales: Sequence[Tensor | None] = ()
-    """What a cached value is multiplied with, first."""
+    """The first factors of the cached values."""
     shifts: Sequence[Tensor | None] = ()
     """What is added between the two."""
     weights: Sequence[float] = ()
@@ -167,7 +137,7 @@ class Terms:
 
     @property
     def lists(self) -> tuple[Sequence[Any], ...]:
-        """Return the arguments of an op that describe the terms."""
+        """The arguments of an op that describe the terms."""
         return (self.caches, self.gates, self.scales, self.shifts, self.weights, self.token_scales)
 
     def __len__(self) -> int:
@@ -291,14 +261,14 @@ def add_terms_reference(x: Tensor, terms: Terms) -> Tensor:
 
 
 class Tile(NamedTuple):
-    """How many tokens and channels one program computes."""
+    """The number of tokens and of channels that one program computes."""
 
     tokens: int
     channels: int
 
     @property
     def num_warps(self) -> int:
-        """Return the warps for 16 elements a thread; a small tile still gets 4."""
+        """The number of warps for 16 elements a thread; at least 4."""
         return min(max(self.tokens * self.channels // 512, 4), 16)
 
 
@@ -322,7 +292,7 @@ class Layout:
 
     @property
     def num_rows(self) -> int:
-        """Return how many rows of channels there are."""
+        """The number of rows of channels."""
         return self.num_batches * self.num_tokens
 
     def operand(self, tensor: Tensor | None, x: Tensor) -> Operand:
@@ -368,9 +338,9 @@ class Launch:
     kernel: Any
     """The function under ``@jit``."""
     num_programs: int
-    """Size of the grid, which has one dimension: the others are limited to 65535."""
+    """The size of the grid, which has one dimension: the others are limited to 65535."""
     arguments: dict[str, Argument]
-    """By name, compile-time constants included."""
+    """The arguments by name, compile-time constants included."""
     num_warps: int
 
     def run(self, device: torch.device) -> None:
@@ -384,8 +354,8 @@ def plan_sum(
 ) -> list[Launch]:
     """Return the launches of ``kernel`` that write ``x`` plus the terms to ``out`` (contiguous), in order.
 
-    ``epilogue`` is what the kernel takes besides. The last launch, which has the whole sum, gets it; those before get
-    None for each part of it. There is no launch if ``out`` is empty.
+    ``epilogue`` holds the further arguments of the kernel. The last launch, which has the whole sum, gets them; those
+    before get None for each of them. There is no launch if ``out`` is empty.
     """
     layout = Layout.of(x)
     chunks = terms.chunks() if out.numel() else []

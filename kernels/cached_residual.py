@@ -34,8 +34,6 @@ from l2c_compile.kernels._launch import (
     tl,
 )
 
-__all__ = ["cached_residual", "cached_residual_op", "decompose_cached_residual", "plan_cached_residual"]
-
 
 def decompose_cached_residual(x: Tensor, *lists: Sequence[Any]) -> Tensor:
     """Compute the sum in plain torch: the reference. It has a gradient, and Inductor fuses it into one loop on a CPU.
@@ -84,7 +82,7 @@ def _tile(layout: Layout) -> Tile:
 
 @torch.library.custom_op("l2c::cached_residual", mutates_args=(), schema=f"(Tensor x, {Terms.SCHEMA}) -> Tensor")
 def cached_residual_op(x: Tensor, *lists: Sequence[Any]) -> Tensor:
-    """Compute the sum; what a pass emits. Each list has one entry a term or is empty. The result is contiguous."""
+    """Compute the sum; passes emit this op. Each list has one entry a term or is empty. The result is contiguous."""
     terms = Terms.of(*lists)
     terms.check("cached_residual", x)
     if not runs_triton(x):
@@ -131,7 +129,7 @@ def cached_residual(
         A new contiguous tensor with the shape and dtype of ``x``.
 
     Raises:
-        KernelError: if something does not fit; or, in the backward, because there is none.
+        KernelError: if something does not fit; or, in the backward, always, because there is none.
     """
     terms = Terms.of(caches, gates, scales, shifts, weights, token_scales)
     result: Tensor = cached_residual_op(x, *terms.lists)

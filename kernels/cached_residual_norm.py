@@ -44,11 +44,9 @@ from l2c_compile.kernels._launch import (
     tl,
 )
 
-__all__ = ["Norm", "cached_residual_norm", "cached_residual_norm_op", "decompose_cached_residual_norm", "plan_norm"]
-
 
 class Norm(NamedTuple):
-    """What follows the sum, as the op takes it. What is None is absent."""
+    """The norm and the modulation after the sum, in the form that the op takes. What is None is absent."""
 
     kind: str
     eps: float
@@ -59,12 +57,12 @@ class Norm(NamedTuple):
 
     @property
     def affine(self) -> dict[str, Tensor | None]:
-        """Return what the normalised values are multiplied with and what is added, by name."""
+        """The factors and summands of the normalised values, by name."""
         return dict(zip(self._fields[2:], self[2:], strict=True))
 
 
 def _read(arguments: Sequence[Any]) -> tuple[Terms, Norm]:
-    """Return what the arguments of the op behind ``x`` describe."""
+    """Return the terms and the norm that the arguments of the op after ``x`` describe."""
     return Terms.of(*arguments[: Terms.NUM_LISTS]), Norm(*arguments[Terms.NUM_LISTS :])
 
 
@@ -165,7 +163,7 @@ def _tile(layout: Layout) -> Tile:
     ),
 )
 def cached_residual_norm_op(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - the schema's
-    """Compute both; what a pass emits. Each list has one entry a term or is empty. The results are contiguous."""
+    """Compute both; passes emit this op. Each list has one entry a term or is empty. The results are contiguous."""
     terms, norm = _read(arguments)
     _check(x, terms, norm)
     if not runs_triton(x):
@@ -218,7 +216,7 @@ def cached_residual_norm(
     """Return the residual stream after its cached terms, and its modulated norm.
 
     Args:
-        x: as for ``cached_residual``, with at most 8192 channels.
+        x: the stream, as for ``cached_residual``, with at most 8192 channels.
         caches: as for ``cached_residual``; there may be none.
         gates: as for ``cached_residual``.
         scales: as for ``cached_residual``.
@@ -236,7 +234,7 @@ def cached_residual_norm(
         Two new contiguous tensors with the shape and dtype of ``x``.
 
     Raises:
-        KernelError: if something does not fit; or, in the backward, because there is none.
+        KernelError: if something does not fit; or, in the backward, always, because there is none.
     """
     terms = Terms.of(caches, gates, scales, shifts, weights, token_scales)
     result: tuple[Tensor, Tensor] = cached_residual_norm_op(

@@ -34,8 +34,6 @@ from l2c_compile.kernels._launch import (
     tl,
 )
 
-__all__ = ["decompose_pack_cache", "pack_cache", "plan_pack_cache"]
-
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest value of each dtype; -128 is not used."""
 
@@ -72,7 +70,7 @@ def _pack_cache_kernel(
     scale = tl.maximum(tl.max(tl.abs(values), axis=1) * (1.0 / LARGEST_VALUE), SMALLEST)
     rows = place[0] * num_tokens + place[1]
     tl.store(scale_ptr + rows, scale, mask=place[1] < num_tokens)
-    # The usual division may be two units off, and that is another byte here and there.
+    # The usual division may be off by two units in the last place, which changes a byte here and there.
     quotient = tl.div_rn(values, tl.broadcast_to(scale[:, None], (BLOCK_T, BLOCK_D)))
     quotient = tl.minimum(tl.maximum(quotient, -LARGEST_VALUE), LARGEST_VALUE)
     if FP8:
@@ -119,7 +117,7 @@ def pack_cache(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ``x`` (B, T, D) or (N, D) packed as ``dtype`` (float8_e4m3fn or int8), and its scale a token, float32.
 
     Raises:
-        KernelError: if ``x`` or ``dtype`` does not fit; or, in the backward, because there is none.
+        KernelError: if ``x`` or ``dtype`` does not fit; or, in the backward, always, because there is none.
     """
     _check(x, dtype)
     if not runs_triton(x):

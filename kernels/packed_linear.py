@@ -24,16 +24,14 @@ from torch import Tensor
 
 from l2c_compile.errors import KernelError
 
-__all__ = ["ACTIVATIONS", "Activation", "can_pack", "packed_linear", "packed_linear_op"]
-
 
 class Activation(NamedTuple):
     """A function of one element that follows the product."""
 
     plain: Callable[[Tensor], Tensor]
-    """What it computes."""
+    """The function itself, in torch."""
     onednn: tuple[str, str]
-    """What oneDNN calls it: its name, and which formula."""
+    """The name that oneDNN has for it, and the formula."""
 
 
 functional = torch.nn.functional
@@ -47,22 +45,22 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
-class _Copy(NamedTuple):
+class _PackedWeight(NamedTuple):
     """A weight in oneDNN's order, for one number of rows."""
 
     weight: weakref.ref[Tensor]
     version: int
     memory: int
-    """Where the weight was: assigning to ``weight.data`` moves it and leaves the version."""
+    """The address of the weight: assigning to ``weight.data`` changes it and leaves the version."""
     packed: Tensor
 
 
-_copies: dict[tuple[int, int], _Copy] = {}
-"""By identity of the weight and number of rows. A weight that is dropped takes its copies along."""
+_copies: dict[tuple[int, int], _PackedWeight] = {}
+"""The copies by identity of the weight and number of rows. The copies of a weight are dropped with it."""
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Tell whether this build and processor multiply with a packed weight of this dtype and device."""
+    """Return whether this build and processor multiply with a packed weight of this dtype and device."""
     if weight.device.type != "cpu" or weight.dim() != 2 or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -78,8 +76,8 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "no
     """Return ``act(torch.nn.functional.linear(x, weight, bias))`` in the dtype of ``x``; without a gradient.
 
     Raises:
-        KernelError: shapes or dtypes do not fit, weights of this dtype cannot be packed here, a gradient is wanted, or
-            there is no such activation.
+        KernelError: if shapes or dtypes do not fit, weights of this dtype cannot be packed here, a gradient is wanted,
+            or there is no such activation.
     """
     num_rows = x.numel() // max(1, x.shape[-1])
     copy = _copies.get((id(weight), num_rows))
@@ -102,21 +100,21 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "no
 packed_linear_op = torch.ops.l2c.packed_linear.default
 
 
-def _pack(weight: Tensor, num_rows: int) -> _Copy:
+def _pack(weight: Tensor, num_rows: int) -> _PackedWeight:
     if not can_pack(weight):
         raise KernelError(
             f"packed_linear has no kernel for {weight.dtype} on this machine; compile without=('pack-weights',)"
         )
     key = id(weight), num_rows
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
-    copy = _Copy(weakref.ref(weight, lambda _: _forget(key)), weight._version, weight.data_ptr(), packed)
+    copy = _PackedWeight(weakref.ref(weight, lambda _: _forget(key)), weight._version, weight.data_ptr(), packed)
     _copies[key] = copy
     return copy
 
 
 def _forget(key: tuple[int, int]) -> None:
     copy = _copies.get(key)
-    # The identity may be another weight's by now.
+    # A newer weight may have the same identity by now.
     if copy is not None and copy.weight() is None:
         del _copies[key]
 

@@ -13,7 +13,7 @@ from l2c_compile.frontend.capture import check_sites_exist
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.progress import Progress
-from l2c_compile.samplers.compiled_sampler import CompiledSampler
+from l2c_compile.samplers.compiled_sampler import MAX_FORMS, CompiledSampler
 from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
@@ -29,6 +29,7 @@ def l2c_compile(
     without: Collection[str] = (),
     caches: Literal["int8", "fp8"] | None = None,
     mode: Literal["reduce-overhead"] | None = None,
+    max_forms: int = MAX_FORMS,
     progress: Progress | None = None,
 ) -> CompiledSampler:
     """Compile a sampling loop and its cache schedule into one static graph.
@@ -52,6 +53,8 @@ def l2c_compile(
             values as they are.
         mode: "reduce-overhead" records the whole loop as one CUDA graph in the first call of each form and replays it,
             so that nothing is launched from Python. Inputs are copied in and results copied out. CUDA only.
+        max_forms: how many forms of input are kept compiled; beyond that the least recently used one is forgotten, with
+            a warning.
         progress: a function that is told each stage of a capture before it begins.
 
     Returns:
@@ -71,7 +74,9 @@ def l2c_compile(
                 "the schedule does not say which loop it was made for; give one: l2c_compile(model, s, loop)"
             )
         loop = loop_from_dict(schedule.loop)
+    if type(max_forms) is not int or max_forms < 1:
+        raise ValueError(f"max_forms wants a whole number from 1, got {max_forms!r}")
     options = Options(backend, numerics, without, caches, mode)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    return CompiledSampler(model, schedule, loop, options, progress)
+    return CompiledSampler(model, schedule, loop, options, progress, max_forms)

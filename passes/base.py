@@ -17,38 +17,26 @@ from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGra
 from l2c_compile.graphs.nodes import evaluation_of, module_path
 from l2c_compile.graphs.strides import addresses_memory, follow
 
-__all__ = [
-    "EvaluationPass",
-    "LeftAlone",
-    "LoopPass",
-    "Numerics",
-    "Pass",
-    "PassReport",
-    "PassRun",
-    "Pipeline",
-    "Reason",
-]
-
 
 class Numerics(enum.Enum):
     """What a pass may do to the numbers."""
 
     BITWISE = 0
-    """Not one bit changes in eager mode."""
+    """No bit changes in eager mode."""
     ROUNDING = 1
     """The same formula, rounded elsewhere (a fused kernel, a batched matrix product)."""
     APPROXIMATE = 2
-    """Another formula; only on request."""
+    """The formula may be another one; only on request."""
 
 
 class Reason:
-    """Why a candidate is left alone. It is worded when somebody asks: texts would cost compile time."""
+    """Why a candidate is left alone. The text is made only when it is asked for, because texts cost compile time."""
 
     __slots__ = ("details", "text")
 
     def __init__(self, text: str, *details: object) -> None:
         self.text = text
-        """With a ``{}`` for each detail; equal for candidates that count together."""
+        """The text, with a ``{}`` for each detail; equal for candidates that count together."""
         self.details = details
 
     def __str__(self) -> str:
@@ -60,9 +48,9 @@ class LeftAlone:
     """The candidates that a pass left alone for one reason."""
 
     reason: Reason
-    """Worded for the first of them."""
+    """The reason, with the details of the first of them."""
     name: str
-    """The node that the first one is."""
+    """The name of the first one's node."""
     module: str
     """The path of the module that the first one belongs to; "" where it belongs to none."""
     evaluation: int | None
@@ -76,7 +64,7 @@ class PassReport:
 
     rewrites: int = 0
     left_alone: dict[str, LeftAlone] = field(default_factory=dict)
-    """By the text of the reason."""
+    """The candidates that were left alone, by the text of the reason."""
     other_strides: set[Node] = field(default_factory=set)
     """The nodes that took the place of nodes with other strides."""
 
@@ -111,25 +99,25 @@ class Pass(ABC):
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     numerics: ClassVar[Numerics] = Numerics.BITWISE
     is_followed_by_proof: ClassVar[bool] = True
-    """Whether ``l2c_compile/checking/values.py`` has the rules by which what it makes is equal to what was there."""
+    """Whether ``l2c_compile/checking/values.py`` has the rules that prove the new nodes equal to those they replace."""
 
     changes_strides: ClassVar[bool] = False
-    """Whether it chooses other strides than the program has. It then does not see a graph that addresses memory by
-    strides, and what the graph returns is given the strides that it had."""
+    """Whether the pass chooses other strides than the program has. It is then not run on a graph that addresses memory
+    by strides, and what the graph returns is given the strides that it had."""
     graph_kind: ClassVar[type[ProgramGraph]] = ProgramGraph
 
     @abstractmethod
     def rewrite(self, graph: Any, report: PassReport) -> None:  # noqa: ANN401 - what ``graph_kind`` says
-        """Edit ``graph`` in place. Removes no work itself: it redirects users, ``DropDead`` removes.
+        """Edit ``graph`` in place. A pass redirects users; the work that is then unused is removed by ``DropDead``.
 
         Args:
-            graph: what to edit.
-            report: told of each rewrite, of why a candidate is left alone, and of values that have other strides than
-                those in whose place they are.
+            graph: the graph to edit.
+            report: the report, which gets each rewrite, the reason why a candidate is left alone, and the values that
+                have other strides than those they replace.
         """
 
     def run(self, graph: ProgramGraph) -> PassReport:
-        """Edit ``graph`` in place, find the strides of all that is computed from what changed, and say what was done.
+        """Edit ``graph`` in place, find the strides of all that is computed from what changed, and return the report.
 
         Raises:
             TypeError: if the pass is for another kind of graph.
@@ -188,7 +176,7 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
     assumes: frozenset[Fact] = frozenset()
-    """What the graph is known to satisfy before the first pass."""
+    """The facts that the graph satisfies before the first pass."""
 
     def __post_init__(self) -> None:
         facts = set(self.assumes)
@@ -203,7 +191,7 @@ class Pipeline:
 
     @property
     def facts(self) -> frozenset[Fact]:
-        """What the graph satisfies after the last pass."""
+        """The facts that the graph satisfies after the last pass."""
         facts = self.assumes
         for each in self.passes:
             facts = (facts - each.breaks) | each.gives
@@ -215,14 +203,14 @@ class Pipeline:
         return all(each.numerics is Numerics.BITWISE for each in self.passes)
 
     def within(self, numerics: Numerics) -> Pipeline:
-        """Return the passes that do no more to the numbers than ``numerics``, in the same order."""
+        """Return the passes that change numbers no more than ``numerics`` allows, in the same order."""
         return Pipeline(tuple(p for p in self.passes if p.numerics.value <= numerics.value), self.assumes)
 
     def without(self, names: Collection[str]) -> Pipeline:
         """Return the pipeline without the passes called ``names``.
 
         Raises:
-            ValueError: no pass has such a name, or a remaining pass needs what one of them gives.
+            ValueError: if no pass has such a name, or a remaining pass needs what one of them gives.
         """
         unknown = set(names) - {p.name for p in self.passes}
         if unknown:
@@ -235,10 +223,10 @@ class Pipeline:
 
         Args:
             program: the graph to edit.
-            on_pass: told the name of each pass before it runs, for progress.
+            on_pass: a function that is told the name of each pass before it runs, for progress.
 
         Raises:
-            PassFailed: a pass raised, or left a graph that violates a fact.
+            PassFailed: if a pass raised, or left a graph that violates a fact.
         """
         facts = set(self.assumes)
         done: list[PassRun] = []

@@ -26,8 +26,6 @@ from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, own_evaluat
 from l2c_compile.graphs.strides import same_strides
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["BatchConditioning"]
-
 aten = torch.ops.aten
 
 
@@ -48,7 +46,7 @@ class BatchConditioning(LoopPass):
         early = graph.known_before_the_loop()
         projections = [node for node in graph.graph.nodes if _is_projection(node, early)]
         for chunk in self._chunks(projections):
-            _Batcher(graph, chunk, report).run()
+            _ProjectionBatcher(graph, chunk, report).run()
 
     def _chunks(self, projections: Sequence[Node]) -> Iterator[list[Node]]:
         """Yield the projections of consecutive evaluations that fit into the budget together."""
@@ -68,8 +66,8 @@ class BatchConditioning(LoopPass):
             yield chunk
 
 
-class _Batcher:
-    """Moves one chunk of projections, and what they need, in front of the first evaluation of the chunk."""
+class _ProjectionBatcher:
+    """Computes one chunk of projections together, in front of the first evaluation of the chunk."""
 
     def __init__(self, graph: LoopGraph, projections: list[Node], report: PassReport) -> None:
         self.graph = graph.graph
@@ -81,15 +79,20 @@ class _Batcher:
 
     def run(self) -> None:
         for level in range(max(self.levels.values(), default=0) + 1):
+            members = [node for node in self.levels if self.levels[node] == level]
             groups: dict[object, list[Node]] = {}
-            for node in [n for n in self.levels if self.levels[n] == level]:
-                self._move(node)
+            for node in members:
                 if node in self.projections:
                     groups.setdefault(_group_key(node), []).append(node)
             for group in groups.values():
+                # Noted before it is moved out of its evaluation.
                 if len(group) == 1:
                     self.report.leave(group[0], Reason("no other evaluation projects with these weights"))
-                    self._deal(group[0], group)
+            for node in members:
+                self._move(node)
+            for group in groups.values():
+                if len(group) == 1:
+                    self._distribute(group[0], group)
                 else:
                     self._batch(group)
 
@@ -126,11 +129,11 @@ class _Batcher:
         with self.graph.inserting_before(self.anchor):
             stacked = emit(self.graph, aten.cat.default, (inputs, 0))
             product = emit(self.graph, aten.linear.default, (stacked, *rest))
-        self._deal(product, group)
+        self._distribute(product, group)
         self.report.rewrites += len(group)
 
-    def _deal(self, product: Node, group: list[Node]) -> None:
-        """Give each user its columns, and each evaluation its rows of them, in memory of their own.
+    def _distribute(self, product: Node, group: list[Node]) -> None:
+        """Give each user its columns, and each evaluation its rows of them, as tensors with memory of their own.
 
         All evaluations' vectors then have the same strides, whatever columns were pruned: one region fits them all.
         """

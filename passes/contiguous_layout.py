@@ -26,8 +26,6 @@ from l2c_compile.graphs.nodes import emit, is_pointwise
 from l2c_compile.graphs.strides import permutation
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 
-__all__ = ["ContiguousLayout"]
-
 aten = torch.ops.aten
 
 
@@ -58,6 +56,6 @@ class ContiguousLayout(LoopPass):
 
 
 def _is_permuted(node: Node) -> bool:
-    """Tell whether the value fills its memory, but in another order than that of its dimensions."""
+    """Return whether the value fills its memory, but in another order than that of its dimensions."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and not value.is_contiguous() and permutation(value) is not None

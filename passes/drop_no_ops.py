@@ -21,8 +21,6 @@ from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import packet_of
 from l2c_compile.passes.base import Pass, PassReport, Reason
 
-__all__ = ["DropNoOps"]
-
 aten = torch.ops.aten
 
 _COPIES = frozenset(
@@ -38,10 +36,10 @@ _REORDERS = frozenset({aten.permute, aten.transpose, aten.t, aten.movedim})
 
 @dataclass(frozen=True)
 class DropNoOps(Pass):
-    """Redirect the users of no-ops to their argument; the no-ops die in ``DropDead``."""
+    """Redirect the users of no-ops to their argument; ``DropDead`` then removes the no-ops."""
 
     keep_returned: bool = True
-    """Leave a copy of an input or a weight that the graph returns: the caller may write into what it gets."""
+    """Whether to leave a copy of an input or a weight that the graph returns: the caller may write into the result."""
 
     name: ClassVar[str] = "drop-no-ops"
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.NO_DEAD_NODES})

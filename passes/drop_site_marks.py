@@ -13,8 +13,6 @@ from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.marks import SITE, SiteMark
 from l2c_compile.passes.base import Pass, PassReport
 
-__all__ = ["DropSiteMarks"]
-
 
 @dataclass(frozen=True)
 class DropSiteMarks(Pass):
@@ -27,7 +25,7 @@ class DropSiteMarks(Pass):
 
     def rewrite(self, graph: ProgramGraph, report: PassReport) -> None:  # noqa: D102
         for node in graph.graph.find_nodes(op="call_function", target=SITE):
-            # Read only now: the value of a mark may have been another mark (a module that ends with another).
+            # The mark is parsed only now: its value may have been another mark (of a module that ends with another).
             mark = SiteMark.of(node)
             held = mark.value.meta.get("sites", ())
             mark.value.meta["sites"] = (*held, (mark.evaluation, mark.site, mark.port))

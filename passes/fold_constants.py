@@ -21,8 +21,6 @@ from l2c_compile.graphs.marks import strided_copy
 from l2c_compile.graphs.nodes import draws_random_numbers, infer, num_bytes
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
-__all__ = ["FoldConstants"]
-
 aten = torch.ops.aten
 
 
@@ -31,7 +29,7 @@ class FoldConstants(LoopPass):
     """Replace small values that depend on no input by buffers."""
 
     max_bytes: int = 2**20
-    """Size in bytes above which a value is computed in every call instead of kept."""
+    """The size above which a value is computed in every call instead of kept."""
 
     name: ClassVar[str] = "fold-constants"
     # A site may be a constant: its users then read the folded value, not the mark.

@@ -41,8 +41,6 @@ from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["FuseCachedResiduals"]
-
 aten = torch.ops.aten
 
 _ADD, _NORM = cached_residual_op._opoverload, cached_residual_norm_op._opoverload
@@ -53,7 +51,7 @@ _CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout})
 
 @dataclass(frozen=True)
 class _Term:
-    """``weight * gate * (scale * cache + shift)``."""
+    """A term ``weight * gate * (scale * cache + shift)`` of a sum."""
 
     cache: Node
     weight: float = 1.0
@@ -67,17 +65,17 @@ class _Term:
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether there are no factors."""
+        """Whether there are no factors."""
         return self.weight == 1.0 and self.gate is None and self.is_bare
 
     @property
     def as_base(self) -> Node:
-        """What to add to: without its casts, but with its factors, which the kernel applies to terms alone."""
+        """The term as the base of a sum: without its casts, but with its factors, which the op has no place for."""
         return self.cache if self.is_plain or not self.peeled else self.peeled[0]
 
     @property
     def is_bare(self) -> bool:
-        """Tell whether nothing is between the weight and the cached value but a gate: then it commutes with sums."""
+        """Whether nothing is between the weight and the cached value but a gate: then it commutes with sums."""
         return self.scale is None and self.shift is None
 
 
@@ -86,7 +84,7 @@ class _Norm:
     """The norm of a sum, and the modulation behind it."""
 
     last: Node
-    """What makes the final value."""
+    """The node that makes the final value."""
     nodes: tuple[Node, ...]
     kind: str
     eps: float
@@ -98,14 +96,14 @@ class _Norm:
 
 @dataclass
 class _Sum:
-    """``base`` plus terms."""
+    """A sum of ``base`` and terms, and the norm that follows it, if any."""
 
     root: Node
     """The last addition."""
     base: Node
     terms: list[_Term]
     nodes: set[Node] = field(default_factory=set)
-    """What computes it in the graph, the root included."""
+    """The nodes that compute the sum in the graph, the root included."""
     norm: _Norm | None = None
 
     @property
@@ -122,7 +120,7 @@ class FuseCachedResiduals(LoopPass):
     """Replace sums of the residual stream and kept values, and the norm that follows, by the ops of ``kernels/``."""
 
     devices: frozenset[str] = frozenset({"cuda"})
-    """Where to do so. On a CPU Inductor fuses the graph as it is into its own loops; an op would stand in its way."""
+    """The devices on which to do so. On a CPU Inductor fuses the graph into loops, which an op would split."""
 
     name: ClassVar[str] = "fuse-cached-residuals"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
@@ -136,10 +134,10 @@ class FuseCachedResiduals(LoopPass):
             kernels = ", ".join(sorted(self.devices))
             report.leave(first, Reason("is a graph without tensors on {}, where the kernels pay", kernels))
             return
-        matcher = _Matcher(graph, self.devices)
-        # A sum may be the base of the next: first to last, so that each finds the one before in its place.
+        finder = _SumFinder(graph, self.devices)
+        # A sum may be the base of the next, so the first is replaced first: the next then finds the op in its place.
         renamed: dict[Node, Node] = {}
-        for found in reversed(list(matcher.sums())):
+        for found in reversed(list(finder.sums())):
             report.note(found.root, _why_not(found) or _replace(graph, found, renamed))
 
 
@@ -152,15 +150,15 @@ def _why_not(found: _Sum) -> Reason | None:
     return None
 
 
-class _Matcher:
-    """Reads sums and norms off a loop graph; changes nothing."""
+class _SumFinder:
+    """Finds the sums and norms in a loop graph; changes nothing."""
 
     def __init__(self, program: LoopGraph, devices: frozenset[str]) -> None:
         self.nodes = list(program.graph.nodes)
         self.devices = devices
         self.early = program.known_before_the_loop()
         self.kept_work = made_of_kept_values(self.nodes, self.early, _CASTS)
-        # Left to PlanMemory, which puts it where it frees memory.
+        # This work is left to PlanMemory, which moves it to where it frees memory.
         self.ahead = cache_work(self.nodes)
 
     def sums(self) -> Iterator[_Sum]:
@@ -175,7 +173,8 @@ class _Matcher:
             leaves: list[_Term] = []
             nodes: set[Node] = set()
             self._split(_Term(node if is_sum else node.all_input_nodes[0]), leaves, nodes, node)
-            # The kernel's result has the dtype of the base. One without factors first: they would have to stay.
+            # The kernel's result has the dtype of the base. A term without factors is the best base, because the
+            # factors of a base stay in the graph.
             fitting = [t for t in leaves if t.is_summand and form_of(t.as_base) == form_of(node)]
             bases = [t for t in fitting if not self._is_kept(t.as_base, node)]
             if bases or is_sum:
@@ -189,12 +188,12 @@ class _Matcher:
                 yield found
 
     def _is_rounded_sum(self, node: Node) -> bool:
-        """Tell whether a node casts a sum that nobody else reads, as where a bfloat16 stream is added in float32."""
+        """Return whether a node casts a sum that nobody else reads, as where a bfloat16 stream is added in float32."""
         source = node.args[0] if node.target in _CASTS else None
         return isinstance(source, Node) and self._is_inner(source, node) and self._is_sum(source) and _is_float(node)
 
     def _is_sum(self, node: Node) -> bool:
-        """Tell whether a node adds two tensors of its own shape in an evaluation on one of the devices."""
+        """Return whether a node adds two tensors of its own shape in an evaluation on one of the devices."""
         if node.target not in _ADDITIONS or evaluation_of(node) is None or node in self.early:
             return False
         value = node.meta["val"]
@@ -206,7 +205,7 @@ class _Matcher:
         return value in self.kept_work or (value not in self.early and is_kept(value, reader))
 
     def _split(self, term: _Term, leaves: list[_Term], nodes: set[Node], root: Node) -> None:
-        """Split a term into those it is a sum of, as far as nobody else reads what is in between."""
+        """Split a term into those it is a sum of, as far as no other node reads the sums in between."""
         node = term.cache
         if node is not root and not self._is_inner(node, root):
             leaves.append(term)
@@ -227,12 +226,12 @@ class _Matcher:
             self._split(replace(inner, peeled=(*term.peeled, node)), leaves, nodes, root)
 
     def _is_inner(self, node: Node, root: Node) -> bool:
-        """Tell whether only the sum at ``root`` needs the node, so that it may vanish into it."""
+        """Return whether only the sum at ``root`` needs the node, so that the op can take its place as well."""
         same = evaluation_of(node) == evaluation_of(root) and node not in self.early
         return same and node.op == "call_function" and len(node.users) == 1
 
     def _is_better_kept_whole(self, node: Node) -> bool:
-        """Tell whether a sum of kept values is better added where they are made: then one tensor waits, not two."""
+        """Return whether a sum of kept values is better added where they are made: one tensor is then kept, not two."""
         if node not in self.kept_work:
             return False
         alone = [value for value in self._kept_leaves(node) if all(self._is_over(user, node) for user in value.users)]
@@ -253,7 +252,7 @@ class _Matcher:
         return leaves
 
     def _peel(self, term: _Term, root: Node) -> _Term | None:
-        """Take the outermost factor or shift off a term; None if there is none that the kernel has a place for."""
+        """Return a term without its outermost factor or shift; None if the kernel has no argument for that."""
         node = term.cache
         packet = packet_of(node)
         if node.target in _CASTS:
@@ -270,14 +269,14 @@ class _Matcher:
         return None
 
     def _through_cast(self, term: _Term, root: Node) -> _Term | None:
-        """Look through a cast to the stream's dtype or a finer one: the kernel adds in float32."""
+        """Return a term without its cast to the stream's dtype or a finer one: the kernel adds in float32."""
         source, target = term.cache.args[0], term.cache.meta["val"].dtype
         if not isinstance(source, Node) or not _is_float(source) or source.meta["val"].device != _device(root):
             return None
         return replace(term, cache=source) if target in (root.meta["val"].dtype, torch.float32) else None
 
     def _value_and_operand(self, node: Node, root: Node) -> tuple[Node | None, Node | None]:
-        """Tell a tensor of the stream's shape from what is broadcast to it."""
+        """Return the tensor of the stream's shape and the operand that is broadcast to it, in this order."""
         a, b = node.args
         for value, other in ((a, b), (b, a)):
             if not isinstance(value, Node) or not isinstance(other, Node):
@@ -300,7 +299,7 @@ class _Matcher:
         return node if is_smaller and fits and value.device == stream.device else None
 
     def _norm_of(self, found: _Sum) -> _Norm | None:
-        """Return the norm over the channels of a sum, and the modulation behind it, if all else comes behind them."""
+        """Return the norm over the channels of a sum, with its modulation, if all other users come after them."""
         root = found.root
         if root.meta["val"].shape[-1] > MAX_DIM or root.meta["val"].dim() not in (2, 3):
             return None
@@ -341,7 +340,10 @@ class _Matcher:
         return self._with_modulation(norm, found.root)
 
     def _with_modulation(self, norm: _Norm, root: Node) -> _Norm | None:
-        """Take what follows into the norm as far as the kernel goes and a tensor like the stream comes out."""
+        """Return the norm with as much of the modulation and casts after it as the kernel computes.
+
+        None if no point on the way has a value in the form of the stream.
+        """
         best = norm if form_of(norm.last) == form_of(root) else None
         while (grown := self._one_more(norm, root)) is not None:
             norm = grown
@@ -380,7 +382,7 @@ class _Matcher:
 
 
 def _weighted(term: _Term, number: float, cache: Argument) -> _Term | None:
-    # A weight is outside of the shift, and of nothing else that it does not commute with.
+    # A weight multiplies the shift as well, so a number that does not cannot become one.
     if not isinstance(cache, Node) or not _is_float(cache) or term.shift is not None or not math.isfinite(number):
         return None
     return replace(term, cache=cache, weight=term.weight * number)
@@ -396,14 +398,14 @@ def _with_operand(term: _Term, value: Node, operand: Node, *, is_product: bool) 
 
 
 def _more_than_one(operand: Node) -> Node | None:
-    """Return s of ``1 + s``."""
+    """Return s where the operand is ``1 + s``."""
     if operand.target in (aten.add.Tensor, aten.add.Scalar) and not operand.kwargs and operand.args[1] == 1:
         return operand.args[0] if isinstance(operand.args[0], Node) else None
     return None
 
 
 def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> Reason | None:
-    """Put the op in the place of a sum, or return why that cannot be."""
+    """Replace a sum by the op, or return why that is not possible."""
     norm, graph = found.norm, program.graph
     old = [found.root] if norm is None else [found.root, norm.last]
     inside = found.nodes.union(norm.nodes if norm else ())
@@ -415,7 +417,7 @@ def _replace(program: LoopGraph, found: _Sum, renamed: dict[Node, Node]) -> Reas
     with graph.inserting_before(found.last):
         args = _arguments(program, found, renamed)
         call = emit(graph, _ADD if norm is None else _NORM, args, evaluation_of(found.root))
-    # No module's: a kernel is a part of its own, so it adds no variants of the parts around it.
+    # The op belongs to no module: as a part of its own it makes no variants of the parts around it.
     call.meta["nn_module_stack"] = {}
     new = (call,) if norm is None else outputs_of(call)
     for before, after in zip(old, new, strict=True):

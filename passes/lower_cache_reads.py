@@ -21,8 +21,6 @@ from l2c_compile.graphs.nodes import emit, evaluation_of
 from l2c_compile.passes.base import LoopPass, PassReport
 from l2c_compile.schedules.rules import Reading
 
-__all__ = ["LowerCacheReads"]
-
 
 @dataclass(frozen=True)
 class LowerCacheReads(LoopPass):
@@ -35,7 +33,7 @@ class LowerCacheReads(LoopPass):
 
     def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
         for node in graph.graph.find_nodes(op="call_function", target=CACHE_READ):
-            # Read only now: a read that is made from another names what that one was replaced by.
+            # The read is parsed only now, because an argument that was a read has been replaced by now.
             _lower(graph.graph, CacheRead.of(node))
             report.rewrites += 1
 

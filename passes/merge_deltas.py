@@ -1,4 +1,4 @@
-"""Add up at the source what a run of reused residual sublayers will add one by one.
+"""Add up at the source what a run of reused residual sublayers would add one by one.
 
     evaluation 4:  f = attn(...); g = mlp(...)              f = ...; g = ...; s = add(f, g)
     evaluation 5:  y = add(add(x, f), g)               ->   y = add(x, s)
@@ -22,8 +22,6 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, form_of
 from l2c_compile.graphs.strides import same_strides
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
-
-__all__ = ["MergeDeltas"]
 
 aten = torch.ops.aten
 

@@ -25,8 +25,6 @@ from l2c_compile.graphs.marks import INPUT_PORT, SiteMark, site_marks
 from l2c_compile.graphs.nodes import emit
 from l2c_compile.passes.base import EvaluationPass, Numerics, PassReport
 
-__all__ = ["MixSites"]
-
 aten = torch.ops.aten
 
 
@@ -40,10 +38,12 @@ class MixSites(EvaluationPass):
     numerics: ClassVar[Numerics] = Numerics.APPROXIMATE
 
     def rewrite(self, graph: EvaluationGraph, report: PassReport) -> None:  # noqa: D102
-        _Mixer(graph).run(report)
+        _SiteMixer(graph).run(report)
 
 
-class _Mixer:
+class _SiteMixer:
+    """Adds the inputs of the mixture to an evaluation graph and mixes each site's value with its cached one."""
+
     def __init__(self, graph: EvaluationGraph) -> None:
         self.graph: fx.Graph = graph.graph
         marks = site_marks(self.graph)
@@ -88,7 +88,7 @@ class _Mixer:
         with self.graph.inserting_before(mixed):
             if mark.site in self.is_delta:
                 cached = emit(self.graph, aten.add.Tensor, (self.inputs[mark.site], cached))
-            # As autocast may have it: what is computed decides the dtype.
+            # Under autocast the two may differ in dtype; the computed value decides.
             cached = emit(self.graph, aten.type_as.default, (cached, mark.value))
             score = emit(self.graph, aten.select.int, (scores, 0, self.column[mark.site]))
             score = emit(self.graph, aten.type_as.default, (score, mark.value))

@@ -41,8 +41,6 @@ from l2c_compile.graphs.nodes import (
 from l2c_compile.kernels.packed_linear import packed_linear_op
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
-__all__ = ["OutlineRegions"]
-
 aten = torch.ops.aten
 
 _SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.unbind})
@@ -58,8 +56,8 @@ class OutlineRegions(LoopPass):
     """Move repeated parts into submodules of the root, one for each distinct structure."""
 
     max_light_parts: int = 8
-    """How many neighbouring parts without matrix products become one region at most. Runs of skipped blocks come in
-    every length; cutting them into 8, 4, 2 and 1 keeps the regions few and the passes over memory fewer still."""
+    """The most neighbouring parts without matrix products that become one region. Runs of skipped blocks have any
+    length; cutting them into 8, 4, 2 and 1 keeps the regions few and the passes over memory fewer still."""
 
     name: ClassVar[str] = "outline-regions"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
@@ -69,9 +67,9 @@ class OutlineRegions(LoopPass):
         early = graph.known_before_the_loop()
         _hoist_views(graph, early)
         _sink(graph.graph, early)
-        forms: list[_Form] = []
+        forms: list[_PartForm] = []
         for part in list(self._parts(graph.graph, early, cache_work(graph.graph.nodes))):
-            form = _Form(part)
+            form = _PartForm(part)
             if form.outputs:
                 forms.append(form)
             else:
@@ -113,13 +111,13 @@ class OutlineRegions(LoopPass):
 
 
 @dataclass
-class _Form:
+class _PartForm:
     """A part in a form that is equal for two parts iff one body serves both."""
 
     nodes: list[Node]
     operands: list[Node] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
-    """Positions in ``nodes`` of what others use."""
+    """The positions in ``nodes`` of the values that others use."""
     key: object = None
 
     def __post_init__(self) -> None:
@@ -143,7 +141,7 @@ class _Form:
         )
         self.operands = list(numbers)
         self.outputs = [inside[node] for node in self.nodes if any(user not in inside for user in node.users)]
-        # A product is in memory anyway, so whether it is returned makes no other body: all return it, if one must.
+        # A product is in memory anyway. So all bodies return it if one must, and returning it makes no variant.
         fused = tuple(index for index in self.outputs if packet_of(self.nodes[index]) not in _HEAVY)
         self.key = (operations, tuple(map(_operand_key, self.operands)), fused)
 
@@ -161,8 +159,8 @@ class _Form:
         return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def _replace(graph: fx.Graph, form: _Form, returned: Sequence[int], name: str) -> dict[Node, Node]:
-    """Put a call of region ``name`` in the place of a part; return what stands for each of its outputs now."""
+def _replace(graph: fx.Graph, form: _PartForm, returned: Sequence[int], name: str) -> dict[Node, Node]:
+    """Replace a part by a call of region ``name``; return the new node of each of its outputs."""
     moved: dict[Node, Node] = {}
     with graph.inserting_after(form.nodes[-1]):
         body = graph.create_node("get_attr", name)
@@ -185,7 +183,7 @@ def _replace(graph: fx.Graph, form: _Form, returned: Sequence[int], name: str) -
 
 
 def _hoist_views(graph: LoopGraph, early: set[Node]) -> None:
-    """Take views of what was made before the loop out of the evaluations: no region then depends on what was viewed."""
+    """Move views of what was made before the loop out of the evaluations: regions then do not depend on their base."""
     storages = Storages(graph.graph.nodes)
     for node in list(graph.graph.nodes):
         if node in early and node.op == "call_function" and evaluation_of(node) is not None:
@@ -247,7 +245,7 @@ def _cut(part: list[Node], aside: set[Node]) -> Iterator[list[Node]]:
     evaluation = evaluation_of(part[0])
     index = {node: position for position, node in enumerate(part)}
     last_heavy = max(position for node, position in index.items() if packet_of(node) in _HEAVY)
-    # Living values at each position: what this evaluation makes or is given, from there to its last use in it.
+    # A value is live from where this evaluation makes it or is given it to its last use in the evaluation.
     born: dict[int, list[Node]] = {}
     dies: dict[int, list[Node]] = {}
     arguments = (argument for user in part for argument in user.all_input_nodes)
@@ -281,7 +279,8 @@ def _separate_caches(piece: list[Node], early: set[Node], ahead: set[Node]) -> I
     """
     evaluation = evaluation_of(piece[0])
     inside = set(piece)
-    # Made of cached values, and of what is known before the loop, alone. What is more than added up, is the input.
+    # What is made only of cached values and of what is known before the loop. What more than pointwise operators read
+    # is the input of the piece.
     cached = {
         argument
         for node in piece
@@ -321,11 +320,11 @@ def _separate_caches(piece: list[Node], early: set[Node], ahead: set[Node]) -> I
 
 
 _Key = tuple[int, str]
-"""Evaluation, and path of the module: down to its number, or one component where there is none."""
+"""The evaluation, and the path of the module: down to its number, or one component where there is none."""
 
 
 def _neighbours(graph: fx.Graph) -> Iterator[tuple[_Key | None, list[Node]]]:
-    """Yield runs of nodes that belong to the same part, with its key; None: to no evaluation."""
+    """Yield runs of nodes that belong to the same part, with its key; the key is None for nodes of no evaluation."""
     run: list[Node] = []
     current: _Key | None = None
     for node in graph.nodes:
@@ -353,7 +352,10 @@ def _part_key(node: Node) -> _Key | None:
 
 
 def _joins(node: Node, current: _Key) -> bool:
-    """Tell whether a node goes with what comes before it: one that a pass made, or the denoiser itself after a part."""
+    """Return whether a node joins the run before it.
+
+    One that a pass made does. One of the denoiser itself does unless the run is a numbered module.
+    """
     return "nn_module_stack" not in node.meta or (not module_path(node) and not current[1][-1:].isdigit())
 
 

@@ -30,14 +30,12 @@ from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
 from l2c_compile.kernels.packed_cache import pack_cache
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["PackCaches"]
-
 aten = torch.ops.aten
 
 _PACK = pack_cache._opoverload
 _READS_PACKED = frozenset({cached_residual_op._opoverload, cached_residual_norm_op._opoverload})
 _TOKEN_SCALES = 6
-"""The position of token_scales among the arguments of both."""
+"""The position of token_scales among the arguments of both ops."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,10 @@ class PackCaches(LoopPass):
     """Store what is kept for later evaluations packed, and let them read it unpacked."""
 
     dtype: torch.dtype
-    """float8_e4m3fn or int8."""
+    """The dtype of a packed value, float8_e4m3fn or int8."""
     max_share: float = 0.75
-    """Only what shrinks to this share or less, scales included: a row of 8 bfloat16 or of 2 float32 does."""
+    """The largest share of its bytes, scales included, that a packed value may have: a row of 8 bfloat16 or of 2
+    float32 comes to it."""
 
     name: ClassVar[str] = "pack-caches"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES})
@@ -77,7 +76,7 @@ class PackCaches(LoopPass):
 
 
 def _pack(graph: fx.Graph, node: Node, readers: list[Node], dtype: torch.dtype) -> Reason | None:
-    """Let ``readers`` read a packed copy, or return why they cannot."""
+    """Let ``readers`` read a packed copy, or return why that is not possible."""
     by_value = [reader for reader in readers if not _takes_packed(reader, node)]
     contiguous = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format)
     moved = contiguous.stride() != node.meta["val"].stride()
@@ -102,7 +101,7 @@ def _pack(graph: fx.Graph, node: Node, readers: list[Node], dtype: torch.dtype) 
 
 
 def _takes_packed(reader: Node, node: Node) -> bool:
-    """Tell whether a reader is an op that reads the value as a cached term and as nothing else."""
+    """Return whether a reader is an op that reads the value as a cached term and as nothing else."""
     if reader.target not in _READS_PACKED:
         return False
     base, _, *rest = reader.args

@@ -21,8 +21,6 @@ from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["PackWeights"]
-
 aten = torch.ops.aten
 
 
@@ -31,7 +29,7 @@ class PackWeights(LoopPass):
     """Let linear layers of the denoiser use packed weights, and apply the activation that follows."""
 
     min_rows: int = 16
-    """Below, reading the weight takes longer than multiplying with it, in whatever order it is."""
+    """The fewest rows to pack for: with fewer, reading the weight takes longer than multiplying, in any order."""
 
     name: ClassVar[str] = "pack-weights"
     needs: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_LOWERED})
@@ -63,7 +61,7 @@ class PackWeights(LoopPass):
 
 
 def _apply_activation(product: Node) -> None:
-    """Let a packed product do what its only reader does, if that is an activation."""
+    """Move the activation that is a packed product's only reader, if it is one, into the product."""
     if len(product.users) != 1:
         return
     (reader,) = product.users

@@ -26,19 +26,6 @@ from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.passes.return_sites import ReturnSites
 
-__all__ = [
-    "BITWISE",
-    "CACHE_FORMATS",
-    "EVALUATION",
-    "KERNELS",
-    "LOOP",
-    "MIXED",
-    "OBSERVED",
-    "REGIONS",
-    "SKELETON",
-    "with_packed_caches",
-]
-
 SKELETON = Pipeline(
     (
         DropNoOps(keep_returned=False),  # tracing copies what it passes to the denoiser
@@ -114,7 +101,7 @@ LOOP = Pipeline(
 """Runs on the loop graph."""
 
 KERNELS = Pipeline((PackWeights(),), assumes=frozenset({Fact.SITES_LOWERED, Fact.NO_DEAD_NODES}))
-"""Runs on a copy of the finished loop graph, before ``REGIONS``: what suits the processor and nobody else."""
+"""Runs on a copy of the finished loop graph, before ``REGIONS``: changes that only suit the processor at hand."""
 
 REGIONS = Pipeline(
     (OutlineRegions(),),  # last of all: nothing looks into a region any more

@@ -25,8 +25,6 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, put_with
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
-__all__ = ["PlanMemory"]
-
 aten = torch.ops.aten
 
 # IEEE 754 rounds each element of these correctly, so it is the same in whichever loop: torch computes most other
@@ -56,7 +54,7 @@ class _Group:
     """Nodes that could run elsewhere; only the last, the root, is used by others."""
 
     nodes: tuple[Node, ...]
-    """In the order of the graph."""
+    """The nodes, in the order of the graph."""
 
     @property
     def root(self) -> Node:
@@ -72,7 +70,7 @@ class _Group:
 def _groups(nodes: list[Node], early: set[Node]) -> Iterator[_Group]:
     """Yield what could run earlier: work for later evaluations, and work on nothing but kept values."""
     ahead = cache_work(nodes)
-    # Light work alone: a product is done in the evaluation it belongs to.
+    # Only light work moves: a matrix product is done in the evaluation that it belongs to.
     ready = made_of_kept_values(nodes, early)
     for node in nodes:
         if node in ready and not all(user in ready for user in node.users):
@@ -82,7 +80,7 @@ def _groups(nodes: list[Node], early: set[Node]) -> Iterator[_Group]:
 
 
 def _tree(root: Node, ready: set[Node]) -> set[Node]:
-    """Return the root and those ready nodes that nobody else needs."""
+    """Return the root and those ready nodes that only it needs, directly or through others of them."""
     found = {root}
     stack = [root]
     while stack:
@@ -125,7 +123,7 @@ def _follows(node: Node, before: Node) -> bool:
 
 
 def _is_freed(leaf: Node, inside: set[Node], root: Node, target: Node) -> bool:
-    """Tell whether the group is the last to use ``leaf``, and would be so at ``target`` or in its evaluation."""
+    """Return whether the group is the last to use ``leaf``, and would be so at ``target`` or in its evaluation."""
     for user in leaf.users:
         if user in inside:
             continue
@@ -152,7 +150,7 @@ def _kept_views(nodes: Iterable[Node], early: set[Node], storages: Storages) -> 
 
 
 def _copy_parts(graph: fx.Graph, base: Node, views: list[Node], storages: Storages) -> Reason | None:
-    """Let later evaluations read copies of the parts, or return why that would not do."""
+    """Let later evaluations read copies of the parts, or return why that is not possible."""
     copied, kept = sum(map(num_bytes, views)), storages.num_bytes(base)
     if copied >= kept:
         return Reason("copies of {} bytes save nothing, {} is what keeping it whole takes", copied, kept)
@@ -172,7 +170,7 @@ def _copy_parts(graph: fx.Graph, base: Node, views: list[Node], storages: Storag
 
 
 def _reads_any_layout(user: Node, view: Node) -> bool:
-    """Tell whether a reader gives the same bits, with the same strides, when it reads a copy instead."""
+    """Return whether a reader gives the same bits, with the same strides, when it reads a copy instead."""
     if user.target not in _SAME_IN_ANY_LAYOUT or user.kwargs:
         return False
     expected = user.meta.get("val")

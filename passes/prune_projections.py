@@ -24,8 +24,6 @@ from l2c_compile.graphs.nodes import emit
 from l2c_compile.graphs.strides import same_strides
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["PruneProjections"]
-
 aten = torch.ops.aten
 
 _Range = tuple[int, int]
@@ -42,7 +40,7 @@ class PruneProjections(LoopPass):
     changes_strides: ClassVar[bool] = True
 
     def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
-        rows = _Rows(graph.graph)
+        rows = _WeightSlices(graph.graph)
         for node in graph.graph.find_nodes(op="call_function", target=aten.linear.default):
             pieces = pieces_of(node)
             if not pieces:
@@ -57,8 +55,8 @@ class PruneProjections(LoopPass):
             report.rewrites += 1
 
 
-class _Rows:
-    """Row ranges of weights, each taken once."""
+class _WeightSlices:
+    """Slices weights by rows, each range once."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -71,7 +69,7 @@ class _Rows:
         return self.taken[weight, rows]
 
 
-def _replace(rows: _Rows, node: Node, pieces: Sequence[Piece], used: Sequence[_Range]) -> set[Node]:
+def _replace(rows: _WeightSlices, node: Node, pieces: Sequence[Piece], used: Sequence[_Range]) -> set[Node]:
     """Replace the pieces of a projection; return the values with other strides than those they replace."""
     source, weight, *bias = node.args
     graph = node.graph
@@ -96,7 +94,7 @@ def _replace(rows: _Rows, node: Node, pieces: Sequence[Piece], used: Sequence[_R
 
 
 def _union(ranges: Iterable[_Range]) -> list[_Range]:
-    """Merge ranges that touch."""
+    """Return the ranges in order, those that overlap or touch as one."""
     merged: list[_Range] = []
     for low, high in sorted(set(ranges)):
         if merged and low <= merged[-1][1]:

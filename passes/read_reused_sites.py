@@ -1,10 +1,10 @@
-"""Cut each reused site: its users get a cache read instead of its own value.
+"""Replace each reused site: its users get a cache read instead of its own value.
 
     f = site(linear(m, w), "blocks.3.attn", 0, 7)      r = cache_read([f5], "blocks.3.attn", 0, 7, [5], hold)
     y = add(x, mul(gate, f))                      ->   y = add(x, mul(gate, r))
 
-What only fed the site dies in ``DropDead``. For a site of kind "delta" the cached value is out - in at the source, and
-the users get in + cached.
+What only fed the site is removed by ``DropDead``. For a site of kind "delta" the cached value is out - in at the
+source, and the users get in + cached.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from l2c_compile.schedules.rules import HOLD
 from l2c_compile.schedules.schedule import Reuse
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["ReadReusedSites"]
-
 aten = torch.ops.aten
 
 
@@ -43,10 +41,12 @@ class ReadReusedSites(LoopPass):
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SITES_MARKED, Fact.NO_DEAD_NODES})
 
     def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
-        _Cutter(graph, report).run()
+        _SiteReplacer(graph, report).run()
 
 
-class _Cutter:
+class _SiteReplacer:
+    """Replaces each site that is reused by a read of the cache, in execution order."""
+
     def __init__(self, graph: LoopGraph, report: PassReport) -> None:
         self.graph: fx.Graph = graph.graph
         self.reads = graph.reads()
@@ -64,10 +64,10 @@ class _Cutter:
         # In execution order, so that a rule which reads an earlier read finds it in place.
         for evaluation, site, reuse in self.reads:
             for port in self.ports[evaluation, str(site)]:
-                self._cut(evaluation, site, port, reuse)
+                self._replace(evaluation, site, port, reuse)
                 self.report.rewrites += 1
 
-    def _cut(self, evaluation: int, site: Site, port: int, reuse: Reuse) -> None:
+    def _replace(self, evaluation: int, site: Site, port: int, reuse: Reuse) -> None:
         own = self.held[evaluation, str(site), port]
         if site.kind == "delta" and len(self.ports[evaluation, str(site)]) > 1:
             raise ScheduleError(
@@ -89,7 +89,7 @@ class _Cutter:
             if site.kind == "delta":
                 value = emit(self.graph, aten.add.Tensor, (current, value), evaluation)
         if not same_strides(value, own):
-            # As in the reference: a module that is reused may return other strides than when it ran.
+            # The reference does so too: a module that is reused may return other strides than when it ran.
             self.report.other_strides.add(value)
         own.replace_all_uses_with(value)
         self.held[evaluation, str(site), port] = value
@@ -122,7 +122,7 @@ class _Cutter:
         return self.deltas[out]
 
     def _read(self, read: Node, reuse: Reuse) -> Tensor:
-        """Return the form of what a read returns."""
+        """Return a value without data that has the form of what a read returns."""
         value = CacheRead.of(read).history[0].meta["val"] if reuse.rule == HOLD else infer(CACHE_READ, read.args, {})
         assert isinstance(value, Tensor)
         return value

@@ -22,8 +22,6 @@ from bench.report import Row
 from bench.workloads import MODELS, Workload, workload
 from l2c_compile.backends.regions import num_regions
 
-__all__ = ["run"]
-
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return the times, their ratios, the number of regions, and the nodes before and after every pass."""
@@ -88,6 +86,6 @@ def _seconds_to_compile(call: Callable[[], object], sync: Callable[[], None]) ->
 
 
 def _warm_up(device: str, backend: str) -> None:
-    """Start what torch starts once a process: its compiler workers, its headers."""
+    """Make torch start its compiler workers and build its headers, which it does once a process."""
     with fresh_cache(), torch.no_grad():
         torch.compile(lambda x: torch.relu(x) + 1, backend=backend)(torch.zeros(64, device=device))

@@ -46,19 +46,17 @@ from bench.speed import kernels, latency, memory
 from bench.workloads import DTYPES, keeping, shared_folder
 from l2c_compile.files.documents import write_atomically
 
-__all__ = ["PARTS", "TOTAL_S", "Part", "parts", "run"]
-
 PARTS = ("golden", "equality", "compile-time", "latency", "cuda-graph", "memory", "kernels")
-"""In this order: what the later ones need is compiled by then."""
+"""The parts, in this order: what the later ones need is compiled by then."""
 
 TOTAL_S = 525.0
-"""What one run may take; the parts' budgets are as long together, and the last ones get what is left."""
+"""The time that one run may take, which is the sum of the parts' budgets; the last parts get what is left."""
 
 _LOOPS = (
     *((20, 1, "bfloat16"), (20, 8, "bfloat16"), (50, 1, "bfloat16"), (20, 1, "float32"), (50, 8, "bfloat16")),
     *((20, 8, "float32"), (50, 1, "float32")),
 )
-"""Steps, batch and dtype; most telling first: what comes last is skipped first."""
+"""Steps, batch and dtype of each loop; the most important first, because what comes last is skipped first."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,11 @@ class Part:
 
     budget_s: float
     guess_s: float
-    """What a call takes, as long as none took longer."""
+    """The time that a call is expected to take, as long as none took longer."""
     calls: Sequence[Sequence[str]]
-    """A bench and its arguments each: what fits into the budget, or is skipped."""
+    """The name of a bench and its arguments for each call. A call that does not fit into the budget is skipped."""
     absent: str = ""
-    """Which files are not there, so that fewer calls are made."""
+    """The files that are not there, so that fewer calls are made; "" if all are."""
 
 
 def parts(*, tiny: bool) -> dict[str, Part]:
@@ -140,7 +138,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     rows = [row for document in documents.values() for row in _rows_of(document)]
     failed = [f"{name}: {documents[name]['error'][-1]}" for name in documents if documents[name]["error"] is not None]
     if failed:
-        # What the others measured is worth a look all the same.
+        # The results of the other parts are shown all the same.
         Console().print(results_table(records("gpu-all", rows, Surroundings.here_and_now())))
         raise BenchError(f"{'; '.join(failed)}; tracebacks in {options.out}; the same command runs these parts again")
     return rows
@@ -180,7 +178,8 @@ def _run_part(name: str, part: Part, options: argparse.Namespace, progress: Prog
             continue
         try:
             rows += load(bench)(args, progress)
-        except Exception:  # one call that fails must not take the minutes of all others with it
+        # One call that fails must not cost the results of all others.
+        except Exception:
             error += traceback.format_exc().splitlines()
         for task in set(progress.task_ids) - others:
             progress.remove_task(task)

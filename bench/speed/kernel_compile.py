@@ -30,8 +30,6 @@ from l2c_compile.kernels.cached_residual import plan_cached_residual
 from l2c_compile.kernels.cached_residual_norm import Norm, plan_norm
 from l2c_compile.kernels.packed_cache import plan_pack_cache
 
-__all__ = ["CONFIGS", "TARGETS", "Config", "Usage", "compile_for", "run", "source"]
-
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -54,13 +52,13 @@ class Config:
     """One thing to compile: a kernel and what decides its code."""
 
     kernel: str
-    """Stem of the file."""
+    """The stem of the kernel's file."""
     dim: int
-    """Channels."""
+    """The number of channels."""
     terms: int = 0
-    """Number of terms."""
+    """The number of terms."""
     batch: int = 16
-    """Samples of 256 tokens."""
+    """The number of samples, of 256 tokens each."""
     dtype: torch.dtype = torch.bfloat16
     """The dtype of the stream, and of the caches unless they are packed."""
     form: str = "gated"
@@ -68,7 +66,7 @@ class Config:
     norm: str = "layer"
     """The norm of cached_residual_norm."""
     packed: torch.dtype = torch.float8_e4m3fn
-    """How a packed cache is stored."""
+    """The dtype of a packed cache."""
 
     def conditions(self) -> dict[str, str | int]:
         """Return the conditions of its rows."""
@@ -137,28 +135,28 @@ CONFIGS: tuple[Config, ...] = (
     *(Config("cached_residual_norm", dim, 12) for dim in (1, 64, 1000, 5120, 8192)),
     *(Config("pack_cache", dim, packed=packed) for dim in (1152, 4096, 8192) for packed in PACKED),
 )
-"""What ``python -m bench kernel-compile`` compiles, for each target."""
+"""The configs that ``python -m bench kernel-compile`` compiles, for each target."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes."""
+    """The registers and the memory that a compiled kernel takes."""
 
     registers: int
-    """A thread; vector registers on AMD."""
+    """Registers a thread; vector registers on AMD."""
     spill_bytes: int
-    """Stack a thread."""
+    """Bytes of stack a thread."""
     spilled_scalars: int
-    """AMD's scalar registers in lanes of vector registers."""
+    """The number of AMD's scalar registers that are in lanes of vector registers."""
     shared_bytes: int
-    """A program."""
+    """Bytes of shared memory a program."""
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Usage:
-    """Compile a launch for a target and say what it takes.
+    """Compile a launch for a target and return what it takes.
 
     Raises:
-        BenchError: Triton interprets, or its wheel has no cuobjdump.
+        BenchError: if Triton interprets, or its wheel has no cuobjdump.
     """
     if INTERPRETED:
         raise BenchError("kernels are interpreted, not compiled, with TRITON_INTERPRET=1; unset it")

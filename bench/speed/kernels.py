@@ -29,13 +29,11 @@ from l2c_compile.kernels.cached_residual import cached_residual
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm
 from l2c_compile.kernels.packed_cache import pack_cache
 
-__all__ = ["DIT", "SMOKE", "VIDEO", "Case", "run"]
-
 Result: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Function: TypeAlias = Callable[..., Result]
 
 ROTATION_BYTES = 512 * 2**20
-"""What the sets of tensors of one side are together, at least: ten times the L2 cache of an H100."""
+"""The least size of all sets of tensors of one side together: ten times the L2 cache of an H100."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,19 @@ class Case:
     """One expression over one stream."""
 
     model: str
-    """Where the shape is from."""
+    """The model that the shape is from."""
     shape: tuple[int, int, int]
-    """Batch, tokens, channels."""
+    """The sizes: batch, tokens, channels."""
     terms: int
-    """Number of cached terms."""
+    """The number of cached terms."""
     kernel: str = "cached_residual"
-    """Which op; ``packed`` is cached_residual over fp8 caches."""
+    """The op; ``packed`` is cached_residual over fp8 caches."""
     dtype: torch.dtype = torch.bfloat16
-    """Of the stream, the caches and the gates."""
+    """The dtype of the stream, the caches and the gates."""
 
     @property
     def name(self) -> str:
-        """What ``--cases`` calls it."""
+        """The name of the case for ``--cases``."""
         return f"{self.kernel}:{'x'.join(map(str, self.shape))}:{self.terms}"
 
     def conditions(self) -> dict[str, Condition]:
@@ -169,13 +167,13 @@ def _time_case(case: Case, device: str, rounds: int, on_round: Callable[[], None
 
 
 def _replayed(side: Callable[[], object], device: str) -> Callable[[], object]:
-    """Return what replays a side as a CUDA graph; on a CPU the side itself."""
+    """Return a function that replays a side as a CUDA graph; on a CPU the side itself."""
     if device == "cpu":
         return side
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # Compiles, and lets allocators and libraries settle, none of which a capture may contain.
+        # These runs compile, and let allocators and libraries settle, none of which a capture may contain.
         for _ in range(2):
             side()
     torch.cuda.current_stream().wait_stream(stream)

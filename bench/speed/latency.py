@@ -29,8 +29,6 @@ from bench.workloads import MODELS, Workload, relative_error, workload
 from l2c_compile import CompiledSampler
 from l2c_compile.backends.cuda_graphs import CudaRecorder, RecordedLoop, Recorder, check_capturable
 
-__all__ = ["COMPILE", "EAGER", "HOOKS", "OURS", "UNCACHED", "run"]
-
 OURS, UNCACHED = "compiled cached", "compiled uncached"
 _UNPACKED = "compiled cached, weights not packed"
 COMPILE, _FROZEN = "torch.compile in the eager loop", "torch.compile with freezing in the eager loop"
@@ -122,10 +120,10 @@ def _measure(work: Workload, options: argparse.Namespace, on_round: Callable[[],
 
 
 def _record(work: Workload, sampler: CompiledSampler, sync: Callable[[], None]) -> tuple[Side, float, float]:
-    """Return the loop of a sampler as one CUDA graph, compiled no second time, what recording took, and its error."""
+    """Return the loop of a sampler as one CUDA graph, not compiled again, the seconds of recording, and its error."""
     program = sampler.capture(work.noise, y=work.labels)
     on_gpu = work.noise.device.type == "cuda"
-    recorder: Recorder = CudaRecorder(check_capturable(program.graph)) if on_gpu else _RunsAgain()
+    recorder: Recorder = CudaRecorder(check_capturable(program.graph)) if on_gpu else _RerunInPlaceOfGraph()
     loop = RecordedLoop(program.run, program.graph, recorder)
 
     @torch.no_grad()
@@ -140,8 +138,8 @@ def _record(work: Workload, sampler: CompiledSampler, sync: Callable[[], None]) 
     return replay, seconds, relative_error(got, work.sample(sampler))
 
 
-class _RunsAgain:
-    """Stands for a CUDA graph where there is no CUDA."""
+class _RerunInPlaceOfGraph:
+    """Takes the place of a CUDA graph where there is no CUDA: runs the loop again."""
 
     def warm_up(self, run: Callable[[], object]) -> None:
         run()

@@ -41,8 +41,6 @@ from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolv
 from l2c_compile.models import DiT, UViT
 from l2c_compile.passes.pipeline import BITWISE, CACHE_FORMATS, LOOP, with_packed_caches
 
-__all__ = ["SIDES", "run"]
-
 _ROUTERS = ("l2c_DDIM20_router", "l2c_DDIM50_router", "l2c_dpm20_router", "l2c_dpm50_router")
 _PLANS = {
     "bitwise": BITWISE,
@@ -120,7 +118,7 @@ def _measured(options: argparse.Namespace, progress: Progress) -> list[Row]:
 
 
 def _peak_bytes(sample: Callable[[], object]) -> int:
-    """Return what a call takes at most, beyond what is there before it."""
+    """Return the most memory that a call takes, beyond what was taken before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -39,24 +39,22 @@ from l2c_compile.schedules.router import Router
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Build", "build", "repeated", "run"]
-
 MODEL = "DiT-XL/2"
 
 
 @dataclass(frozen=True)
 class Build:
-    """What one build took."""
+    """The times of one build."""
 
     stages_s: Mapping[str, float]
-    """capture, trace, simplify, unroll and passes, which are ``build_loop_graph``, and graph module, which follows."""
+    """The times of capture, trace, simplify, unroll and passes, in ``build_loop_graph``, and then of graph module."""
     passes: tuple[PassRun, ...]
     cpu_s: float
     """Processor time of ``build_loop_graph``, which other work on the machine hardly changes."""
 
     @property
     def total_s(self) -> float:
-        """Return the time of ``build_loop_graph``."""
+        """The time of ``build_loop_graph``."""
         return sum(seconds for stage, seconds in self.stages_s.items() if stage != "graph module")
 
 
@@ -96,8 +94,8 @@ def build(model: nn.Module, schedule: CacheSchedule, say: Callable[[str], None] 
 
     Args:
         model: a DiT for 1000 classes, on any device.
-        schedule: its number of evaluations is the number of steps.
-        say: told what begins.
+        schedule: the schedule, whose number of evaluations is the number of steps.
+        say: a function that is told each stage before it begins.
     """
     loop = DDIM(steps=schedule.num_evaluations, guidance=Guidance(1.5, null={"y": 1000}, channels=3))
     device = next(model.parameters()).device
@@ -147,7 +145,7 @@ def repeated(router: Router, num_evaluations: int) -> Router:
     """Return the router with its rows repeated until there are ``num_evaluations``.
 
     Raises:
-        BenchError: That is no multiple of its rows.
+        BenchError: if that is no multiple of the number of its rows.
     """
     times, rest = divmod(num_evaluations, router.num_evaluations)
     if rest or times < 1:
@@ -212,5 +210,5 @@ def _seconds(metric: str, timing: Timing, conditions: Mapping[str, Condition]) -
 
 
 def _spread(p20: float, p80: float, rounds: int) -> tuple[float, float] | tuple[None, None]:
-    """Return what to say about the spread: nothing if there was one round."""
+    """Return the spread, or nothing if there was one round."""
     return (p20, p80) if rounds > 1 else (None, None)

@@ -10,8 +10,6 @@ from bench.trust.mutate import graphs, json_text, pickles, tensors, zips
 from bench.trust.mutate.file_system import FILE_SYSTEM
 from bench.trust.mutate.raw import BYTES, Bytes, Draw
 
-__all__ = ["KINDS", "Malformed", "malformed"]
-
 KINDS = ("schedule", "router", "l2c-dit", "l2c-uvit", "smoothcache", "invardiff", "sampler", "profile", "checkpoint")
 """What the package reads, by the name of its project or class."""
 
@@ -37,11 +35,11 @@ def malformed(index: int, seed: int, valid: Mapping[str, bytes], folder: Path, c
     """Write malformed file number ``index`` into an empty folder.
 
     Args:
-        index: counts the files of a run; with ``seed`` it decides everything.
-        seed: of the run.
-        valid: what ``valid_files`` returned.
-        folder: where to.
-        canary: what a payload in the file would create, if anything of it were executed.
+        index: the number of the file in its run; with ``seed`` it decides everything.
+        seed: the seed of the run.
+        valid: the valid files, which ``valid_files`` returned.
+        folder: the folder to write the file to.
+        canary: the file that a payload would create if it were executed.
     """
     draw = Draw(f"{seed}:{index}")
     kind = KINDS[index % len(KINDS)]
@@ -57,7 +55,7 @@ def malformed(index: int, seed: int, valid: Mapping[str, bytes], folder: Path, c
 
 
 def _mutations(kind: str, canary: Path) -> dict[str, dict[str, Bytes]]:
-    """Return the mutations by group; groups are drawn alike, however many mutations they have."""
+    """Return the mutations by group. Each group is drawn equally often, however many mutations it has."""
     groups: dict[str, dict[str, Bytes]] = {"bytes": BYTES, "file system": dict.fromkeys(FILE_SYSTEM, _unchanged)}
     if kind in _ZIPS:
         groups["archive"] = zips.edits(canary)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile.finders import Profile, Work
-from l2c_compile.finders.open_evaluations import SoftDenoiser
+from l2c_compile.finders.open_evaluations import OpenDenoiser
 from l2c_compile.finders.processes import Workers
-from l2c_compile.finders.training import Learner, Settings
+from l2c_compile.finders.settings import Settings
+from l2c_compile.finders.training import Learner
 from l2c_compile.schedules.sites import Site
-
-__all__ = ["KINDS", "FinderFile", "read", "valid_files"]
 
 KINDS = ("profile", "checkpoint")
 """What the finders read, by the name of its class."""
@@ -64,7 +63,7 @@ def valid_files(folder: Path) -> dict[str, bytes]:
     Profile(change, size, growth, work, sites, 1, {"name": "ddim"}, {"class": "DiT"}).save(folder / "profile")
     learner = _learner()
     # So that the optimiser has moments, and one evaluation has none.
-    learner.update({1: learner.scores(1).square().sum()})
+    learner.update({1: learner.logits.scores(1).square().sum()})
     learner.finish_round()
     learner.checkpoint().save(folder / "checkpoint")
     return {kind: (folder / kind).read_bytes() for kind in KINDS}
@@ -74,12 +73,12 @@ def valid_files(folder: Path) -> dict[str, bytes]:
 def _learner() -> Learner:
     """Return the one learner of this process, into which every checkpoint is read."""
     torch.manual_seed(0)
-    denoiser = SoftDenoiser(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval(), _SITES)
+    denoiser = OpenDenoiser(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval(), _SITES)
 
     def loop(model: nn.Module, noise: Tensor) -> Tensor:
         for _ in range(_NUM_EVALUATIONS):
             noise = model(noise)
         return noise
 
-    forms = denoiser.forms_of(loop, torch.ones(1, 4), {})
-    return Learner(denoiser, forms, [1, 3], Settings(budget=0.9), Workers(), 1.0)
+    evaluations = denoiser.evaluations_of(loop, torch.ones(1, 4), {})
+    return Learner(denoiser, evaluations, [1, 3], Settings(budget=0.9), Workers(), 1.0)

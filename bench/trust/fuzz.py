@@ -24,27 +24,25 @@ from bench.trust.programs.checking import Checker, Program, draw_programs
 from bench.trust.programs.shrinking import Check, minimise
 from l2c_compile.errors import CaptureError
 
-__all__ = ["run"]
-
 _REPORT_SECONDS = 60.0
 _MINIMISED = 3
-"""How many failures are made smaller: each takes minutes."""
+"""The number of failures that are made smaller: each takes minutes."""
 
 _EVERY_THROUGH_DYNAMO = 8
-"""Of the programs of a denoiser: each is traced anew, so many of one denoiser cost as much as those of many."""
+"""One in so many programs of a denoiser goes through Dynamo: each is traced anew, and others vary the denoiser."""
 
 
 @dataclass
-class _Hunt:
-    """What was tried so far."""
+class _SearchState:
+    """Checks drawn programs and counts what was tried, refused and failed so far."""
 
     through_dynamo: bool = False
     programs: set[str] = field(default_factory=set)
     denoisers: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    """How many programs the compiler refuses, by the class of its error."""
+    """The number of programs that the compiler refuses, by the class of its error."""
     failures: list[tuple[str, str, Program | None]] = field(default_factory=list)
-    """What to give to ``--replay``, the message, and the program; None if the seed gives none that torch can run."""
+    """The text for ``--replay``, the message, and the program, or None if the seed gives none that torch can run."""
     start: float = field(default_factory=time.monotonic)
 
     def check(self, seed: int, programs: Sequence[Program]) -> None:
@@ -57,13 +55,15 @@ class _Hunt:
             self.programs.add(program.key)
             try:
                 refused = self.judge(checker, program).refused
-            except Exception as error:  # whatever it is, it is a find
+            # Any error but a refusal is a bug.
+            except Exception as error:
                 self.failures.append((f"{seed}:{number}", f"{type(error).__name__}: {error}", program))
                 continue
             if refused:
                 self.refused[refused.partition(":")[0]] += 1
             if refused.startswith(CaptureError.__name__):
-                return  # all programs of this denoiser share its captures, and are refused in the same words
+                # All programs of this denoiser share its captures, and are refused in the same words.
+                return
 
     @property
     def judge(self) -> Check:
@@ -89,32 +89,33 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     parser.add_argument("--replay", metavar="SEED[:NUMBER]")
     parser.add_argument("--dynamo", action="store_true")
     options = parser.read(args)
-    hunt = _Hunt(options.dynamo)
+    state = _SearchState(options.dynamo)
     if options.replay is not None:
         seed, programs = _replayed(options.replay)
-        hunt.check(seed, programs)
+        state.check(seed, programs)
     else:
-        _search(hunt, options.seed, options.minutes, progress)
-    return list(_rows(hunt, options.seed))
+        _search(state, options.seed, options.minutes, progress)
+    return list(_rows(state, options.seed))
 
 
-def _search(hunt: _Hunt, seed: int, minutes: float, progress: Progress) -> None:
+def _search(state: _SearchState, seed: int, minutes: float, progress: Progress) -> None:
     task = progress.add_task("random programs", total=None)
-    reported = hunt.start
-    while hunt.minutes < minutes:
-        known = len(hunt.failures)
+    reported = state.start
+    while state.minutes < minutes:
+        known = len(state.failures)
         try:
             programs = list(draw_programs(random.Random(seed)))
-        except Exception as error:  # a mistake of the draw is a find, too, and no reason to lose the others
-            hunt.failures.append((f"{seed}", f"no programs: {type(error).__name__}: {error}", None))
+        # An error of the draw is a bug as well, and must not end the search.
+        except Exception as error:
+            state.failures.append((f"{seed}", f"no programs: {type(error).__name__}: {error}", None))
         else:
-            hunt.check(seed, programs)
-        progress.update(task, completed=len(hunt.programs))
-        for replay, message, _ in hunt.failures[known:]:
+            state.check(seed, programs)
+        progress.update(task, completed=len(state.programs))
+        for replay, message, _ in state.failures[known:]:
             progress.console.print(f"--replay {replay}: {message[:300]}", markup=False, highlight=False)
         if time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
-            progress.console.print(f"next seed {seed + 1}: {hunt.in_short()}", markup=False, highlight=False)
+            progress.console.print(f"next seed {seed + 1}: {state.in_short()}", markup=False, highlight=False)
         seed += 1
 
 
@@ -128,19 +129,19 @@ def _replayed(text: str) -> tuple[int, list[Program]]:
     return int(seed), programs[int(number) :][:1] if number else programs
 
 
-def _rows(hunt: _Hunt, seed: int) -> Iterator[Row]:
-    count = len(hunt.programs)
-    where = {"first_seed": seed, "denoisers": hunt.denoisers}
-    through = "_through_dynamo" if hunt.through_dynamo else ""
+def _rows(state: _SearchState, seed: int) -> Iterator[Row]:
+    count = len(state.programs)
+    where = {"first_seed": seed, "denoisers": state.denoisers}
+    through = "_through_dynamo" if state.through_dynamo else ""
     yield Row("programs", count, "", where)
-    yield Row("programs_a_minute", count / hunt.minutes, "", where)
-    yield Row("mismatches", len(hunt.failures), "", where)
-    yield Row(f"refused{through}_percent", 100 * hunt.refused.total() / max(1, count), "%", where)
-    for error, number in sorted(hunt.refused.items()):
+    yield Row("programs_a_minute", count / state.minutes, "", where)
+    yield Row("mismatches", len(state.failures), "", where)
+    yield Row(f"refused{through}_percent", 100 * state.refused.total() / max(1, count), "%", where)
+    for error, number in sorted(state.refused.items()):
         yield Row("refused", number, "", {"error": error})
-    for index, (replay, message, program) in enumerate(hunt.failures):
+    for index, (replay, message, program) in enumerate(state.failures):
         smaller = program
         if program is not None and index < _MINIMISED:
-            smaller = minimise(program, check=hunt.judge)
+            smaller = minimise(program, check=state.judge)
         drawn = smaller.to_json() if smaller is not None else ""
         yield Row("mismatch", 1, "", {"replay": replay, "message": message[:500], "program": drawn})

@@ -27,10 +27,8 @@ from bench.options import Options
 from bench.report import ROOT, Condition, Row
 from bench.trust.malformed_worker import Outcome
 
-__all__ = ["ALLOWED", "outcomes", "run"]
-
 ALLOWED = ("refused", "not readable", "read as before", "read as another")
-"""The outcomes that are no failures."""
+"""The outcomes that are not failures."""
 
 _CHUNK = 1000
 # Wall time on a busy machine; a second of processor time is what is allowed.
@@ -74,10 +72,10 @@ def _which(one: Outcome, of_run: Mapping[str, Condition]) -> dict[str, Condition
 
 
 def outcomes(seed: int, start: int, stop: int) -> Iterator[Outcome]:
-    """Yield what comes of the files ``start`` to ``stop``; a file that ends or stops its process is one outcome, too.
+    """Yield the outcomes of the files ``start`` to ``stop``. That a file ends or stops its process is one, too.
 
     Raises:
-        BenchError: The process cannot read even the valid files.
+        BenchError: if the process cannot read even the valid files.
     """
     while start < stop:
         end = min(stop, start + _CHUNK)
@@ -103,10 +101,10 @@ def outcomes(seed: int, start: int, stop: int) -> Iterator[Outcome]:
 
 
 def _lines(descriptor: int) -> Iterator[str]:
-    """Yield what arrives in a pipe line by line.
+    """Yield the lines that arrive in a pipe.
 
     Raises:
-        TimeoutError: Nothing arrived for a long time.
+        TimeoutError: if nothing arrived for a long time.
     """
     rest = b""
     with selectors.DefaultSelector() as selector:

@@ -32,12 +32,10 @@ from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
 from l2c_compile.errors import L2CError
 from l2c_compile.schedules.router import Router
 
-__all__ = ["MAX_MESSAGE_CHARACTERS", "MEMORY_BYTES", "SECONDS", "Outcome"]
-
 SECONDS = 1.0
-"""Processor time that a file may take."""
+"""The processor time that a file may take."""
 MEMORY_BYTES = 256 * 2**20
-"""Address space that a file may take beyond what the process has before it is read."""
+"""The address space that a file may take beyond what the process has before it is read."""
 MAX_MESSAGE_CHARACTERS = 1000
 
 _Read = Router | CacheSchedule | LoadedSampler | finder_files.FinderFile
@@ -51,16 +49,16 @@ class Outcome:
     kind: str
     mutation: str
     outcome: str
-    """``refused``, ``not readable`` (an OSError of the file system), ``read as before``, ``read as another``; anything
-    else is a failure."""
+    """One of ``refused``, ``not readable`` (an OSError of the file system), ``read as before`` and ``read as another``;
+    anything else is a failure."""
     detail: str
     """The error, or what went wrong."""
     seconds: float
-    """Processor time of reading."""
+    """The processor time of reading."""
 
 
-class _Watch:
-    """Notes what Python does while a file is read: processes, network, changes of files."""
+class _ForbiddenActionRecorder:
+    """Records which forbidden things Python does while a file is read: processes, network, changes of files."""
 
     _FORBIDDEN = (
         *(
@@ -95,7 +93,7 @@ class _Watch:
         sys.addaudithook(self._hook)
 
     @contextmanager
-    def watching(self, file: Malformed) -> Iterator[None]:
+    def recording(self, file: Malformed) -> Iterator[None]:
         self.seen, self._num_opened = [], 0
         self._vanishing = file.path if file.vanishes else None
         self._active = True
@@ -136,7 +134,7 @@ def _bounded_memory() -> Iterator[None]:
 
 
 def _surroundings() -> dict[str, object]:
-    """Return what reading a file must leave as it was."""
+    """Return the state of the process that reading a file must not change."""
     return {
         "default dtype": torch.get_default_dtype(),
         "grad mode": torch.is_grad_enabled(),
@@ -150,7 +148,7 @@ def _surroundings() -> dict[str, object]:
 
 
 def _digest(kind: str, result: _Read) -> object:
-    """Return what a valid file says: equal for equal content."""
+    """Return the content of a valid file in a form that is equal for equal content."""
     if isinstance(result, LoadedSampler):
         sample = result(torch.ones(2, 4), y=torch.ones(2, 4), scale=0.5)
         return sample["latent"].tolist()
@@ -158,7 +156,7 @@ def _digest(kind: str, result: _Read) -> object:
 
 
 def _check_consistent(kind: str, result: _Read, folder: Path) -> None:
-    """Raise an error if something that was read cannot be written and read again."""
+    """Raise an error if what was read cannot be written and read again."""
     if isinstance(result, LoadedSampler):
         repr(result)
         str(result.summary())
@@ -169,7 +167,7 @@ def _check_consistent(kind: str, result: _Read, folder: Path) -> None:
     again.unlink()
 
 
-class _Reading:
+class _MalformedFileReader:
     """Reads malformed files, one after the other."""
 
     def __init__(self, folder: Path) -> None:
@@ -177,15 +175,15 @@ class _Reading:
         self.canary = folder / "canary"
         (folder / "valid").mkdir()
         self.valid = valid_files(folder / "valid")
-        self.watch = _Watch()
+        self.recorder = _ForbiddenActionRecorder()
         self.wanted: dict[str, object] = {}
         for kind, content in self.valid.items():
             path = folder / "valid" / f"valid-{kind}"
             path.write_bytes(content)
-            # Twice: torch sets up a few things when it is first used.
+            # The first time torch sets up a few things, so the second result counts.
             for _ in range(2):
                 self.wanted[kind] = _digest(kind, _reader(kind)(path))
-        # All of torch is not looked through again after every file.
+        # Otherwise the garbage collector would go through all of torch after every file.
         gc.freeze()
 
     def outcome(self, index: int, seed: int) -> Outcome:
@@ -200,9 +198,9 @@ class _Reading:
         after = _surroundings()
         changed = [name for name in before if before[name] != after[name]]
         left = sorted(path.name for path in self.folder.iterdir())
-        if self.watch.seen or self.canary.exists():
+        if self.recorder.seen or self.canary.exists():
             shutil.rmtree(self.canary, ignore_errors=True)
-            outcome, detail = "EXECUTED", f"{self.watch.seen}"
+            outcome, detail = "EXECUTED", f"{self.recorder.seen}"
         elif seconds > SECONDS:
             outcome = "SLOW"
         elif changed or (left != there and not file.vanishes):
@@ -214,7 +212,7 @@ class _Reading:
         error: BaseException | None = None
         start = time.process_time()
         try:
-            with self.watch.watching(file), _bounded_memory():
+            with self.recorder.recording(file), _bounded_memory():
                 result = _reader(file.kind)(file.path)
         except Exception as raised:
             error = raised
@@ -255,10 +253,10 @@ def _main(seed: int, start: int, stop: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        reading = _Reading(Path(folder))
+        reader = _MalformedFileReader(Path(folder))
         print("ready", flush=True)
         for index in range(start, stop):
-            print(json.dumps(asdict(reading.outcome(index, seed))), flush=True)
+            print(json.dumps(asdict(reader.outcome(index, seed))), flush=True)
 
 
 if __name__ == "__main__":

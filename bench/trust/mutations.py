@@ -31,8 +31,6 @@ from l2c_compile.models import DiT
 from l2c_compile.passes.pipeline import BITWISE, LOOP
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["MUTATIONS", "NotApplicable", "Outcome", "Subject", "dit", "outcome", "run", "shared_and_pair"]
-
 aten = torch.ops.aten
 
 PIPELINES = {"bitwise": BITWISE, "rounding": LOOP}
@@ -67,7 +65,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutation."""
+    """Which checks noticed one mutation."""
 
     structure: str
     """The first check of the proof that failed; empty if none did."""
@@ -75,14 +73,14 @@ class Outcome:
     numeric: bool
     """Whether the comparison of results noticed."""
     max_error: float
-    """Infinite where the corrupted graph does not run."""
+    """The largest error of a result; infinite where the corrupted graph does not run."""
 
 
 def outcome(subject: Subject, mutate: Callable[[LoopGraph], MemoryPlan | None]) -> Outcome:
     """Corrupt a copy of the subject's graph and judge it.
 
     Raises:
-        NotApplicable: there is nothing to corrupt.
+        NotApplicable: if there is nothing to corrupt.
     """
     graph = subject.graph.copy()
     plan = mutate(graph)
@@ -95,14 +93,14 @@ def outcome(subject: Subject, mutate: Callable[[LoopGraph], MemoryPlan | None]) 
         numeric = False
     except AssertionError:
         numeric = True
-    # Whatever a broken graph raises: torch's errors, or the interpreter's for what is not there.
+    # A broken graph may raise torch's errors, or the interpreter's for what is not there.
     except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError):
         numeric, max_error = True, float("inf")
     first = proof.findings[0] if proof.findings else None
     return Outcome(first.check if first else "", first.message if first else "", numeric, max_error)
 
 
-# Subjects.
+# The subjects.
 
 
 def dit(pipeline: str) -> Subject:
@@ -174,7 +172,7 @@ def _subject(
     return Subject(name, pipeline, model, graph, skeleton, (noise, *conditions.values()))
 
 
-# Looking things up.
+# What the mutations look up.
 
 
 def _calls(graph: LoopGraph, *targets: object) -> list[Node]:
@@ -276,7 +274,7 @@ def _removed_store(graph: LoopGraph) -> None:
 
 
 def _computed_again(graph: LoopGraph) -> None:
-    """Let one of two readers have a copy of the kept value made for it alone."""
+    """Compute the kept value a second time for one of its two readers."""
     value, user = _reader(graph, 3, ATTN, 4)
     with graph.graph.inserting_before(user):
         user.replace_input_with(value, graph.graph.node_copy(value))
@@ -507,7 +505,7 @@ def _epsilon_changed(graph: LoopGraph) -> None:
 
 
 def _batched_rows_shifted(graph: LoopGraph) -> None:
-    """Deal the rows of a batched projection to the wrong evaluations."""
+    """Give the rows of a batched projection to the wrong evaluations."""
     parts = _calls(graph, aten.split_with_sizes.default)[0]
     for part in list(parts.users):
         part.update_arg(1, (part.args[1] + 1) % len(parts.users))  # type: ignore[operator]

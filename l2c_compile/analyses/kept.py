@@ -53,9 +53,9 @@ def made_of_kept_values(nodes: Iterable[Node], early: set[Node], also: Collectio
     """Return the arithmetic of an evaluation on nothing but kept values: it could as well run where those are made.
 
     Args:
-        nodes: those of a loop graph, in order.
+        nodes: the nodes of a loop graph, in order.
         early: what is known before the loop; it is not kept, and may be read as well.
-        also: operators that count as light, too.
+        also: further operators that count as light.
     """
     found: set[Node] = set()
     for node in nodes:
@@ -84,8 +84,8 @@ def kept_runs(nodes: Iterable[Node], term_of: Callable[[Node, Node], T | None]) 
     """Yield the longest runs of at least two additions, last to first.
 
     Args:
-        nodes: those of a loop graph, in order.
-        term_of: told what is added and the addition; returns the term, None if it is none that is kept.
+        nodes: the nodes of a loop graph, in order.
+        term_of: a function that takes what is added and the addition, and returns the term, or None if it is not kept.
     """
     inner: set[Node] = set()
     for node in reversed(list(nodes)):

@@ -30,8 +30,6 @@ from l2c_compile.methods import uniform_interval
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 from l2c_compile.models.named import tolerance
 
-__all__ = ["Side", "command", "learned_router", "save_digit_grid"]
-
 _NUM_CLASSES = 10
 _LABELS_B = torch.arange(_NUM_CLASSES)
 _MAX_SHOWN = 3
@@ -39,21 +37,21 @@ _MAX_SHOWN = 3
 
 @dataclass
 class Side:
-    """One way to run the loop, and what it gave."""
+    """One way to run the loop, and what came of it."""
 
     caching: str
     how: str
     sample: Callable[[Tensor], Tensor]
     """Takes noise, shape (B, C, H, W), one sample a class; returns images in [-1, 1] of the same shape."""
     multiply_adds: int = 0
-    """Of one run."""
+    """Multiply-adds of one run."""
     times_s: list[float] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
-    """What each run returned."""
+    """The images that each run returned."""
 
     @property
     def median_s(self) -> float:
-        """Return the median time of a run."""
+        """The median time of a run."""
         return statistics.median(self.times_s)
 
 
@@ -63,7 +61,7 @@ def learned_router(num_evaluations: int) -> Router | None:
     Its ``info`` holds the command that learned it.
 
     Raises:
-        FileFormatError: The installed file is damaged.
+        FileFormatError: if the installed file is damaged.
     """
     file = resources.files("l2c_compile") / "data" / f"digits_router_{num_evaluations}.safetensors"
     if not file.is_file():
@@ -139,10 +137,10 @@ def save_digit_grid(path: Path, uncached: Sequence[Tensor], cached: Sequence[Ten
     """Write a PNG: uncached samples above, cached ones of equal noise below, one column a class.
 
     Args:
-        path: where to.
-        uncached: one tensor a run, shape (10, 1, 8, 8), in [-1, 1].
-        cached: the same.
-        schedule: what the cached samples were made with, for the titles.
+        path: the file to write.
+        uncached: samples without caching, one tensor a run, shape (10, 1, 8, 8), in [-1, 1].
+        cached: samples with caching, in the same form.
+        schedule: the schedule of the cached samples, for the titles.
     """
     num_shown = min(_MAX_SHOWN, len(uncached))
     figure = new_figure(7.0, 1.4 + 1.4 * num_shown)

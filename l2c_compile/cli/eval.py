@@ -15,8 +15,6 @@ from l2c_compile.models.named import DIGITS
 from l2c_compile.quality.judge import Judge, Verdict
 from l2c_compile.quality.measures import Estimate
 
-__all__ = ["command"]
-
 _HEADINGS = {
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
@@ -39,7 +37,7 @@ def command(
     json: Json = None,
     force: Force = False,
 ) -> None:
-    """Say what a schedule costs in quality, against the uncached model on equal noise."""
+    """Measure what a schedule costs in quality, against the uncached model on equal noise."""
     json = json and output_path(json, ".json", force=force, reads=file)
     case = load_case(file, model, steps, threshold, with_weights=True)
     with bar("sample without caching", 2 * math.ceil(samples / min(batch, samples))) as update:

@@ -21,8 +21,6 @@ from l2c_compile.schedules.importers import Family, load_schedule_file
 from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["Case", "OutputError", "is_sampler", "load_case", "output_path", "read_schedule", "write_report"]
-
 
 class OutputError(L2CError, ValueError):
     """A file that a command may not write where it was asked to."""
@@ -48,9 +46,9 @@ def load_case(
     Args:
         path: the file.
         model: "digits", or a published size, which has no weights.
-        steps: of the sampler; None takes the loop in the file, or as many as the file is for.
-        threshold: for routers, in place of their own.
-        with_weights: refuse a model that has none.
+        steps: the number of sampler steps; None takes the loop in the file, or as many as the file is for.
+        threshold: the threshold for a router, in place of its own.
+        with_weights: whether to refuse a model that has none.
 
     Raises:
         L2CError: if the file cannot be read, there is no such model, or they do not fit together.
@@ -62,7 +60,7 @@ def load_case(
 
 
 def read_schedule(path: Path, threshold: float | None = None, family: Family | None = None) -> Router | CacheSchedule:
-    """Read a schedule or router; of another file of ours, say what it is and which command takes it.
+    """Read a schedule or router. The error for another file of ours says what it is and which command takes it.
 
     Raises:
         L2CError: if the file is none, or an option does not suit it.
@@ -83,7 +81,7 @@ def read_schedule(path: Path, threshold: float | None = None, family: Family | N
 
 
 def is_sampler(path: Path) -> bool:
-    """Return whether a file is a saved sampler, be it damaged or not."""
+    """Return whether a file is a saved sampler, even a damaged one."""
     try:
         with Archive(path) as archive:
             return MANIFEST in archive.names
@@ -92,16 +90,16 @@ def is_sampler(path: Path) -> bool:
 
 
 def output_path(path: Path, ending: str, *, force: bool, reads: Path | None = None) -> Path:
-    """Return where to write what goes to a path, or refuse that before any work is done.
+    """Return the path to write to, or raise an error before any work is done.
 
     Args:
-        path: as given. Of a link, what it points to is returned, so that the link stays.
-        ending: of files of the kind that is written, such as ".json".
+        path: the path as the user gave it. For a link, what it points to is returned, so that the link stays.
+        ending: the ending of files of the kind that is written, such as ".json".
         force: whether a file that exists may be overwritten.
-        reads: what the command reads, which is never overwritten.
+        reads: the file that the command reads, which is never overwritten.
 
     Raises:
-        OutputError: if that is no place for it.
+        OutputError: if the file cannot or may not be written there.
     """
     if path.suffix.lower() != ending:
         raise OutputError(
@@ -121,7 +119,7 @@ def output_path(path: Path, ending: str, *, force: bool, reads: Path | None = No
 
 
 def write_report(path: Path, what: str, document: Mapping[str, object]) -> None:
-    """Write JSON types to a file, and say so."""
+    """Write JSON types to a file, and print its path."""
     write_atomically(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
     say(f"{what} written to {path}")
 

@@ -27,8 +27,6 @@ from l2c_compile.models.named import DIGITS, NamedModel, named_model
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["command"]
-
 _SECONDS_A_PICTURE = 5.0
 
 
@@ -79,7 +77,7 @@ def command(
     if budget is not None and penalty is not None:
         raise ScheduleError("give a penalty or a budget, not both")
     out = output_path(out, ".safetensors", force=force)
-    # The picture of a run that is gone on with is its own.
+    # A run that is resumed overwrites its own picture.
     png = png and output_path(png, ".png", force=force or resume)
     checkpoint = out.with_name(out.name + ".checkpoint")
     if checkpoint.exists() and not resume:
@@ -103,7 +101,7 @@ def command(
         "checkpoint_every": checkpoint_every,
     }
     with bar("capture the model", shown=is_main) as update:
-        on_round = _watch(update, png if is_main else None)
+        on_round = _round_display(update, png if is_main else None)
         shared: dict[str, Any] = {"checkpoint": checkpoint, "accelerator": accelerator, "on_round": on_round}
         given = known.denoiser, loop, _draw(known), site or known.sublayers
         if method == "l2c":
@@ -118,8 +116,8 @@ def command(
         say(f"router written to {out}" + (f", picture to {png}" if png else ""))
 
 
-def _watch(update: Callable[..., None], png: Path | None) -> Callable[[RoundReport], None]:
-    """Return what shows after each round how learning goes: on the bar, and every few seconds as a picture."""
+def _round_display(update: Callable[..., None], png: Path | None) -> Callable[[RoundReport], None]:
+    """Return a function that shows each round's report: on the bar, and every few seconds as a picture."""
     drawn_s = 0.0
 
     def on_round(report: RoundReport) -> None:
@@ -136,7 +134,7 @@ def _watch(update: Callable[..., None], png: Path | None) -> Callable[[RoundRepo
 
 
 def _accelerator(mixed_precision: str) -> Accelerator | None:
-    """Return what joins the processes, or None for a single one in the model's own precision."""
+    """Return the Accelerator that joins the processes, or None for one process in the model's own precision."""
     if mixed_precision == "no" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     try:

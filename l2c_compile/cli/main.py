@@ -21,25 +21,23 @@ from typer.core import TyperCommand
 
 from l2c_compile.errors import L2CError
 
-__all__ = ["COMMANDS", "app", "main"]
-
 COMMANDS = {
     "inspect": "Show what a schedule or router file computes and reuses.",
     "demo": "Draw digits with and without caching; compare time and pictures.",
-    "predict": "Say what a schedule will save, before anything is compiled.",
+    "predict": "Predict what a schedule will save, before anything is compiled.",
     "verify": "Prove that the static graph made of a schedule is right.",
     "profile": "Measure how the sites of a model change between evaluations.",
-    "eval": "Say what a schedule costs in quality.",
+    "eval": "Measure what a schedule costs in quality.",
     "learn": "Learn a router; give a budget or a penalty.",
     "schedule": "Make a schedule file, from a profile or by a formula.",
 }
-"""Each command, and what ``l2c --help`` says of it; ``l2c COMMAND --help`` says more."""
+"""The commands, each with its line in ``l2c --help``; ``l2c COMMAND --help`` says more."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-class _Late(TyperCommand):
-    """Stands for a command until it is used."""
+class _ImportedWhenUsed(TyperCommand):
+    """Stands for a command, which is imported only when it is used."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of click
         """Return the context of the command itself, which is imported here."""
@@ -73,7 +71,7 @@ def _l2c(
 
 
 for _name, _summary in COMMANDS.items():
-    app.command(_name, cls=_Late, help=_summary)(lambda: None)
+    app.command(_name, cls=_ImportedWhenUsed, help=_summary)(lambda: None)
 
 
 def main() -> None:

@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "HIDDEN",
-    "PlotError",
-    "new_figure",
-    "save_figure",
-    "save_heat_map",
-    "save_profile_plot",
-    "show_heat_map",
-    "source_ages",
-    "terminal_heat_map",
-]
-
 HIDDEN = -1
 """The age of a site that has no value in an evaluation, because a site over it is reused."""
 
@@ -85,8 +73,8 @@ def save_heat_map(schedule: CacheSchedule, path: str | os.PathLike[str], *, rout
     """Write a PNG of the schedule, and of the scores of the router it comes from if there is one.
 
     Raises:
-        PlotError: If matplotlib is not installed, or there are no sites to draw.
-        OSError: If the file cannot be written.
+        PlotError: if matplotlib is not installed, or there are no sites to draw.
+        OSError: if the file cannot be written.
     """
     if not schedule.sites:
         raise PlotError("a picture wants at least one site, the schedule has none")
@@ -105,15 +93,15 @@ def save_profile_plot(profile: Profile, path: str | os.PathLike[str]) -> None:
     """Write a PNG of a profile: relative change at lag 1 (over the later value) and magnitude ratio.
 
     Raises:
-        PlotError: If matplotlib is not installed.
-        OSError: If the file cannot be written.
+        PlotError: if matplotlib is not installed.
+        OSError: if the file cannot be written.
     """
     import numpy as np
 
     figure = new_figure(16.0, _height(len(profile.sites)))
     change = profile.relative_change(1).T.numpy()
     growth = profile.growth.double().mean(0).T.numpy()
-    # What has nothing before it has no change and no ratio.
+    # The first evaluation of each branch has no earlier one to be compared with.
     change[:, : profile.branches] = growth[:, : profile.branches] = np.nan
     furthest = float(np.nanmax(np.abs(growth - 1), initial=1e-3))
     panels = figure.subplots(1, 2, squeeze=False)[0]
@@ -144,7 +132,7 @@ def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of that size in inches.
 
     Raises:
-        PlotError: If matplotlib is not installed.
+        PlotError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

@@ -10,8 +10,6 @@ from l2c_compile.cli.options import Batch, Model, ScheduleFile, StepsOfFile, Thr
 from l2c_compile.cli.terminal import bar, say, show
 from l2c_compile.models.named import DIGITS
 
-__all__ = ["command"]
-
 
 def command(
     file: ScheduleFile,
@@ -20,7 +18,7 @@ def command(
     threshold: Threshold = None,
     batch: Batch = 1,
 ) -> None:
-    """Say what a schedule will save, before anything is compiled.
+    """Predict what a schedule will save, before anything is compiled.
 
     Time is measured for digits only; the published sizes are counted without their weights.
     """

@@ -38,33 +38,30 @@ from l2c_compile.methods.invar_diff import invar_diff_scaled
 from l2c_compile.methods.pairwise import ErrorOf
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["METHODS", "Method", "command"]
-
-
 _Out = Annotated[Path, typer.Option(metavar="FILE", help="The schedule; ends in .json.")]
 _SUBLAYERS = ("blocks.*.attn", "blocks.*.mlp")
 
 _LOWEST_BUDGET = 1e-300
-"""Budgets are above 0; of this one a method keeps as little as it can."""
+"""The smallest budget that is tried: budgets are above 0, and under this one a method keeps as little as it can."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, and how it is asked."""
+    """A method of making a schedule, and its parameters."""
 
     summary: str
     function: Callable[..., CacheSchedule]
     free: str = ""
-    """The parameter that a budget is given in place of; "" where the budget is a parameter, or there is none."""
+    """The parameter that is searched for a given budget; "" where the method takes the budget itself, or none."""
     highest: float | None = None
-    """The largest value of it that makes sense, if there is one."""
+    """The largest value of that parameter that makes sense, if there is one."""
 
 
 def _pairwise(profile: Profile, budget: float, error: ErrorOf = "smooth-cache") -> CacheSchedule:
     """Reuse the smallest errors in alternate evaluations.
 
     Args:
-        profile: any.
+        profile: the profile, of any model.
         budget: the share of the multiply-adds to keep.
         error: whose statistic is the error of a reuse.
     """
@@ -75,10 +72,10 @@ def _random(profile: Profile, budget: float, seed: int = 0, pairs: bool = False)
     """Reuse sites of a profile at random.
 
     Args:
-        profile: any.
+        profile: the profile, of any model.
         budget: the share of the multiply-adds to keep.
         seed: seed of the draw.
-        pairs: only alternate evaluations may reuse.
+        pairs: whether only alternate evaluations may reuse.
     """
     return random_reuse(
         profile.num_evaluations,
@@ -185,7 +182,7 @@ def _within_budget(
         at(_LOWEST_BUDGET)
         schedule = at(budget)
     if min(tried) > budget and not nearest:
-        # Rounded up, so that it can be met.
+        # Rounded up, so that the method can meet the share that the message names.
         least = math.ceil(min(tried) * 1e4) / 1e4
         raise ScheduleError(
             f"a budget of {budget:.2%} cannot be met: with these options the method keeps at least {least:.2%} of the"

@@ -10,8 +10,6 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-__all__ = ["bar", "say", "show"]
-
 
 def say(line: str = "", style: str = "") -> None:
     """Print a line as it is: neither wrapped nor read as markup."""
@@ -28,9 +26,9 @@ def bar(what: str, total: int | None = None, *, shown: bool = True) -> Iterator[
     """Show a progress bar while the context lasts.
 
     Args:
-        what: is going on.
-        total: how much there is to do; None if that is not known yet.
-        shown: whether to show it at all.
+        what: what is going on, in a few words.
+        total: the number of steps to do; None if that is not known yet.
+        shown: whether to show the bar at all.
 
     Yields:
         ``rich.progress.Progress.update`` for this bar: ``advance=1``, ``description="..."``, ``total=...``.

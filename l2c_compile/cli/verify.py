@@ -1,4 +1,4 @@
-"""``l2c verify``: is what a schedule file, or a saved sampler, makes of a known model right?"""
+"""``l2c verify``: whether the static graph of a schedule file, or a saved sampler, is right for a known model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.models.named import DIGITS, NamedModel, named_model, tolerance
 from l2c_compile.samplers.loaded_sampler import LoadedSampler, load
-
-__all__ = ["command"]
 
 _SEED = 0
 
@@ -149,7 +147,7 @@ def _allowed_error(sampler: LoadedSampler, backend: str) -> float:
 
 
 def _judge_error(error: float, allowed: float) -> bool:
-    """Return whether an error is no larger than allowed; say so, unless there is none."""
+    """Return whether an error is no larger than allowed; print the error, unless it is 0."""
     # Not `error > allowed`: an infinite error is never right.
     is_near = math.isfinite(error) and error <= allowed
     if not is_near:
@@ -160,7 +158,7 @@ def _judge_error(error: float, allowed: float) -> bool:
 
 
 def _seeded(sample: Callable[[], object]) -> Tensor:
-    """Return what is sampled, with equal random numbers for all."""
+    """Return the sample that is drawn with the random numbers of one fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         latent = sample()

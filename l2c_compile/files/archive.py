@@ -32,11 +32,11 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 
 
 class Archive:
-    """An open archive; names are without the folder that all records of a ``.pt2`` are in.
+    """An open archive. The names of its records leave out the folder that all records of a ``.pt2`` are in.
 
     Raises:
-        FileFormatError: It is no regular file, or not a zip archive of the plain kind.
-        OSError: It cannot be read.
+        FileFormatError: if the file is no regular file, or not a zip archive of the plain kind.
+        OSError: if the file cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -68,7 +68,7 @@ class Archive:
         """Return the size of a record.
 
         Raises:
-            FileFormatError: There is no such record.
+            FileFormatError: if there is no such record.
         """
         return self._record(name).file_size
 
@@ -76,7 +76,7 @@ class Archive:
         """Return the content of a record.
 
         Raises:
-            FileFormatError: It is missing, damaged or larger than ``max_bytes``.
+            FileFormatError: if the record is missing, damaged or larger than ``max_bytes``.
         """
         if self.size_bytes(name) > max_bytes:
             raise FileFormatError(f"{name} wants at most {max_bytes} bytes, has {self.size_bytes(name)}")
@@ -88,7 +88,7 @@ class Archive:
         """Fill ``target``, which has the size of the record, and return the sha256 of the content.
 
         Raises:
-            FileFormatError: The record is missing or damaged.
+            FileFormatError: if the record is missing or damaged.
         """
         digest = hashlib.sha256()
         done = 0
@@ -105,7 +105,7 @@ class Archive:
         """Return the sha256 of a record.
 
         Raises:
-            FileFormatError: The record is missing or damaged.
+            FileFormatError: if the record is missing or damaged.
         """
         digest = hashlib.sha256()
         with _as_format_errors(), self._zip.open(self._record(name)) as record:
@@ -176,7 +176,8 @@ def _as_format_errors() -> Iterator[None]:
     except FileFormatError:
         raise
     except OSError as error:
-        # What zipfile does where a forged offset lies before the beginning of the file; other numbers are the disk's.
+        # zipfile gets EINVAL where a forged offset lies before the beginning of the file; other numbers mean that the
+        # disk failed.
         if error.errno != errno.EINVAL:
             raise
         raise FileFormatError("the zip archive is damaged: it names a place that the file does not have") from error

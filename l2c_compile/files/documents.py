@@ -30,8 +30,8 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading. A pipe or a device, on which reading may wait without end, is refused.
 
     Raises:
-        FileFormatError: If it is no regular file.
-        OSError: If it cannot be opened.
+        FileFormatError: if it is no regular file.
+        OSError: if it cannot be opened.
     """
     file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 - returned open
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -44,8 +44,8 @@ def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
     """Return the content of a file of at most ``max_bytes``.
 
     Raises:
-        FileFormatError: If the file is larger, or no regular file.
-        OSError: If it cannot be read.
+        FileFormatError: if the file is larger, or no regular file.
+        OSError: if it cannot be read.
     """
     with open_regular(path) as file:
         data = file.read(max_bytes + 1)
@@ -58,7 +58,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
 
     Raises:
-        OSError: If the folder cannot be written to.
+        OSError: if the folder cannot be written to.
     """
     with replaced_at_once(path) as temporary:
         temporary.write_bytes(data)
@@ -66,10 +66,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextmanager
 def replaced_at_once(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of a temporary file that takes the place of ``path`` when the context ends without an error.
+    """Yield the path of a temporary file that takes the place of ``path`` when the context ends without an error.
 
     Raises:
-        OSError: If the folder cannot be written to, or the disk is full; it names ``path``, which is as it was.
+        OSError: if the folder cannot be written to, or the disk is full; it names ``path``, which is unchanged.
     """
     target = Path(path)
     with _as_write_errors(target):
@@ -91,7 +91,7 @@ def replaced_at_once(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _as_write_errors(target: Path) -> Iterator[None]:
-    """Name the file that was to be written, and the way out, in errors of the file system."""
+    """Turn errors of the file system into errors that name the file to be written and what the user can do."""
     try:
         yield
     except OSError as error:
@@ -136,12 +136,12 @@ def check_header(
     """Check what every document of ours begins with: format, version, keys and the order of its evaluations.
 
     Args:
-        document: as read.
+        document: the document as it was read.
         what: the kind of file, for messages.
         format_name: what the document must say under ``format``; None where the file says it in another place.
         version: the latest version that is read.
-        keys: what the document must have; with ``orientation`` its evaluations must be in execution order.
-        optional: what it may have as well.
+        keys: the keys that the document must have; with ``orientation`` its evaluations must be in execution order.
+        optional: the keys that it may have as well.
 
     Raises:
         FileFormatError: if the document is of another kind, of a newer version, or damaged.
@@ -165,13 +165,13 @@ def check_header(
 
 @contextmanager
 def honoured(what: str) -> Iterator[None]:
-    """Raise errors of what a file describes as errors of the file, whose form was right.
+    """Turn errors about what a file describes into errors about the file, whose form was right.
 
     Args:
         what: what the file describes.
 
     Raises:
-        FileFormatError: in place of any other error of ours, or of a type that fits nowhere.
+        FileFormatError: if another error of ours, or a ``TypeError``, is raised inside; it takes the error's place.
     """
     try:
         yield
@@ -185,7 +185,7 @@ def frozen_json(value: Mapping[str, object], what: str) -> Mapping[str, object]:
     """Return a read-only copy of a JSON object: lists as tuples, objects as read-only mappings.
 
     Raises:
-        FileFormatError: If something in it has no JSON form; the message starts with ``what``.
+        FileFormatError: if something in it has no JSON form; the message starts with ``what``.
     """
     if not isinstance(value, Mapping):
         raise FileFormatError(f"{what} wants a JSON object, got {type(value).__name__}")

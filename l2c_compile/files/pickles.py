@@ -51,7 +51,7 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
         try:
             entries = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error, OSError) as error:
-            # zipfile may seek to where a forged offset says; other numbers are the disk's.
+            # zipfile gets EINVAL where it seeks to a forged offset; other numbers mean that the disk failed.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             raise FileFormatError(

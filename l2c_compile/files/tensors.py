@@ -24,8 +24,8 @@ def write_tensors(
 
     Args:
         path: the file.
-        document: has a JSON form.
-        tensors: contiguous, no two of them in the same memory.
+        document: the document, which has a JSON form.
+        tensors: the tensors by name, contiguous, no two of them in the same memory.
         key: the name of the document in the metadata.
 
     Raises:
@@ -52,8 +52,8 @@ def read_tensors(
         max_bytes: the largest file to read.
 
     Raises:
-        FileFormatError: if it is no such file, or larger.
-        OSError: if it cannot be read.
+        FileFormatError: if the file is no such file, or larger.
+        OSError: if the file cannot be read.
     """
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
@@ -66,10 +66,10 @@ def read_tensors(
         file.seek(0)
         content = file.read()
     try:
-        # First, because it is bounded: the memory that safetensors takes grows with what the header claims.
+        # The header is parsed within bounds first: the memory that safetensors takes grows with what it claims.
         found = parse_json(header, max_bytes=_MAX_HEADER_BYTES).get("__metadata__")
         tensors = safetensors.torch.load(content)
-    # All but the first two come of dtypes and shapes that torch does not have.
+    # All but the first two are raised for dtypes and shapes that torch does not have.
     except (FileFormatError, safetensors.SafetensorError, KeyError, RuntimeError, TypeError, AssertionError) as error:
         raise FileFormatError(f"not a safetensors file: {error}") from error
     metadata: dict[str, str] = found if isinstance(found, dict) else {}

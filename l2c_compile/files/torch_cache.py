@@ -1,4 +1,4 @@
-"""The folder where torch keeps what it compiles: an error of the file system there is named, not torch's internals.
+"""The folder where torch keeps what it compiles: an error of the file system there names the folder.
 
 Torch makes the folder when Dynamo is imported, again in the first export, and writes there when Inductor compiles. The
 variable ``TORCHINDUCTOR_CACHE_DIR`` names it; torch sets the variable itself where nobody did.
@@ -20,10 +20,10 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 @contextmanager
 def cache_folder_named() -> Iterator[None]:
-    """Raise an error that names torch's cache folder where torch fails because it cannot write there.
+    """Turn torch's error into one that names torch's cache folder where torch cannot write there.
 
     Raises:
-        BackendError: in place of torch's error.
+        BackendError: if torch cannot write there.
     """
     try:
         yield
@@ -33,7 +33,7 @@ def cache_folder_named() -> Iterator[None]:
         if failure is None or not _is_of(failure, folder):
             raise
         reason = os.strerror(failure.errno or 0)
-        # Torch's traceback says nothing more: it is long, and every line of it is about something else.
+        # Torch's long traceback says nothing more about the folder.
         raise BackendError(
             f"torch cannot write what it compiles to the folder {folder!r}: {reason}; set {_VARIABLE} to a folder that"
             " can be written to, or free some space"

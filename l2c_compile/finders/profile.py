@@ -1,7 +1,7 @@
 """Profiles: how much the sites of a loop change from evaluation to evaluation, measured once, kept as data.
 
 ``take_profile`` runs the loop without reuse through the captured evaluation graphs, which return what their sites hold
-(``passes/return_sites.py``). Selectors (``select.py``) are functions of the ``Profile`` alone.
+(``open_evaluations.py``). Selectors are functions of the ``Profile`` alone.
 
 Shapes: R runs of the loop, K lags, E evaluations, S sites.
 """
@@ -10,44 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
 
 from l2c_compile.analyses.cost import MultiplyAdds
 from l2c_compile.errors import FileFormatError, ProfileError
 from l2c_compile.files.documents import check_header, frozen_json, honoured, plain_json
 from l2c_compile.files.tensors import read_tensors, write_tensors
+from l2c_compile.finders.open_evaluations import OpenDenoiser, OpenEvaluation
 from l2c_compile.finders.work import Work, work_of
-from l2c_compile.frontend.capture import capture, check_sites_exist
-from l2c_compile.frontend.stand_in import Loop, StandIn
-from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm, tensors_in
-from l2c_compile.graphs.loop_graph import EvaluationGraph
-from l2c_compile.graphs.marks import INPUT_PORT, site_marks
+from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import BuiltInLoop
-from l2c_compile.passes.base import Pipeline
-from l2c_compile.passes.drop_dead import DropDead
-from l2c_compile.passes.drop_no_ops import DropNoOps
-from l2c_compile.passes.merge_common import MergeCommon
-from l2c_compile.passes.return_sites import ReturnSites
-from l2c_compile.schedules.schedule import MAX_CELLS, CacheSchedule
+from l2c_compile.schedules.schedule import MAX_CELLS
 from l2c_compile.schedules.sites import Site
-
-__all__ = ["FORMAT", "VERSION", "Profile", "take_profile"]
 
 FORMAT = "l2c_compile.profile"
 VERSION = 1
 
 _KEYS = frozenset({"format", "version", "orientation", "sites", "branches", "loop", "model"})
 _TENSORS = ("change", "evaluation_work", "growth", "site_work", "size")
-
-_SIMPLIFY = Pipeline((DropNoOps(), MergeCommon(), DropDead()), assumes=frozenset({Fact.SITES_MARKED}))
-_OBSERVE = Pipeline((ReturnSites(),), assumes=frozenset({Fact.SITES_MARKED}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +43,7 @@ class Profile:
     Lags count evaluations that share caches: at lag k, evaluation e is compared with e - k * ``branches``.
 
     Raises:
-        ProfileError: Shapes do not fit together, or a number is not finite or is negative.
+        ProfileError: if shapes do not fit together, or a number is not finite or is negative.
     """
 
     change: Tensor
@@ -107,7 +93,7 @@ class Profile:
         0 where nothing changes, infinite where the later value is zero and the earlier was not.
 
         Raises:
-            ProfileError: the profile does not hold this lag.
+            ProfileError: if the profile does not hold this lag.
         """
         if not 1 <= lag <= self.num_lags:
             raise ProfileError(f"the profile holds lags 1..{self.num_lags}, not {lag}; profile with more lags")
@@ -145,8 +131,8 @@ class Profile:
         """Read a file written by ``save``.
 
         Raises:
-            FileFormatError: It is not such a file, is of a newer version, or its parts do not fit together.
-            OSError: It cannot be read.
+            FileFormatError: if it is not such a file, is of a newer version, or its parts do not fit together.
+            OSError: if it cannot be read.
         """
         document, tensors = read_tensors(path, "profile", names=_TENSORS)
         with honoured("profile"):
@@ -178,22 +164,32 @@ def take_profile(
         on_run: called after each run, for progress.
 
     Raises:
-        UnknownSiteError: a site names no module.
-        CaptureError: the denoiser cannot be captured.
-        ProfileError: there is no run, runs differ in their evaluations, or a site holds numbers that are not finite.
+        UnknownSiteError: if a site names no module.
+        CaptureError: if the denoiser cannot be captured.
+        ProfileError: if there is no run, runs differ in their evaluations, or a site holds numbers that are not finite.
     """
     if type(lags) is not int or lags < 1 or type(branches) is not int or branches < 1:
         raise ProfileError(f"a profile wants lags and branches of at least 1, got {lags!r} and {branches!r}")
-    resolved = CacheSchedule.all_compute(branches, sites).resolve([path for path, _ in denoiser.named_modules()]).sites
-    if not resolved:
+    sites = tuple(sites)
+    if not sites:
         raise ProfileError("a profile wants at least one site")
-    check_sites_exist(denoiser, resolved)
-    probe = _Probe(denoiser, resolved)
-    runs_done: list[_Run] = []
+    opened = OpenDenoiser(denoiser, sites)
+
+    @cache
+    def work_in(evaluation: OpenEvaluation) -> tuple[int, dict[Site, int]]:
+        return work_of(evaluation.captured, MultiplyAdds().of)
+
+    runs_done: list[_RunStatistics] = []
     for noise, conditions in runs:
-        run = _Run(resolved, lags, branches)
+        run = _RunStatistics(opened.sites, lags, branches)
+
+        def on_evaluation(e: int, evaluation: OpenEvaluation, tensors: list[Tensor]) -> list[Tensor]:
+            outputs, values = evaluation.observe(tensors)
+            run.note(values, evaluation.columns, work_in(evaluation))  # noqa: B023 - called before the next turn
+            return outputs
+
         with torch.no_grad():
-            loop(StandIn(denoiser, probe.evaluating(run)), noise, **conditions)
+            opened.run(loop, noise, conditions, on_evaluation)
         run.check_finite()
         if runs_done and run.work != runs_done[0].work:
             raise ProfileError(
@@ -203,74 +199,22 @@ def take_profile(
         run.forget_values()
         runs_done.append(run)
         on_run()
-    if not runs_done or not runs_done[0].work:
+    if not runs_done:
         raise ProfileError("a profile wants at least one run of a loop that calls the denoiser")
     work = runs_done[0].work
     return Profile(
         change=torch.stack([run.change() for run in runs_done]),
         size=torch.stack([torch.stack(run.size) for run in runs_done]),
         growth=torch.stack([torch.stack(run.growth) for run in runs_done]),
-        work=Work(tuple(total for total, _ in work), {s: tuple(saved[s] for _, saved in work) for s in resolved}),
-        sites=resolved,
+        work=Work(tuple(total for total, _ in work), {s: tuple(saved[s] for _, saved in work) for s in opened.sites}),
+        sites=opened.sites,
         branches=branches,
         loop=loop.to_dict() if isinstance(loop, BuiltInLoop) else None,
         model=_identity(denoiser),
     )
 
 
-@dataclass
-class _ProbedGraph:
-    """One form of evaluation that also returns what its sites hold."""
-
-    module: fx.GraphModule
-    graph: EvaluationGraph
-    site_of_value: list[Site]
-    work: tuple[int, dict[Site, int]]
-
-
-class _Probe:
-    """Runs the captured evaluation graphs in the place of the denoiser."""
-
-    def __init__(self, denoiser: nn.Module, sites: tuple[Site, ...]) -> None:
-        self.denoiser = denoiser
-        self.sites = sites
-        self.forms: dict[CallSignature, _ProbedGraph] = {}
-
-    def evaluating(self, run: _Run) -> Callable[[tuple[object, ...], dict[str, object]], object]:
-        """Return what stands for a call of the denoiser in one run of the loop."""
-
-        def evaluate(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-            leaves, spec = tree_flatten((args, kwargs))
-            forms = (TensorForm.of(leaf) if isinstance(leaf, Tensor) else StaticValue.of(leaf) for leaf in leaves)
-            probed = self._probed(CallSignature(spec, tuple(forms)))
-            returned = probed.module(*tensors_in(leaves))
-            num_outputs = len(returned) - len(probed.site_of_value)
-            # The loop may write into its tensors, and a site may hold the same memory.
-            writable = {_memory(tensor) for tensor in (*tensors_in(leaves), *returned[:num_outputs])}
-            values: dict[Site, list[Tensor]] = {}
-            for site, value in zip(probed.site_of_value, returned[num_outputs:], strict=True):
-                values.setdefault(site, []).append(value.clone() if _memory(value) in writable else value)
-            run.note(values, probed.work)
-            outputs = iter(returned[:num_outputs])
-            results = [next(outputs) if isinstance(leaf, Tensor) else leaf for leaf in probed.graph.out_leaves]
-            assert probed.graph.out_spec is not None
-            return tree_unflatten(results, probed.graph.out_spec)
-
-        return evaluate
-
-    def _probed(self, signature: CallSignature) -> _ProbedGraph:
-        if signature not in self.forms:
-            graph = capture(self.denoiser, signature, self.sites)
-            _SIMPLIFY.run(graph)
-            work = work_of(graph, MultiplyAdds().of)
-            ports = Counter(mark.site for mark in site_marks(graph.graph) if mark.port != INPUT_PORT)
-            site_of_value = [site for site in self.sites for _ in range(ports[str(site)])]
-            _OBSERVE.run(graph)
-            self.forms[signature] = _ProbedGraph(graph.module(), graph, site_of_value, work)
-        return self.forms[signature]
-
-
-class _Run:
+class _RunStatistics:
     """The statistics of one run of the loop, evaluation by evaluation."""
 
     def __init__(self, sites: tuple[Site, ...], lags: int, branches: int) -> None:
@@ -283,9 +227,12 @@ class _Run:
         self._change: list[Tensor] = []
         self._kept: deque[Mapping[Site, list[Tensor]]] = deque(maxlen=lags * branches)
 
-    def note(self, values: Mapping[Site, list[Tensor]], work: tuple[int, dict[Site, int]]) -> None:
-        """Take what the sites hold at the next evaluation."""
+    def note(self, held: Sequence[Tensor], columns: Sequence[int], work: tuple[int, dict[Site, int]]) -> None:
+        """Take what the sites hold at the next evaluation, the column of the site for each value, and the work."""
         e = len(self.size)
+        values: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        for column, value in zip(columns, held, strict=True):
+            values[self.sites[column]].append(value)
         earlier = [self._kept[-lag] for lag in range(self.branches, len(self._kept) + 1, self.branches)]
         for kept in earlier:
             self._check_form(e, kept, values)
@@ -325,10 +272,6 @@ class _Run:
                     f"site {site}, evaluation {e}: holds {after} where an evaluation of the same branch held {before}, "
                     "so they cannot be compared; say how many branches the loop has"
                 )
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _l1(values: Iterable[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch.fx.node import Node
 from torch.utils._pytree import tree_flatten
 
 from l2c_compile.errors import LoopTraceError
-from l2c_compile.finders.open_evaluations import Form, OnEvaluation, SoftDenoiser
+from l2c_compile.finders.open_evaluations import OnEvaluation, OpenDenoiser, OpenEvaluation
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.frontend.trace import trace_loop
 from l2c_compile.graphs.forms import CallSignature, tensors_in
@@ -25,15 +25,13 @@ from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.pipeline import SKELETON
 
-__all__ = ["Segment", "segments"]
-
 
 @dataclass(frozen=True)
 class _Part:
     """One evaluation of a segment."""
 
-    evaluation: int
-    form: Form
+    number: int
+    evaluation: OpenEvaluation
     nodes: tuple[Node, ...]
     """What is computed for its arguments and was not computed before, in order."""
     arguments: tuple[Node, ...]
@@ -55,8 +53,8 @@ class Segment:
 
         Args:
             state: the latent at ``start``.
-            conditions: of the loop, in the form it was traced with.
-            on_evaluation: returns the outputs that the loop goes on with.
+            conditions: the conditions of the loop, in the form it was traced with.
+            on_evaluation: a function that returns the outputs with which the loop goes on.
         """
         skeleton = self.skeleton
         env: dict[Node, Any] = dict(zip(skeleton.constant_nodes(), skeleton.constants.values(), strict=True))
@@ -65,12 +63,12 @@ class Segment:
         for part in self.parts:
             for node in part.nodes:
                 env[node] = _value(node, skeleton.root, env)
-            outputs = on_evaluation(part.evaluation, part.form, [env[argument] for argument in part.arguments])
+            outputs = on_evaluation(part.number, part.evaluation, [env[argument] for argument in part.arguments])
             env.update(zip(part.outputs, outputs, strict=True))
 
 
 def segments(
-    denoiser: SoftDenoiser,
+    denoiser: OpenDenoiser,
     loop: Loop,
     noise: object,
     conditions: Mapping[str, object],
@@ -79,14 +77,14 @@ def segments(
     """Return for each pair (s, m) the shortest segment that begins at s or before and ends with m.
 
     Raises:
-        LoopTraceError: the loop cannot be traced, or has more than one latent.
+        LoopTraceError: if the loop cannot be traced, or has more than one latent.
     """
-    forms: dict[int, Form] = {}
+    by_graph: dict[int, OpenEvaluation] = {}
 
     def capture_call(signature: CallSignature) -> EvaluationGraph:
-        form = denoiser.form(signature)
-        forms[id(form.captured)] = form
-        return form.captured
+        evaluation = denoiser.evaluation(signature)
+        by_graph[id(evaluation.captured)] = evaluation
+        return evaluation.captured
 
     if len(tree_flatten(noise)[0]) != 1 or not isinstance(noise, Tensor):
         raise LoopTraceError(
@@ -94,14 +92,16 @@ def segments(
         )
     skeleton = trace_loop(loop, denoiser.model, noise, conditions, capture_call)
     SKELETON.run(skeleton)
-    cutter = _Cutter(skeleton, [forms[id(call.graph)] for call in skeleton.calls], noise)
-    return [cutter.segment(s, m) for s, m in pairs]
+    finder = _SegmentFinder(skeleton, [by_graph[id(call.graph)] for call in skeleton.calls], noise)
+    return [finder.segment(s, m) for s, m in pairs]
 
 
-class _Cutter:
-    def __init__(self, skeleton: LoopSkeleton, forms: Sequence[Form], noise: Tensor) -> None:
+class _SegmentFinder:
+    """Finds where the graph of a loop can be cut for each segment."""
+
+    def __init__(self, skeleton: LoopSkeleton, evaluations: Sequence[OpenEvaluation], noise: Tensor) -> None:
         self.skeleton = skeleton
-        self.forms = forms
+        self.evaluations = evaluations
         self.noise = noise
         self.order = {node: position for position, node in enumerate(skeleton.graph.nodes)}
         self.arguments = skeleton.argument_nodes()
@@ -139,7 +139,7 @@ class _Cutter:
             if nodes is None:
                 return None
             known.update(nodes, self.outputs[e])
-            parts.append(_Part(e, self.forms[e], nodes, tuple(self.arguments[e]), tuple(self.outputs[e])))
+            parts.append(_Part(e, self.evaluations[e], nodes, tuple(self.arguments[e]), tuple(self.outputs[e])))
         return tuple(parts)
 
     def _needed(self, wanted: Iterable[Node], known: set[Node]) -> tuple[Node, ...] | None:

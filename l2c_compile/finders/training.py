@@ -1,4 +1,4 @@
-"""What every learned finder shares: logits, their optimiser, the price of computing, checkpoints and processes.
+"""What every learned finder shares: the loss, its gradients, rounds and checkpoints.
 
 A round gives every trained evaluation one or more updates. All that a round draws follows from the seed and its number,
 so a run that was interrupted and resumed does what it would have done.
@@ -9,26 +9,23 @@ Shapes: E evaluations, S sites. Rows are evaluations in execution order.
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from l2c_compile.errors import FileFormatError, ScheduleError
+from l2c_compile.errors import FileFormatError
 from l2c_compile.finders.checkpoint import Checkpoint
-from l2c_compile.finders.open_evaluations import Form, SoftDenoiser
-from l2c_compile.finders.penalty import Costs
+from l2c_compile.finders.logits import Logits
+from l2c_compile.finders.open_evaluations import OpenDenoiser, OpenEvaluation
+from l2c_compile.finders.penalty import Penalty
 from l2c_compile.finders.processes import Workers, frozen, generator_of, seeded
+from l2c_compile.finders.settings import Settings
 from l2c_compile.frontend.stand_in import Loop
-from l2c_compile.graphs.forms import tensors_in
 from l2c_compile.loops import BuiltInLoop
 from l2c_compile.schedules.router import Router
-
-__all__ = ["Draw", "Learner", "RoundReport", "Settings", "branches_of", "draw_share", "train"]
 
 
 def branches_of(loop: Loop) -> int:
@@ -39,68 +36,6 @@ def branches_of(loop: Loop) -> int:
 
 Draw = Callable[[int, torch.Generator], tuple[object, Mapping[str, object]]]
 """``draw(count, generator) -> (noise, conditions)``: what a loop is given, for ``count`` samples, on the CPU."""
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each row."""
-_MEMORY = 0.9
-"""How much of the estimated steepness a round keeps from the one before."""
-_LEAST_PENALTY = 1e-6
-"""lambda while nothing is known to cost more: AdamW moves a logit at its own pace, however small the gradient is."""
-
-_LEAST_CACHED = 0.005
-"""Scores nearer to 1 than this say nothing about what a cached value would do."""
-_UNKNOWN = -1.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to learn a router.
-
-    Raises:
-        ScheduleError: A setting makes no sense.
-    """
-
-    rounds: int = 100
-    """In each of them every trained evaluation is updated."""
-    batch_size: int = 8
-    """Samples of one update, over all processes."""
-    learning_rate: float = 0.1
-    """Of AdamW on the logits, without weight decay. The authors of Learning-to-Cache take 0.01 or 0.001 for up to
-    50 000 iterations; a logit has to cross up to ten units."""
-    penalty: float | None = None
-    """lambda: what a computed site costs, in units of the distance. Give this or a budget."""
-    budget: float | None = None
-    """Share of the work of the loop that may be left, in (0, 1). lambda follows from it after every round."""
-    budget_in: Literal["multiply-adds", "time"] = "multiply-adds"
-    """The work that the budget is a share of. Times are measured operation by operation on the model's device."""
-    price_by: Literal["sites", "multiply-adds", "time"] = "sites"
-    """What a site costs relative to the others: all the same (as published), or what computing it takes."""
-    reduction: Literal["mean", "sum"] = "mean"
-    """Squared errors of the outputs: mean over all elements (as for DiT), or sum over those of a sample (U-ViT)."""
-    straight_through: bool = False
-    """Mix with scores rounded to 0 or 1 at the threshold; gradients pass as if they were not rounded."""
-    threshold: float = 0.1
-    """A site is computed where its score is above. With a budget the router gets the threshold that meets it best."""
-    limit: float = 5.0
-    """Logits are clamped to [-limit, limit] after every update."""
-    seed: int = 0
-    checkpoint_every: int = 10
-    """Rounds between checkpoints."""
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "batch_size", "checkpoint_every"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ScheduleError(f"{name} wants a positive whole number, got {getattr(self, name)!r}")
-        if not all(0 < number < math.inf for number in (self.learning_rate, self.limit)):
-            raise ScheduleError("learning_rate and limit want positive numbers")
-        if (self.penalty is None) == (self.budget is None):
-            raise ScheduleError("a router wants a price of computing: give a penalty, or a budget to derive it from")
-        if self.penalty is not None and not 0 < self.penalty < math.inf:
-            raise ScheduleError(f"penalty wants a positive number, got {self.penalty}")
-        if self.budget is not None and not 0 < self.budget < 1:
-            raise ScheduleError(f"budget wants a share between 0 and 1, got {self.budget}")
-        if not 0 < self.threshold < 1:
-            raise ScheduleError(f"threshold wants a number between 0 and 1, got {self.threshold}")
 
 
 @dataclass(frozen=True)
@@ -120,28 +55,25 @@ class RoundReport:
     """Gives the router as it is."""
 
 
-def squared_difference(one: object, other: object) -> float:
-    """Return the mean squared difference of two results of a loop, summed over their tensors."""
-    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return float(sum((a.double() - b.double()).square().mean() for a, b in pairs))
-
-
 class Learner:
-    """The logits of the trained evaluations, their optimiser and lambda.
+    """Learns the logits of the trained evaluations from distances between students and teachers, round by round.
 
     Args:
         denoiser: the sites.
-        forms: of each evaluation of the loop.
-        trained: the evaluations that have logits; in all others every site is computed.
+        evaluations: those of the loop, in order.
+        trained: the numbers of those that have logits; in all others every site is computed.
         settings: how to learn.
         workers: the processes that learn together.
         untrained_score: what the router says of the other evaluations.
+
+    Raises:
+        ScheduleError: if the budget cannot be met.
     """
 
     def __init__(
         self,
-        denoiser: SoftDenoiser,
-        forms: Sequence[Form],
+        denoiser: OpenDenoiser,
+        evaluations: Sequence[OpenEvaluation],
         trained: Sequence[int],
         settings: Settings,
         workers: Workers,
@@ -150,38 +82,19 @@ class Learner:
         self.denoiser = denoiser
         self.settings = settings
         self.workers = workers
-        self.num_evaluations = len(forms)
+        self.num_evaluations = len(evaluations)
         self._untrained_score = untrained_score
-        generator = torch.Generator().manual_seed(settings.seed)
-        draws = {e: torch.randn(len(denoiser.sites), generator=generator) for e in trained}
-        self.logits = {e: nn.Parameter(drawn.to(denoiser.device)) for e, drawn in draws.items()}
-        self._optimizer = torch.optim.AdamW(self.logits.values(), lr=settings.learning_rate, weight_decay=0.0)
-        self._work = Costs(denoiser, forms, settings.budget_in, workers)
-        is_same = settings.price_by == settings.budget_in
-        self._prices = self._work if is_same else Costs(denoiser, forms, settings.price_by, workers)
-        self._set_prices()
-        self.penalty = settings.penalty or _LEAST_PENALTY
-        self.steepness_ES = torch.full((len(forms), len(denoiser.sites)), _UNKNOWN)
+        self.logits = Logits(trained, len(denoiser.sites), settings, denoiser.device)
+        self.penalty = Penalty(denoiser, evaluations, trained, settings, workers)
         self.weights_E: Tensor | None = None
-        """What a unit of each evaluation's distance weighs, shape (E,), float64; None: all alike."""
+        """The weight of a unit of each evaluation's distance, shape (E,), float64; None: all alike."""
         self.round = 0
         self._distances: list[float] = []
-        self._check_budget()
-
-    def scores(self, e: int) -> Tensor:
-        """Return the scores that evaluation ``e`` is mixed with, shape (S,), differentiable in its logits."""
-        scores_S = self.logits[e].sigmoid()
-        if self.settings.straight_through:
-            rounded_S = (scores_S > self.settings.threshold).to(scores_S.dtype)
-            scores_S = scores_S + (rounded_S - scores_S).detach()
-        return scores_S
 
     def computes(self, e: int) -> Tensor:
         """Return which sites really run in evaluation ``e`` at the threshold, shape (S,)."""
-        if e not in self.logits:
-            return torch.ones(len(self.denoiser.sites), dtype=torch.bool)
         above_S = self.logits[e].detach().sigmoid() > self.settings.threshold
-        return self._work.open(above_S.to(torch.float32)).bool().cpu()
+        return self.denoiser.running(above_S.to(torch.float32)).bool().cpu()
 
     def distance(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         """Return the squared error of the floating-point outputs, in float32 at least; a mean over the samples."""
@@ -202,14 +115,7 @@ class Learner:
             distances: by evaluation, what its student is away from its teacher; differentiable.
         """
         _, gradients = self.loss(distances)
-        for e, gradient in gradients.items():
-            self.logits[e].grad = gradient
-        # Rows without a gradient are left alone, their moments too: the authors train one parameter an evaluation.
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for e in gradients:
-                self.logits[e].clamp_(-self.settings.limit, self.settings.limit)
+        self.logits.step(gradients)
         self._distances.extend(float(distance.detach()) for distance in distances.values())
 
     def loss(self, distances: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -220,11 +126,12 @@ class Learner:
         of_distances = self.workers.mean(torch.stack(torch.autograd.grad(total, rows)))
         gradients = {}
         for e, row, gradient in zip(distances, rows, of_distances, strict=True):
-            self._note_steepness(e, gradient)
-            price = (self._price_ES[e] * self._prices.open(self.scores(e))).sum()
+            scores_S = self.logits.scores(e)
+            self.penalty.note_gradient(e, gradient, row.sigmoid(), scores_S)
+            price = self.penalty.price(e, scores_S)
             (of_price,) = torch.autograd.grad(price, row)
-            gradients[e] = gradient + self.penalty * of_price
-            total = total + self.penalty * price.detach()
+            gradients[e] = gradient + self.penalty.factor * of_price
+            total = total + self.penalty.factor * price.detach()
         return total.detach(), gradients
 
     def weigh(self, weights_E: Tensor) -> None:
@@ -240,45 +147,16 @@ class Learner:
         own = torch.tensor(self._distances, dtype=torch.float64)
         distance = float(self.workers.mean(own.mean()))
         self._distances.clear()
-        if self.settings.budget is not None:
-            self.penalty = max(self._penalty_for(self.settings.budget), _LEAST_PENALTY)
+        self.penalty.fit()
         self.round += 1
-        return distance, self._work.kept(self._computed(self._all_scores(), self.settings.threshold))
-
-    def _set_prices(self) -> None:
-        mean_price = float(self._prices.own_ES[list(self.logits)].mean())
-        self._price_ES = (self._prices.own_ES / mean_price).to(torch.float32).to(self.denoiser.device)
-
-    def _note_steepness(self, e: int, gradient: Tensor) -> None:
-        """Estimate how steeply the distance grows where a site is no longer computed, from its gradient.
-
-        To first order the distance is a sum of ``(1 - r)**2 * D`` over the sites, whose slope is ``-2 * (1 - r) * D``.
-        """
-        with torch.no_grad():
-            r_S = self.logits[e].sigmoid()
-            cached_S = 1.0 - self.scores(e)
-            seen_S = (-gradient / (r_S * (1.0 - r_S)) / cached_S.clamp(min=_LEAST_CACHED)).clamp(min=0.0).cpu()
-            known_S = self.steepness_ES[e]
-            is_known = (cached_S >= _LEAST_CACHED).cpu()
-            blended_S = torch.where(known_S < 0, seen_S, _MEMORY * known_S + (1.0 - _MEMORY) * seen_S)
-            self.steepness_ES[e] = torch.where(is_known, blended_S, known_S)
-
-    def _penalty_for(self, budget: float) -> float:
-        """Return the lambda at which as many scores settle above the threshold as the budget allows.
-
-        A score settles where ``steepness * (1 - r) = lambda * price``.
-        """
-        worth_ES = self.steepness_ES.clamp(min=0.0) / self._price_ES.cpu()
-        return (1.0 - self.settings.threshold) * self._threshold_within(budget, worth_ES)
+        return distance, self.penalty.kept(self._scores(), self.settings.threshold)
 
     def router(self, loop: Loop, branches: int, info: Mapping[str, object]) -> Router:
         """Return the scores as a router; with a budget, at the threshold that keeps as much as the budget allows."""
-        scores_ES = self._all_scores()
-        threshold = self.settings.threshold
-        if self.settings.budget is not None:
-            threshold = self._threshold_within(self.settings.budget, scores_ES)
-        kept = self._work.kept(self._computed(scores_ES, threshold))
-        noted = {**info, f"kept_{self.settings.budget_in}": round(kept, 4), "penalty": self.penalty}
+        scores_ES = self._scores()
+        threshold = self.penalty.threshold(scores_ES)
+        kept = self.penalty.kept(scores_ES, threshold)
+        noted = {**info, f"kept_{self.settings.budget_in}": round(kept, 4), "penalty": self.penalty.factor}
         noted |= {"rounds": self.round, "batch_size": self.settings.batch_size, "seed": self.settings.seed}
         return Router(
             scores_ES,
@@ -292,18 +170,8 @@ class Learner:
 
     def checkpoint(self) -> Checkpoint:
         """Return all that the next round depends on."""
-        tensors = {} if self.weights_E is None else {"weights": self.weights_E}
-        tensors["penalty"] = torch.tensor(self.penalty, dtype=torch.float64)
-        tensors["steepness"] = self.steepness_ES
-        # Times that are measured again would be others.
-        tensors["work.total"] = torch.tensor(self._work.total, dtype=torch.float64)
-        tensors["work.own"] = self._work.own_ES
-        tensors["prices.own"] = self._prices.own_ES.clone()
-        for e, row in self.logits.items():
-            tensors[f"logits.{e}"] = row.detach().cpu().clone()
-            for name, value in self._optimizer.state[row].items():
-                tensors[f"{name}.{e}"] = value.cpu().clone()
-        return Checkpoint(self._described(), self.round, tensors)
+        weights = {} if self.weights_E is None else {"weights": self.weights_E}
+        return Checkpoint(self._run(), self.round, {**weights, **self.penalty.state(), **self.logits.state()})
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Go on from what ``checkpoint`` returned, in a file.
@@ -311,89 +179,33 @@ class Learner:
         Raises:
             FileFormatError: if it is no such file, or damaged.
             ScheduleError: if it is of another model, loop, or of other settings; ``rounds`` may differ.
+            OSError: if it cannot be read.
         """
         try:
-            read = Checkpoint.load(path, self._described())
-            read.check_forms(*self._forms(read.tensors))
+            read = Checkpoint.load(path, self._run())
+            weights = torch.zeros(self.num_evaluations, dtype=torch.float64)
+            read.check_forms({**self.penalty.state(), **self.logits.forms(read.tensors)}, {"weights": weights})
         except FileFormatError as error:
             raise FileFormatError(f"{os.fspath(path)} is no checkpoint of learning a router: {error}") from error
-        tensors = read.tensors
-        self.round, self.penalty, self.steepness_ES = read.round, float(tensors["penalty"]), tensors["steepness"]
-        self._work.total, self._work.own_ES = float(tensors["work.total"]), tensors["work.own"]
-        self._prices.own_ES = tensors["prices.own"]
-        self._set_prices()
-        self.weights_E = tensors.get("weights")
-        for e, row in self.logits.items():
-            with torch.no_grad():
-                row.copy_(tensors[f"logits.{e}"])
-            names = [name for name in _MOMENTS if f"{name}.{e}" in tensors]
-            device = {"step": torch.device("cpu")}
-            self._optimizer.state[row] = {
-                name: tensors[f"{name}.{e}"].to(device.get(name, row.device)) for name in names
-            }
+        self.round = read.round
+        self.weights_E = read.tensors.get("weights")
+        self.penalty.load(read.tensors)
+        self.logits.load(read.tensors)
 
-    def _forms(self, names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return tensors of the forms that a checkpoint with these names must have, and of those that it may have."""
-        one, table_ES = torch.zeros((), dtype=torch.float64), self._work.own_ES
-        needed = {"penalty": one, "work.total": one, "work.own": table_ES, "prices.own": table_ES}
-        needed["steepness"] = self.steepness_ES
-        # AdamW counts in float32, also where other numbers are smaller.
-        step = one if torch.get_default_dtype() == torch.float64 else one.float()
-        for e, row in self.logits.items():
-            needed[f"logits.{e}"] = row
-            moments = dict(zip((f"{name}.{e}" for name in _MOMENTS), (step, row, row), strict=True))
-            needed |= moments if any(name in names for name in moments) else {}
-        return needed, {"weights": table_ES[:, 0]}
+    def _scores(self) -> Tensor:
+        return self.logits.table(self.num_evaluations, self._untrained_score)
 
-    def _described(self) -> dict[str, object]:
+    def _run(self) -> dict[str, object]:
+        """Return what two runs have in common if one may go on where the other stopped, in JSON values."""
         own = {"rounds", "checkpoint_every"}
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in own}
         described = {
             "evaluations": self.num_evaluations,
             "trained": list(self.logits),
             "sites": list(map(str, self.denoiser.sites)),
-            **settings,
+            **{name: value for name, value in asdict(self.settings).items() if name not in own},
         }
         plain: dict[str, object] = json.loads(json.dumps(described))
         return plain
-
-    def _all_scores(self) -> Tensor:
-        scores_ES = torch.full((self.num_evaluations, len(self.denoiser.sites)), self._untrained_score)
-        for e, row in self.logits.items():
-            scores_ES[e] = row.detach().sigmoid().float().cpu()
-        return scores_ES
-
-    def _threshold_within(self, budget: float, scores_ES: Tensor) -> float:
-        """Return the lowest of the scores above which no more than the budget is left; 0 if that is all of them."""
-        rows = list(self.logits)
-        candidates = [0.0, *torch.unique(scores_ES[rows]).tolist()]
-        low, high = 0, len(candidates) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._work.kept(self._computed(scores_ES, candidates[middle])) <= budget:
-                high = middle
-            else:
-                low = middle + 1
-        return float(candidates[high])
-
-    def _computed(self, scores_ES: Tensor, threshold: float) -> Tensor:
-        computed_ES = torch.ones_like(scores_ES, dtype=torch.bool)
-        rows = list(self.logits)
-        computed_ES[rows] = scores_ES[rows] > threshold
-        return computed_ES
-
-    def _check_budget(self) -> None:
-        budget = self.settings.budget
-        if budget is None:
-            return
-        nothing_ES = self._computed(torch.zeros(self.num_evaluations, len(self.denoiser.sites)), 0.5)
-        least = self._work.kept(nothing_ES)
-        if budget < least:
-            raise ScheduleError(
-                f"a budget of {budget:.1%} of the {self.settings.budget_in} cannot be met: {least:.1%} is left when"
-                " every site is reused in every evaluation that may reuse; let more evaluations reuse, name more sites,"
-                " or raise the budget"
-            )
 
 
 def train(
@@ -423,7 +235,7 @@ def train(
         if checkpoint is not None and is_due and workers.is_main:
             learner.checkpoint().save(checkpoint)
         if on_round is not None:
-            on_round(RoundReport(learner.round, settings.rounds, distance, kept, learner.penalty, router))
+            on_round(RoundReport(learner.round, settings.rounds, distance, kept, learner.penalty.factor, router))
     return router()
 
 

@@ -31,11 +31,11 @@ def emit(
     """Insert a call of ``target`` at the graph's insert point and note what it returns and where it belongs.
 
     Args:
-        graph: where to.
+        graph: the graph that gets the node.
         target: what to call.
-        args: its arguments.
+        args: the node's arguments.
         evaluation: the evaluation it belongs to; None: to the loop itself.
-        kwargs: its keyword arguments.
+        kwargs: the node's keyword arguments.
         like: a node that it belongs with, in place of an evaluation.
     """
     node = graph.call_function(target, args, dict(kwargs or {}))

@@ -25,26 +25,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from l2c_compile.errors import ScheduleError
-from l2c_compile.finders.open_evaluations import Form, SoftDenoiser
+from l2c_compile.finders.effects import effect_of_caching
+from l2c_compile.finders.open_evaluations import OpenDenoiser, OpenEvaluation
 from l2c_compile.finders.processes import Workers
-from l2c_compile.finders.training import (
-    Draw,
-    Learner,
-    RoundReport,
-    Settings,
-    branches_of,
-    draw_share,
-    squared_difference,
-    train,
-)
+from l2c_compile.finders.settings import Settings
+from l2c_compile.finders.training import Draw, Learner, RoundReport, branches_of, draw_share, train
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.schedules.router import Router
 from l2c_compile.schedules.sites import Site
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-__all__ = ["RolloutSettings", "learn_rollout"]
 
 _FROZEN_SCORE = 0.9933071
 """The sigmoid of 5: what the authors freeze the first evaluation at."""
@@ -59,7 +50,7 @@ class RolloutSettings(Settings):
     horizon: int = 1
     """Evaluations that are differentiated together, caches and latents between them included; 1 as published."""
     recompute_activations: bool = False
-    """Keep no activations of an evaluation until its gradient, but compute them again; worth it above horizon 1."""
+    """Whether activations are computed again for the gradient in place of being kept; worth it above horizon 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,17 +84,17 @@ def learn_rollout(
         on_round: told after every round.
 
     Raises:
-        ScheduleError: the sites or the budget do not fit the loop.
-        UnknownSiteError: a site names a module that the model does not have.
-        CaptureError: the denoiser cannot be captured.
+        ScheduleError: if the sites or the budget do not fit the loop.
+        UnknownSiteError: if a site names a module that the model does not have.
+        CaptureError: if the denoiser cannot be captured.
     """
     branches = branches or branches_of(loop)
-    workers, denoiser = Workers(accelerator), SoftDenoiser(model, sites)
-    forms = denoiser.forms_of(loop, *draw_share(draw, settings, 0, workers, denoiser.device))
-    trained = range(branches, len(forms))
+    workers, denoiser = Workers(accelerator), OpenDenoiser(model, sites)
+    evaluations = denoiser.evaluations_of(loop, *draw_share(draw, settings, 0, workers, denoiser.device))
+    trained = range(branches, len(evaluations))
     if not trained:
-        raise ScheduleError(f"a loop of {len(forms)} evaluations has none that could reuse; use a longer loop")
-    learner = Learner(denoiser, forms, trained, settings, workers, _FROZEN_SCORE)
+        raise ScheduleError(f"a loop of {len(evaluations)} evaluations has none that could reuse; use a longer loop")
+    learner = Learner(denoiser, evaluations, trained, settings, workers, _FROZEN_SCORE)
     rollout = _Rollout(learner, loop, settings, branches)
 
     def one_round(number: int) -> None:
@@ -134,23 +125,19 @@ class _Rollout:
             self._step()
         self._cache.clear()
 
-    def _on_evaluation(self, e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
+    def _on_evaluation(self, e: int, evaluation: OpenEvaluation, tensors: list[Tensor]) -> list[Tensor]:
         tensors = [self._cut(e, tensor) for tensor in tensors]
         branch = e % self.branches
         with self.learner.workers.autocast():
-            teacher, full = form.full(tensors)
+            teacher, full = evaluation.observe(tensors)
             if e not in self.learner.logits:
                 self._cache[branch] = full
-                return form.outputs_in_form(teacher)
+                return evaluation.in_form(teacher)
             cached = [self._cut(e, value) for value in self._cache[branch]]
-            outputs, computed = self._student(form, tensors, self.learner.scores(e), cached)
+            outputs, computed = self._student(evaluation, tensors, self.learner.logits.scores(e), cached)
             self._distances[e] = self.learner.distance(outputs, teacher)
-        is_fresh = self.learner.computes(e).tolist()
-        columns = form.columns
-        self._cache[branch] = [
-            new if is_fresh[column] else old for column, new, old in zip(columns, computed, cached, strict=True)
-        ]
-        outputs = form.outputs_in_form(outputs)
+        self._cache[branch] = evaluation.refreshed(self.learner.computes(e), computed, cached)
+        outputs = evaluation.in_form(outputs)
         if self._ends_window(e):
             self._step()
             self._cache[branch] = [value.detach() for value in self._cache[branch]]
@@ -158,17 +145,18 @@ class _Rollout:
         return outputs
 
     def _student(
-        self, form: Form, tensors: list[Tensor], scores_S: Tensor, cached: list[Tensor]
+        self, evaluation: OpenEvaluation, tensors: list[Tensor], scores_S: Tensor, cached: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         if not self.settings.recompute_activations:
-            return form.soft(tensors, scores_S, cached)
+            return evaluation.mix(tensors, scores_S, cached)
 
         def student(*flat: Tensor) -> list[Tensor]:
-            outputs, computed = form.soft(flat[: len(tensors)], scores_S, flat[len(tensors) :])
+            outputs, computed = evaluation.mix(flat[: len(tensors)], scores_S, flat[len(tensors) :])
             return outputs + computed
 
         flat = recompute(student, *tensors, *cached, use_reentrant=False)
-        return list(flat[: form.num_outputs]), list(flat[form.num_outputs :])
+        num_outputs = len(flat) - len(cached)
+        return list(flat[:num_outputs]), list(flat[num_outputs:])
 
     def _ends_window(self, e: int) -> bool:
         return (e - self.branches + 1) % self.settings.horizon == 0
@@ -183,7 +171,6 @@ class _Rollout:
             self.learner.update(self._distances)
             self._distances = {}
 
-    @torch.no_grad()
     def _measured_weights(self, noise: object, conditions: dict[str, object]) -> Tensor:
         """Return the weight of each evaluation, shape (E,), float64.
 
@@ -191,35 +178,26 @@ class _Rollout:
         loop that caches up to e and the one that caches up to e - 1, both in full from there on. The authors add up
         in this way, too; their lambda is tuned to weights that are not scaled.
         """
-        E = self.learner.num_evaluations
-        recorded: list[list[Tensor]] = []
+        learner = self.learner
         cache: dict[int, list[Tensor]] = {}
 
-        def record(e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
-            with self.learner.workers.autocast():
-                if e in self.learner.logits:
-                    is_computed = self.learner.computes(e)
-                    held = cache[e % self.branches]
-                    outputs, computed = form.soft(tensors, is_computed.to(tensors[0].device).float(), held)
-                    fresh = is_computed.tolist()
-                    values = [n if fresh[c] else o for c, n, o in zip(form.columns, computed, held, strict=True)]
+        def evaluate(
+            e: int, evaluation: OpenEvaluation, tensors: list[Tensor]
+        ) -> tuple[list[Tensor], list[Tensor] | None]:
+            branch, is_cached = e % self.branches, e in learner.logits
+            with learner.workers.autocast():
+                if is_cached:
+                    is_computed = learner.computes(e)
+                    scores_S = is_computed.to(tensors[0].device).float()
+                    outputs, computed = evaluation.mix(tensors, scores_S, cache[branch])
+                    cache[branch] = evaluation.refreshed(is_computed, computed, cache[branch])
                 else:
-                    outputs, values = form.full(tensors)
-            cache[e % self.branches] = values
-            recorded.append(form.outputs_in_form(outputs))
-            return recorded[-1]
+                    outputs, cache[branch] = evaluation.observe(tensors)
+            outputs = evaluation.in_form(outputs)
+            return outputs, outputs if is_cached else None
 
-        results = {E - 1: self.denoiser.run(self.loop, noise, conditions, record)}
-        for last in range(self.branches - 1, E - 1):
-
-            def resume(e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
-                if e <= last:  # noqa: B023 - called before the next turn
-                    return recorded[e]
-                with self.learner.workers.autocast():
-                    return form.outputs_in_form(form.full(tensors)[0])
-
-            results[last] = self.denoiser.run(self.loop, noise, conditions, resume)
-        weights = torch.ones(E, dtype=torch.float64)
-        for e in self.learner.logits:
-            weights[e] = squared_difference(results[e], results[e - 1])
+        effects = effect_of_caching(self.denoiser, self.loop, noise, conditions, evaluate, learner.workers)
+        weights = torch.ones(learner.num_evaluations, dtype=torch.float64)
+        for e, effect in effects.items():
+            weights[e] = effect
         return weights

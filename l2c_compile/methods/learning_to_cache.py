@@ -18,27 +18,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from l2c_compile.errors import ScheduleError
+from l2c_compile.finders.effects import effect_of_caching
 from l2c_compile.finders.latent_data import LatentData, noised_by
-from l2c_compile.finders.open_evaluations import Form, OnEvaluation, SoftDenoiser
+from l2c_compile.finders.open_evaluations import OpenDenoiser, OpenEvaluation
 from l2c_compile.finders.processes import Workers, generator_of
 from l2c_compile.finders.segments import Segment, segments
-from l2c_compile.finders.training import (
-    Draw,
-    Learner,
-    RoundReport,
-    Settings,
-    branches_of,
-    draw_share,
-    squared_difference,
-    train,
-)
+from l2c_compile.finders.settings import Settings
+from l2c_compile.finders.training import Draw, Learner, RoundReport, branches_of, draw_share, train
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import BuiltInLoop, DPMSolver
 from l2c_compile.schedules.router import Router
@@ -46,8 +38,6 @@ from l2c_compile.schedules.sites import Site
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-__all__ = ["L2CSettings", "alternating_pairs", "learn_l2c", "published_pairs"]
 
 _NUM_WEIGHING_DRAWS = 4
 """Batches that the sensitivities are a mean of."""
@@ -61,8 +51,9 @@ class L2CSettings(Settings):
     """How to learn; see ``Settings``. A round updates every pair once, each on fresh samples."""
 
     weigh_by_result: bool = False
-    """Weigh the distance of each evaluation with what it does to the result of the loop (``_sensitivities``). The
-    authors count all alike, though what is off early may be forgotten, or grow, on the way to the end."""
+    """Whether the distance of each evaluation is weighed with what it does to the result of the loop
+    (``_sensitivities``). The authors count all alike, though what is off early may be forgotten, or grow, on
+    the way to the end."""
 
 
 def alternating_pairs(num_evaluations: int, branches: int = 1) -> list[tuple[int, int]]:
@@ -122,33 +113,34 @@ def learn_l2c(
         A router whose trained evaluations are the cached ones; all others are computed.
 
     Raises:
-        ScheduleError: the pairs, the sites, the budget or the data do not fit the loop.
-        UnknownSiteError: a site names a module that the model does not have.
-        CaptureError, LoopTraceError: the denoiser cannot be captured, or the loop not be traced.
+        ScheduleError: if the pairs, the sites, the budget or the data do not fit the loop.
+        UnknownSiteError: if a site names a module that the model does not have.
+        CaptureError: if the denoiser cannot be captured.
+        LoopTraceError: if the loop cannot be traced.
     """
     branches = branches or branches_of(loop)
-    workers, denoiser = Workers(accelerator), SoftDenoiser(model, sites)
+    workers, denoiser = Workers(accelerator), OpenDenoiser(model, sites)
     draw = inputs.draw if isinstance(inputs, LatentData) else inputs
 
     def drawn(number: int) -> tuple[object, dict[str, object]]:
         return draw_share(draw, settings, number, workers, denoiser.device)
 
-    forms = denoiser.forms_of(loop, *drawn(0))
-    chosen = _checked_pairs(loop, pairs, len(forms), branches)
-    learner = Learner(denoiser, forms, [m for _, m in chosen], settings, workers, _COMPUTED)
-    walk = _Walk(learner, branches)
+    evaluations = denoiser.evaluations_of(loop, *drawn(0))
+    chosen = _checked_pairs(loop, pairs, len(evaluations), branches)
+    learner = Learner(denoiser, evaluations, [m for _, m in chosen], settings, workers, _COMPUTED)
+    updates = _PairUpdates(learner, branches)
 
     def own_samples(number: int) -> None:
         noise, conditions = drawn(number)
         with torch.no_grad():
-            denoiser.run(loop, noise, conditions, walk.on_evaluation)
+            denoiser.run(loop, noise, conditions, updates.on_evaluation)
 
     one_round: Callable[[int], None] = own_samples
     source = "own samples"
     if isinstance(inputs, LatentData):
         noised = inputs.noised or noised_by(loop)
-        ways = segments(denoiser, loop, *drawn(0), chosen)
-        one_round, source = _data_round(inputs, noised, ways, walk, workers), "latents"
+        parts = segments(denoiser, loop, *drawn(0), chosen)
+        one_round, source = _data_round(inputs, noised, parts, updates), "latents"
 
     def weighed_round(number: int) -> None:
         if settings.weigh_by_result and learner.weights_E is None:
@@ -161,7 +153,6 @@ def learn_l2c(
     return train(learner, weighed_round, lambda: learner.router(loop, branches, info), checkpoint, on_round)
 
 
-@torch.no_grad()
 def _sensitivities(
     learner: Learner, loop: Loop, branches: int, draws: Iterable[tuple[object, dict[str, object]]]
 ) -> Tensor:
@@ -170,55 +161,31 @@ def _sensitivities(
     Measured where one evaluation alone takes every site from the full one before it: the mean squared change of the
     result over the distance there. Errors of several evaluations add up where they are independent.
     """
+    denoiser = learner.denoiser
+    nothing_S = torch.zeros(len(denoiser.sites), device=denoiser.device)
     changes_E = torch.zeros(learner.num_evaluations, dtype=torch.float64)
     distances_E = torch.zeros_like(changes_E)
+    caches: dict[int, list[Tensor]] = {}
+
+    def evaluate(e: int, evaluation: OpenEvaluation, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
+        student = None
+        with learner.workers.autocast():
+            outputs, values = evaluation.observe(tensors)
+            if e in learner.logits:
+                student, _ = evaluation.mix(tensors, nothing_S, caches[e % branches])
+                distances_E[e] += float(learner.distance(student, outputs))
+                student = evaluation.in_form(student)
+        caches[e % branches] = values
+        return evaluation.in_form(outputs), student
+
     for noise, conditions in draws:
-        for e, (change, distance) in _effects_of_caching(learner, loop, branches, noise, conditions).items():
+        effects = effect_of_caching(denoiser, loop, noise, conditions, evaluate, learner.workers)
+        for e, change in effects.items():
             changes_E[e] += change
-            distances_E[e] += distance
     return changes_E / distances_E.clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _effects_of_caching(
-    learner: Learner, loop: Loop, branches: int, noise: object, conditions: dict[str, object]
-) -> dict[int, tuple[float, float]]:
-    """Return, for each trained evaluation, what caching it alone changes in the result, and its distance there."""
-    denoiser, autocast = learner.denoiser, learner.workers.autocast
-    nothing_S = torch.zeros(len(denoiser.sites), device=denoiser.device)
-    full: list[list[Tensor]] = []
-    students: dict[int, list[Tensor]] = {}
-    distances: dict[int, float] = {}
-    caches: dict[int, list[Tensor]] = {}
-
-    def run_in_full(e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
-        with autocast():
-            outputs, values = form.full(tensors)
-            if e in learner.logits:
-                student, _ = form.soft(tensors, nothing_S, caches[e % branches])
-                distances[e] = float(learner.distance(student, outputs))
-                students[e] = form.outputs_in_form(student)
-        caches[e % branches] = values
-        full.append(form.outputs_in_form(outputs))
-        return full[e]
-
-    def run_with_one_cached(cached: int, e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
-        if e <= cached:
-            return students[e] if e == cached else full[e]
-        with autocast():
-            return form.outputs_in_form(form.full(tensors)[0])
-
-    def result_of(on_evaluation: OnEvaluation) -> object:
-        with torch.random.fork_rng():  # loops that draw noise draw the same each time
-            return denoiser.run(loop, noise, conditions, on_evaluation)
-
-    wanted = result_of(run_in_full)
-    return {
-        e: (squared_difference(wanted, result_of(partial(run_with_one_cached, e))), distances[e])
-        for e in learner.logits
-    }
-
-
-class _Walk:
+class _PairUpdates:
     """Fills the cache in full evaluations and updates the logits of cached ones, while the full model goes on."""
 
     def __init__(self, learner: Learner, branches: int) -> None:
@@ -226,16 +193,16 @@ class _Walk:
         self.branches = branches
         self._cache: dict[int, list[Tensor]] = {}
 
-    def on_evaluation(self, e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
-        return self.evaluate(e, form, tensors, is_trained=e in self.learner.logits)
+    def on_evaluation(self, e: int, evaluation: OpenEvaluation, tensors: list[Tensor]) -> list[Tensor]:
+        return self.evaluate(e, evaluation, tensors, is_trained=e in self.learner.logits)
 
-    def evaluate(self, e: int, form: Form, tensors: list[Tensor], *, is_trained: bool) -> list[Tensor]:
+    def evaluate(self, e: int, evaluation: OpenEvaluation, tensors: list[Tensor], *, is_trained: bool) -> list[Tensor]:
         with self.learner.workers.autocast():
-            outputs, values = form.full(tensors)
+            outputs, values = evaluation.observe(tensors)
             if is_trained:
                 with torch.enable_grad():
                     cached = self._cache.pop(e - self.branches)
-                    student, _ = form.soft(tensors, self.learner.scores(e), cached)
+                    student, _ = evaluation.mix(tensors, self.learner.logits.scores(e), cached)
                     distance = self.learner.distance(student, outputs)
         if is_trained:
             with torch.enable_grad():
@@ -243,36 +210,34 @@ class _Walk:
         else:
             self._cache = {source: kept for source, kept in self._cache.items() if source > e - self.branches}
             self._cache[e] = values
-        return form.outputs_in_form(outputs)
+        return evaluation.in_form(outputs)
 
 
 def _data_round(
     data: LatentData,
     noised: Callable[[Tensor, Tensor, int], Tensor],
-    ways: Sequence[Segment],
-    walk: _Walk,
-    workers: Workers,
+    parts: Sequence[Segment],
+    updates: _PairUpdates,
 ) -> Callable[[int], None]:
-    settings, denoiser = walk.learner.settings, walk.learner.denoiser
+    learner = updates.learner
+    settings = learner.settings
+
+    def one_pair(part: Segment, generator: torch.Generator) -> None:
+        clean, conditions = data.draw_clean(settings.batch_size, generator)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        drawn = noised(clean, noise, part.start), conditions
+        state, own = learner.workers.share(drawn, settings.batch_size, learner.denoiser.device)
+
+        def on_evaluation(e: int, evaluation: OpenEvaluation, tensors: list[Tensor]) -> list[Tensor]:
+            return updates.evaluate(e, evaluation, tensors, is_trained=e == part.end)
+
+        with torch.no_grad():
+            part.run(state, own, on_evaluation)
 
     def one_round(number: int) -> None:
         generator = generator_of(settings.seed, number)
-        for way in ways:
-
-            def draw(count: int, generator: torch.Generator) -> tuple[Tensor, dict[str, object]]:
-                clean, conditions = data.draw_clean(count, generator)
-                noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
-                return noised(clean, noise, way.start), conditions  # noqa: B023 - called before the next turn
-
-            state, conditions = workers.share(
-                draw(settings.batch_size, generator), settings.batch_size, denoiser.device
-            )
-
-            def on_evaluation(e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
-                return walk.evaluate(e, form, tensors, is_trained=e == way.end)  # noqa: B023
-
-            with torch.no_grad():
-                way.run(state, conditions, on_evaluation)
+        for part in parts:
+            one_pair(part, generator)
 
     return one_round
 

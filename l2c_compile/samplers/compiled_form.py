@@ -32,6 +32,8 @@ class CompiledForm:
     """The dtypes and devices of the denoiser's parameters, and which parameters are tied."""
     versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Identity, memory and version that the weights had when constants were folded from them."""
+    last_use: int = 0
+    """A number that grows with each use of any form."""
 
     @cached_property
     def module(self) -> fx.GraphModule:

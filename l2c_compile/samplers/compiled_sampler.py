@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -34,6 +36,8 @@ from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh, weight
 from l2c_compile.samplers.explanation import Explanation
 from l2c_compile.schedules.schedule import CacheSchedule
 
+MAX_FORMS = 64
+
 
 class CompiledSampler(nn.Module):
     """A sampling loop that runs as one static graph: ``sampler(noise, **conditions) -> latent``.
@@ -58,12 +62,15 @@ class CompiledSampler(nn.Module):
         loop: Loop,
         options: Options | None = None,
         progress: Progress | None = None,
+        max_forms: int = MAX_FORMS,
     ) -> None:
         super().__init__()
         self.model = model
         self.schedule = schedule
         self.loop = loop
         self.options = options or Options()
+        self.max_forms = max_forms
+        """How many forms of input are kept compiled; beyond that the one that was used least recently is forgotten."""
         self.training = model.training
         self._progress = progress or silent
         self._begin_empty()
@@ -118,9 +125,22 @@ class CompiledSampler(nn.Module):
                 # Another thread may have built it meanwhile.
                 form = self._forms.get(key) or self._build(inputs, noise, conditions)
                 self._forms[key] = form
+                self._forget_old_forms(form)
                 self._known = list(reversed(self._forms.values()))
+        form.last_use = next(_USES)
         self._latest = form
         return form
+
+    def _forget_old_forms(self, newest: CompiledForm) -> None:
+        by_use = sorted(self._forms, key=lambda key: self._forms[key].last_use)
+        for key in [key for key in by_use if self._forms[key] is not newest][: max(0, len(by_use) - self.max_forms)]:
+            del self._forms[key]
+            warnings.warn(
+                f"the sampler was compiled for more than {self.max_forms} forms of input, so the one used least"
+                " recently is forgotten and would be compiled again; pad the inputs to fewer forms, or give"
+                f" l2c_compile(..., max_forms={2 * self.max_forms})",
+                stacklevel=5,
+            )
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -356,5 +376,7 @@ class CompiledSampler(nn.Module):
             raise L2CError("nothing is compiled yet; call the sampler, or sampler.capture(noise, **conditions), first")
         return self._latest
 
+
+_USES = itertools.count(1)
 
 _PER_PROCESS = frozenset({"_forms", "_known", "_latest"})

@@ -14,10 +14,10 @@ from l2c_compile.passes.base import LeftAlone, PassRun
 
 @dataclass(frozen=True)
 class Explanation:
-    """What each pass did, and why it left other candidates alone. Print it."""
+    """What each pass did, and why it left other candidates alone. ``print`` shows it."""
 
     passes: tuple[PassRun, ...]
-    """In the order in which they ran."""
+    """The runs of the passes, in their order."""
 
     def to_dict(self) -> dict[str, object]:
         """Return all of it as what JSON holds."""
@@ -50,7 +50,7 @@ class Explanation:
         for run in self.passes:
             yield Text(f"{run.name:<{width}}  {run.report.rewrites:>8}  {1e3 * run.seconds:>8.1f}")
             for left in run.report.left_alone.values():
-                # Not as markup: reasons have sizes in brackets.
+                # A reason may have sizes in brackets, which markup would swallow.
                 why = f"{left.count} left alone: {left.reason}; the first is {_place_of(left)}"
                 yield Padding(Text(why), (0, 0, 0, 4))
         rewrites = sum(run.report.rewrites for run in self.passes)

@@ -11,8 +11,6 @@ from bench.trust.mutate.json_text import edits
 from bench.trust.mutate.raw import Bytes, Draw
 from bench.trust.mutate.zips import Records, records_of, zipped
 
-__all__ = ["groups"]
-
 _OURS = "archive/data/extra/l2c_compile/"
 _MANIFEST, _GRAPH, _SCHEDULE = (_OURS + name for name in ("manifest.json", "graph.jsonl", "schedule.json"))
 
@@ -111,7 +109,7 @@ _LINES: dict[str, _LinesEdit] = {
 
 
 def _other_weights(draw: Draw, content: bytes) -> bytes:
-    """Weights that are not finite, of another length, or others, with or without a checksum that says so."""
+    """Return weights that are not finite, of another length, or others, with or without a checksum that fits."""
     records = records_of(content)
     name = draw.choice([name for name in records if "/weight_" in name or "/tensor_" in name])
     old = records[name]

@@ -9,14 +9,11 @@ from pathlib import Path
 from bench.trust.mutate.raw import Bytes, Draw
 from l2c_compile import CacheSchedule
 
-__all__ = ["edits", "large_json"]
-
-
 _Edit = Callable[[Draw, object, Path], object]
 
 
 def _odd_value(draw: Draw, canary: Path) -> object:
-    """Return a value that no reader expects where it stands; ``_Raw`` is written as it is."""
+    """Return a value that no reader expects where it stands; ``_RawText`` is written as it is."""
     code = f"__import__('os').mkdir({str(canary)!r})"
     deep: object = 0
     for _ in range(draw.choice((10, 40, 300))):
@@ -25,7 +22,7 @@ def _odd_value(draw: Draw, canary: Path) -> object:
         (
             *(None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, "", [], {}, [[]], "0", "%0", "%99999999", "%-1", 2**31),
             *(2**63 - 1, 2**63, -(2**63), 10**400, 3.0, [0] * 1000, [None], {"": 0}, [1, [2, [3]]]),
-            *(_Raw("NaN"), _Raw("Infinity"), _Raw("-Infinity"), _Raw("1e999"), _Raw("1" * 5000), _Raw("-0")),
+            *map(_RawText, ("NaN", "Infinity", "-Infinity", "1e999", "1" * 5000, "-0")),
             *(
                 "\x00",
                 "\u202eevil",
@@ -46,7 +43,7 @@ def _odd_value(draw: Draw, canary: Path) -> object:
     )
 
 
-class _Raw:
+class _RawText:
     """Text that goes into the document as it is, valid JSON or not."""
 
     def __init__(self, text: str) -> None:
@@ -57,7 +54,7 @@ def _dumps(document: object) -> bytes:
     raw: list[str] = []
 
     def stand_in(value: object) -> str:
-        assert isinstance(value, _Raw)
+        assert isinstance(value, _RawText)
         raw.append(value.text)
         return f"@raw{len(raw) - 1}@"
 
@@ -153,12 +150,12 @@ def _multiply(draw: Draw, document: object, canary: Path) -> object:
 
 
 def _twice(draw: Draw, document: object, canary: Path) -> object:
-    """One key twice in one object: readers disagree on which of them counts."""
+    """Write one key twice in one object: readers disagree on which of them counts."""
     if not isinstance(document, dict) or not document:
         return document
     text = _dumps(document).decode()
     key = json.dumps(draw.choice(list(document)))
-    return _Raw("{" + f"{key}: {draw.choice(('0', 'null', '[]', '{}'))}, " + text[1:])
+    return _RawText("{" + f"{key}: {draw.choice(('0', 'null', '[]', '{}'))}, " + text[1:])
 
 
 def _at(document: object, place: tuple[object, ...]) -> object:
@@ -188,7 +185,7 @@ def _on_text(edit: _Edit, canary: Path) -> Bytes:
         document = json.loads(content)
         for _ in range(draw.choice((1, 1, 3))):
             changed = edit(draw, document, canary)
-            if isinstance(changed, _Raw):
+            if isinstance(changed, _RawText):
                 return changed.text.encode()
             document = changed
             if not isinstance(document, (dict, list)):

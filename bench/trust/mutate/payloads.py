@@ -10,10 +10,8 @@ from pathlib import Path
 
 from bench.trust.mutate.raw import Draw
 
-__all__ = ["payload"]
 
-
-class _Calls:
+class _PickledCall:
     """Pickles as a call of ``function`` with ``arguments``."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
@@ -30,13 +28,13 @@ def payload(draw: Draw, canary: Path) -> bytes:
     quoted = path.encode()
     return draw.choice(
         (
-            pickle.dumps(_Calls(os.mkdir, path)),
-            pickle.dumps(_Calls(os.system, f"mkdir {path}")),
-            pickle.dumps(_Calls(exec, code)),
-            pickle.dumps(_Calls(eval, f"__import__('os').mkdir({path!r})"), protocol=0),
-            pickle.dumps({"routers": {"0.prob": _Calls(open, path, "w")}}, protocol=2),
-            pickle.dumps(_Calls(getattr, _Calls(__import__, "os"), "mkdir")),
-            pickle.dumps(argparse.Namespace(model=_Calls(os.mkdir, path)), protocol=2),
+            pickle.dumps(_PickledCall(os.mkdir, path)),
+            pickle.dumps(_PickledCall(os.system, f"mkdir {path}")),
+            pickle.dumps(_PickledCall(exec, code)),
+            pickle.dumps(_PickledCall(eval, f"__import__('os').mkdir({path!r})"), protocol=0),
+            pickle.dumps({"routers": {"0.prob": _PickledCall(open, path, "w")}}, protocol=2),
+            pickle.dumps(_PickledCall(getattr, _PickledCall(__import__, "os"), "mkdir")),
+            pickle.dumps(argparse.Namespace(model=_PickledCall(os.mkdir, path)), protocol=2),
             b"cos\nmkdir\n(V" + quoted + b"\ntR.",
             b"(S'" + quoted + b"'\nios\nmkdir\n.",
             b"(cos\nmkdir\nS'" + quoted + b"'\no.",

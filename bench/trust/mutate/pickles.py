@@ -15,8 +15,6 @@ from bench.trust.mutate.raw import Bytes, Draw, flip_bits, overwrite, swap, trun
 from bench.trust.mutate.valid import logits, torch_save
 from bench.trust.mutate.zips import records_of, zipped
 
-__all__ = ["edits"]
-
 
 def _with_pickle(pickled: bytes, storages: int = 1) -> bytes:
     extra = {f"archive/data/{i}": bytes(64) for i in range(storages)}
@@ -64,7 +62,7 @@ def _pickle_name(content: bytes) -> str:
 
 
 def _odd_tensors(draw: Draw, content: bytes, canary: Path) -> bytes:
-    """Router logits of other forms, numbers, names and counts."""
+    """Return router logits of other forms, numbers, names and counts."""
     num_rows, num_entries = draw.choice(((4, 6), (1, 6), (3, 6), (4, 5), (0, 6), (10_000, 1), (2, 100_001), (50, 4000)))
     rows: dict[object, object] = dict(logits(num_rows, num_entries).items())
     plain = torch.zeros(num_entries)

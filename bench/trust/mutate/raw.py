@@ -6,11 +6,9 @@ import random
 import struct
 from collections.abc import Callable
 
-__all__ = ["BYTES", "Bytes", "Draw", "claim_much", "flip_bits", "overwrite", "swap", "truncate", "zero"]
-
 Draw = random.Random
 Bytes = Callable[[Draw, bytes], bytes]
-"""What breaks the bytes of a file."""
+"""A function that breaks the bytes of a file."""
 
 
 def _place(draw: Draw, content: bytes) -> int:
@@ -18,7 +16,7 @@ def _place(draw: Draw, content: bytes) -> int:
 
 
 def truncate(draw: Draw, content: bytes) -> bytes:
-    """Keep the beginning."""
+    """Keep only the beginning."""
     return content[: draw.randrange(len(content))]
 
 
@@ -72,7 +70,7 @@ def claim_much(draw: Draw, content: bytes) -> bytes:
 
 
 def _foreign(draw: Draw, content: bytes) -> bytes:
-    """Content of a known other format, or of none."""
+    """Return the content of another known format, or of none."""
     return draw.choice(
         (
             b"",

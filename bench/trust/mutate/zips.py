@@ -12,8 +12,6 @@ from pathlib import Path
 from bench.trust.mutate.payloads import payload
 from bench.trust.mutate.raw import Bytes, Draw, claim_much, flip_bits, overwrite, swap, truncate, zero
 
-__all__ = ["Records", "edits", "records_of", "zipped"]
-
 Records = dict[str, bytes]
 """The files of an archive, by name."""
 
@@ -66,7 +64,7 @@ def _with_odd_name(draw: Draw, records: Records, canary: Path) -> bytes:
 
 
 def _with_link(draw: Draw, records: Records, canary: Path) -> bytes:
-    """Make a record what would be unpacked as a symbolic link."""
+    """Turn a record into what would be unpacked as a symbolic link."""
     old = draw.choice(list(records))
     link = zipfile.ZipInfo(old)
     link.create_system, link.external_attr = 3, 0o120777 << 16
@@ -90,7 +88,7 @@ def _compressed(draw: Draw, records: Records, canary: Path) -> bytes:
 
 
 def _forged_directory(draw: Draw, records: Records, canary: Path) -> bytes:
-    """Other sizes, offsets, flags or methods in an entry of the directory than in the record."""
+    """Write other sizes, offsets, flags or methods into an entry of the directory than the record has."""
     content = bytearray(zipped(records))
     entries = [i for i in range(len(content)) if content.startswith(b"PK\1\2", i)]
     for entry in draw.sample(entries, k=draw.choice((1, len(entries)))):
@@ -137,7 +135,7 @@ def _around(draw: Draw, records: Records, canary: Path) -> bytes:
 
 
 def _changed(draw: Draw, records: Records, canary: Path) -> bytes:
-    """One record changed, and the checksum of the archive put right."""
+    """Change one record, and correct the checksum of the archive."""
     name = draw.choice([name for name in records if records[name]])
     mutation = draw.choice((flip_bits, truncate, overwrite, zero, swap, claim_much))
     return zipped({**records, name: mutation(draw, records[name])})

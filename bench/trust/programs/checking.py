@@ -39,8 +39,6 @@ from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, REGIONS, SKELETON
 from l2c_compile.torch_backend import l2c
 
-__all__ = ["Checker", "Mismatch", "Outcome", "Program", "draw_programs", "evaluations_of"]
-
 _LOOPS_PER_DENOISER = 3
 _SCHEDULES_PER_LOOP = 16
 
@@ -66,7 +64,7 @@ class Program:
     entries: list[Description]
     """The reuses of the schedule."""
     pipelines: list[list[str]]
-    """Passes by name, in order. Each pipeline is judged by itself."""
+    """The names of the passes of each pipeline, in order. Each pipeline is judged by itself."""
     in_regions: bool
     """Whether the graph of the last pipeline is also judged in regions."""
     runs_again: bool
@@ -83,20 +81,20 @@ class Program:
 
     @property
     def key(self) -> str:
-        """Equal for programs that differ at most in their passes."""
+        """A text that is equal for programs that differ at most in their passes."""
         return json.dumps([self.denoiser, self.loop, self.sites, self.entries], sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one check ended, if it did not fail."""
+    """The result of a check that did not fail."""
 
     refused: str = ""
-    """What the compiler said to a program that it does not take; empty if it compiled."""
+    """The message with which the compiler refused the program; empty if it compiled."""
 
 
 def draw_programs(rng: random.Random) -> Iterator[Program]:
-    """Draw a denoiser, and some programs around it."""
+    """Draw a denoiser, and yield some programs that use it."""
     description = draw_denoiser(rng)
     denoiser = build_denoiser(description)
     form = draw_form(rng)
@@ -121,7 +119,7 @@ def draw_programs(rng: random.Random) -> Iterator[Program]:
 
 
 def evaluations_of(program: Program) -> int:
-    """Return how often the loop calls the denoiser."""
+    """Return the number of times that the loop calls the denoiser."""
     inputs = draw_inputs(program.denoiser, program.loop, 0)
     return len(_forms_of_evaluations(build_denoiser(program.denoiser), DrawnLoop(program.loop), *inputs))
 
@@ -202,7 +200,7 @@ class Checker:
 
         Raises:
             Mismatch: if it is not equal, changes its inputs or weights, keeps state, or is not as its metadata says.
-            Exception: if whatever the compiler raises that is no refusal in words of its own.
+            Exception: if the compiler raises anything that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
@@ -214,7 +212,9 @@ class Checker:
                 raise
             return Outcome(refused=f"{type(error).__name__}: {error}")
         seeds = (1, 2) if program.runs_again else (1,)
-        runs = [_Run(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, s)) for s in seeds]
+        runs = [
+            _ReferenceRun(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, s)) for s in seeds
+        ]
         if not program.entries and not same_bits(runs[0].wanted, runs[0].plain()):
             raise Mismatch("the reference without reuses is not the loop itself")
         _check_summary(graphs[0][1], schedule, no_dead=_leave_no_dead(graphs[0][0]))
@@ -230,11 +230,11 @@ class Checker:
 
         Raises:
             Mismatch: if it does not, bit for bit, or it changes its inputs or weights.
-            Exception: if whatever the backend raises that is no refusal in words of its own.
+            Exception: if the backend raises anything that is no refusal in words of its own.
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
-        run = _Run(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, 1))
+        run = _ReferenceRun(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, 1))
         called = CalledModules.of(self.denoiser, own(run.noise), torch.ones(len(run.noise)), **own(run.conditions))
         for _, site in schedule.reuses:
             if (site.last or site.path) in called.pass_on:
@@ -308,8 +308,8 @@ class Checker:
         return [tensor._version for tensor in (*self.denoiser.parameters(), *self.denoiser.buffers())]
 
 
-class _Run:
-    """One input of a program and what the reference makes of it."""
+class _ReferenceRun:
+    """One input of a program, and the result of the reference for it."""
 
     def __init__(
         self,
@@ -340,12 +340,12 @@ def _is_bitwise(names: Sequence[str]) -> bool:
     return all(_PASSES[name] in BITWISE.passes for name in names)
 
 
-def _judge(graph: LoopGraph, runs: Sequence[_Run], exact: bool, what: str) -> None:
+def _judge(graph: LoopGraph, runs: Sequence[_ReferenceRun], exact: bool, what: str) -> None:
     """Run a graph on each input, and after several on the first again; write into every result as a caller may."""
     for number, run in enumerate((*runs, runs[0]) if len(runs) > 1 else runs):
         inputs = own(run.inputs)
         with run.seeded():
-            leaves = list(_Checked(graph.root, graph=graph.graph).run(*inputs))
+            leaves = list(_NoteChecker(graph.root, graph=graph.graph).run(*inputs))
         wanted, spec = tree_flatten(run.wanted)
         if spec != graph.out_spec:
             raise Mismatch(f"{what}: returns {graph.out_spec}, wanted {spec}")
@@ -361,8 +361,8 @@ def _judge(graph: LoopGraph, runs: Sequence[_Run], exact: bool, what: str) -> No
 
 
 _RELATIVE = 1e-9
-"""Far above what another order of sums does in float64 (2e-16 an operation, and norms that magnify it by a thousand),
-far below what another formula does."""
+"""The largest relative error allowed: far above that of another order of sums in float64 (2e-16 an operation, and norms
+that magnify it by a thousand), far below that of another formula."""
 
 
 def _close(got: Sequence[object], wanted: Sequence[object]) -> bool:
@@ -377,8 +377,8 @@ def _close_leaf(got: object, wanted: object) -> bool:
     return bool((got - wanted).abs().max() <= _RELATIVE * wanted.abs().max())
 
 
-class _Checked(fx.Interpreter):
-    """Runs a graph, regions included, and compares every value with what its node says of it."""
+class _NoteChecker(fx.Interpreter):
+    """Runs a graph, regions included, and compares every value with what its node notes."""
 
     is_region = False
 
@@ -393,7 +393,7 @@ class _Checked(fx.Interpreter):
         return value
 
     def _is_torchs(self, node: fx.Node) -> bool:
-        """Return whether torch itself expects what the node notes, from what its arguments note.
+        """Return whether torch itself computes what the node notes, from what its arguments note.
 
         For expanded arguments torch's operators without values give other strides than those with (torch 2.13).
         """
@@ -417,7 +417,7 @@ class _Checked(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         if target is torch.ops.higher_order.invoke_subgraph:
             body, _, *operands = args
-            region = _Checked(body)
+            region = _NoteChecker(body)
             region.is_region = True
             return region.run(*operands)
         return super().call_function(target, args, kwargs)

@@ -9,19 +9,17 @@ import torch
 
 from l2c_compile.schedules.rules import Reading, Rule, T
 
-__all__ = ["Combination", "Decay", "FollowInput"]
-
 
 @dataclass(frozen=True)
 class Combination(Rule):
-    """c0 * newest + c1 * older."""
+    """A linear combination of the last values: c0 * newest + c1 * older."""
 
     name: ClassVar[str] = "test combination"
     coefficients: tuple[float, ...]
 
     @property
     def num_sources(self) -> int:
-        """Return one source a coefficient."""
+        """One source for each coefficient."""
         return len(self.coefficients)
 
     def combine(self, reading: Reading[T]) -> T:
@@ -35,14 +33,14 @@ class Combination(Rule):
 
 @dataclass(frozen=True)
 class Decay(Rule):
-    """A part of whatever the site held before, itself a reused value perhaps."""
+    """Nine tenths of the value that the site held before, which may be a reused one."""
 
     name: ClassVar[str] = "test decay"
     history: ClassVar[Literal["computed", "held"]] = "held"
 
     @property
     def num_sources(self) -> int:
-        """Return 1."""
+        """One source."""
         return 1
 
     def combine(self, reading: Reading[T]) -> T:
@@ -52,14 +50,14 @@ class Decay(Rule):
 
 @dataclass(frozen=True)
 class FollowInput(Rule):
-    """The value at the source plus what its input has changed since."""
+    """The value at the source plus the change of its input since then."""
 
     name: ClassVar[str] = "test follow input"
     needs_input: ClassVar[bool] = True
 
     @property
     def num_sources(self) -> int:
-        """Return 1."""
+        """One source."""
         return 1
 
     def combine(self, reading: Reading[T]) -> T:

@@ -18,8 +18,6 @@ from l2c_compile import CacheSchedule, Reuse, Rule, Site
 from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.rules import HOLD, rule_from_dict
 
-__all__ = ["CalledModules", "draw_schedule", "draw_sites", "schedule_from"]
-
 _RULES: tuple[Rule, ...] = (Combination((1.5, -0.5)), Decay(), FollowInput())
 
 
@@ -30,9 +28,9 @@ class CalledModules:
     calls: Counter[str] = field(default_factory=Counter)
     inputs: dict[str, object] = field(default_factory=dict)
     outputs: dict[str, object] = field(default_factory=dict)
-    """Shapes, where there is a single tensor."""
+    """The shapes, where there is a single tensor."""
     pass_on: set[str] = field(default_factory=set)
-    """Those that return a tensor which they were given."""
+    """The sites that return a tensor which they were given."""
 
     @classmethod
     def of(cls, denoiser: nn.Module, *args: Tensor, **kwargs: Tensor) -> CalledModules:

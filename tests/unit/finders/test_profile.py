@@ -150,14 +150,14 @@ def test_only_as_many_evaluations_are_kept_as_there_are_lags(monkeypatch: pytest
     from l2c_compile.finders import profile as module
 
     most = 0
-    note = module._Run.note
+    note = module._RunStatistics.note
 
-    def counting(self: Any, values: Any, work: Any) -> None:  # noqa: ANN401
+    def counting(self: Any, *arguments: Any) -> None:  # noqa: ANN401
         nonlocal most
-        note(self, values, work)
+        note(self, *arguments)
         most = max(most, len(self._kept))
 
-    monkeypatch.setattr(module._Run, "note", counting)
+    monkeypatch.setattr(module._RunStatistics, "note", counting)
     take_profile(residual(), steps(9), ["a"], [(draw(2, 4), {})], lags=2)
     assert most == 2
 

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(2, 2)), reason="this bu
 
 
 def close(a: Tensor, x: Tensor, layer: nn.Linear) -> bool:
-    """Both add K products and a bias in float32, each in its own order: |error| <= (K + 1) eps sum of |terms|."""
+    """Return whether ``a`` is as near to the exact product as float32 allows.
+
+    Both add K products and a bias in float32, each in its own order: |error| <= (K + 1) eps sum of |terms|.
+    """
     weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
     exact = nn.functional.linear(x.double(), weight, bias)
     size = nn.functional.linear(x.double().abs(), weight.abs(), None if bias is None else bias.abs())

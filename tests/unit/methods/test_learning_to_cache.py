@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2c_compile import CacheSchedule, Router, l2c_compile, load_schedule_file, run_reference
 from l2c_compile.errors import FileFormatError, ScheduleError, UnknownSiteError
 from l2c_compile.finders import LatentData
-from l2c_compile.finders.open_evaluations import Form
+from l2c_compile.finders.open_evaluations import OpenEvaluation
 from l2c_compile.finders.training import Learner, RoundReport
 from l2c_compile.loops import DDIM, BuiltInLoop, DPMSolver, FlowEuler, Guidance, loop_from_dict
 from l2c_compile.methods import L2CSettings, alternating_pairs, learn_l2c, published_pairs
@@ -346,13 +346,13 @@ def test_data_go_through_the_loops_own_update(loop: BuiltInLoop, start: int, mon
         return eager[e][:1]
 
     seen: list[Tensor] = []
-    original = Form.full
+    original = OpenEvaluation.observe
 
-    def full(self: Form, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def observe(self: OpenEvaluation, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         seen.append(tensors[0].clone())
         return original(self, tensors)
 
-    monkeypatch.setattr(Form, "full", full)
+    monkeypatch.setattr(OpenEvaluation, "observe", observe)
     data = LatentData(torch.zeros(1, 4, 4, 4), {"y": labels}, dropout=0.0, noised=noised)
     pair = published_pairs(loop)[-1]
     learn_l2c(model, loop, data, DIT_SITES, settings(rounds=1, batch_size=1), pairs=[pair])

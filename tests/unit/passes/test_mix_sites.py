@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, run_reference
 from l2c_compile.errors import ScheduleError
-from l2c_compile.finders.open_evaluations import Form, SoftDenoiser
+from l2c_compile.finders.open_evaluations import OpenDenoiser, OpenEvaluation
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import SITE
 from l2c_compile.passes.mix_sites import MixSites
@@ -24,23 +24,23 @@ LABELS = torch.tensor([1, 3])
 
 
 def captured(*sites: str) -> EvaluationGraph:
-    form, _ = SoftDenoiser(residual(), sites).call((draw(2, 4), torch.ones(2)), {})
-    return form.captured.copy()
+    evaluation, _ = OpenDenoiser(residual(), sites).call((draw(2, 4), torch.ones(2)), {})
+    return evaluation.captured.copy()
 
 
 def two_evaluations(
     model: nn.Module, sites: list[str], noise: Tensor, scores: list[float], **conditions: Tensor
 ) -> object:
     """Return the result of a loop whose second evaluation is mixed with what the first one computed."""
-    denoiser = SoftDenoiser(model, sites)
+    denoiser = OpenDenoiser(model, sites)
     values: list[Tensor] = []
 
-    def on_evaluation(e: int, form: Form, tensors: list[Tensor]) -> list[Tensor]:
+    def on_evaluation(e: int, evaluation: OpenEvaluation, tensors: list[Tensor]) -> list[Tensor]:
         if e == 0:
-            outputs, computed = form.full(tensors)
+            outputs, computed = evaluation.observe(tensors)
             values.extend(computed)
             return outputs
-        return form.soft(tensors, torch.tensor(scores), values)[0]
+        return evaluation.mix(tensors, torch.tensor(scores), values)[0]
 
     with torch.no_grad():
         return denoiser.run(steps(2), noise, conditions, on_evaluation)
@@ -119,10 +119,10 @@ def test_mixtures_and_gradients_are_those_of_hooks(nested: bool) -> None:
     sites = ["blocks.0", "blocks.0.mlp"] if nested else ["blocks.0.mlp", "blocks.2", "outer"]
     model, x, t = seeded(Stack()).double(), draw(2, 4).double(), torch.ones(2, dtype=torch.float64)
     cached = {site: draw(2, 4, seed=7 + index).double() for index, site in enumerate(sites)}
-    form, tensors = SoftDenoiser(model, sites).call((x, t), {})
+    evaluation, tensors = OpenDenoiser(model, sites).call((x, t), {})
     results = []
     forwards: list[Callable[[Tensor], Tensor]] = [
-        lambda scores: form.soft(tensors, scores, list(cached.values()))[0][0],
+        lambda scores: evaluation.mix(tensors, scores, list(cached.values()))[0][0],
         lambda scores: hooked(model, scores, cached, x, t),
     ]
     for forward in forwards:
@@ -137,26 +137,26 @@ def test_gradients_are_those_of_finite_differences() -> None:
     model = tiny_dit(depth=1).double()
     sites = ["blocks.0.attn", "delta(blocks.0.mlp)"]
     x = draw(1, 4, 4, 4).double()
-    form, tensors = SoftDenoiser(model, sites).call((x, torch.tensor([5]), torch.tensor([2])), {})
-    _, values = form.full(tensors)
+    evaluation, tensors = OpenDenoiser(model, sites).call((x, torch.tensor([5]), torch.tensor([2])), {})
+    _, values = evaluation.observe(tensors)
     cached = [(value + 0.5 * draw(*value.shape).double()).requires_grad_() for value in values]
     scores = torch.tensor([0.3, 0.8], dtype=torch.float64, requires_grad=True)
 
     def mixed(x: Tensor, scores: Tensor, *cached: Tensor) -> Tensor:
-        return form.soft([x, *tensors[1:]], scores, cached)[0][0]
+        return evaluation.mix([x, *tensors[1:]], scores, cached)[0][0]
 
     assert torch.autograd.gradcheck(mixed, (x.requires_grad_(), scores, *cached), fast_mode=True)
 
 
 def test_a_mixture_has_the_dtype_of_what_is_computed() -> None:
-    form, tensors = SoftDenoiser(residual().bfloat16(), ["a"]).call((draw(2, 4).bfloat16(), torch.ones(2)), {})
-    outputs, values = form.full(tensors)
-    mixed, _ = form.soft(tensors, torch.tensor([0.5]), values)
+    evaluation, tensors = OpenDenoiser(residual().bfloat16(), ["a"]).call((draw(2, 4).bfloat16(), torch.ones(2)), {})
+    outputs, values = evaluation.observe(tensors)
+    mixed, _ = evaluation.mix(tensors, torch.tensor([0.5]), values)
     assert [t.dtype for t in (*values, *mixed, *outputs)] == [torch.bfloat16] * 3
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        form, tensors = SoftDenoiser(residual(), ["a"]).call((draw(2, 4), torch.ones(2)), {})
-        _, values = form.full(tensors)
-        form.soft(tensors, torch.tensor([0.5]), values)
+        evaluation, tensors = OpenDenoiser(residual(), ["a"]).call((draw(2, 4), torch.ones(2)), {})
+        _, values = evaluation.observe(tensors)
+        evaluation.mix(tensors, torch.tensor([0.5]), values)
     assert values[0].dtype is torch.bfloat16
 
 
@@ -203,14 +203,14 @@ class Picks(nn.Module):
 )
 def test_what_cannot_be_mixed_is_named(model: Any, site: str, message: str) -> None:  # noqa: ANN401
     with pytest.raises(ScheduleError, match=message):
-        SoftDenoiser(model, [site]).call((draw(2, 4), torch.ones(2)), {})
+        OpenDenoiser(model, [site]).call((draw(2, 4), torch.ones(2)), {})[0].mixed  # noqa: B018
 
 
 def test_sites_that_share_work_but_do_not_nest_are_refused() -> None:
     with pytest.raises(ScheduleError, match="overlap and neither contains the other"):
-        SoftDenoiser(Stack(), ["blocks.0..blocks.1", "blocks.1..blocks.2"])
+        OpenDenoiser(Stack(), ["blocks.0..blocks.1", "blocks.1..blocks.2"]).covers  # noqa: B018
     with pytest.raises(ScheduleError, match="nothing to learn without sites"):
-        SoftDenoiser(Stack(), [])
+        OpenDenoiser(Stack(), [])
 
 
 def test_the_pipelines_leave_no_mark() -> None:

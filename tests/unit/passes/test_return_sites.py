@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from l2c_compile.finders.open_evaluations import SoftDenoiser
+from l2c_compile.finders.open_evaluations import OpenDenoiser
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.nodes import output_list
 from l2c_compile.passes.return_sites import ReturnSites
@@ -12,14 +12,14 @@ from tests.tiny import draw, residual, targets
 
 
 def captured(*sites: str) -> EvaluationGraph:
-    form, _ = SoftDenoiser(residual(), sites).call((draw(2, 4), torch.ones(2)), {})
-    return form.captured.copy()
+    evaluation, _ = OpenDenoiser(residual(), sites).call((draw(2, 4), torch.ones(2)), {})
+    return evaluation.captured.copy()
 
 
 def test_what_was_computed_is_returned_not_the_mixture() -> None:
-    form, tensors = SoftDenoiser(residual(), ["a"]).call((draw(2, 4), torch.ones(2)), {})
-    _, values = form.full(tensors)
-    _, computed = form.soft(tensors, torch.zeros(1), [torch.zeros_like(values[0])])
+    evaluation, tensors = OpenDenoiser(residual(), ["a"]).call((draw(2, 4), torch.ones(2)), {})
+    _, values = evaluation.observe(tensors)
+    _, computed = evaluation.mix(tensors, torch.zeros(1), [torch.zeros_like(values[0])])
     assert torch.equal(computed[0], values[0])
 
 

@@ -220,3 +220,22 @@ def test_the_sampler_is_a_module_over_the_models_weights(sampler: CompiledSample
     sampler(draw(3, 4))
     assert set(sampler.state_dict()) == {f"model.{name}" for name in model.state_dict()}
     assert "def forward" in sampler.graph_module.code
+
+
+def test_forms_are_bounded_and_the_least_recently_used_one_is_forgotten() -> None:
+    sampler = l2c_compile(residual(), CacheSchedule.from_table(TABLE), steps(3), max_forms=2)
+    inputs = [draw(batch, 4) for batch in (1, 2, 3)]
+    wanted = [sampler(inputs[0]), sampler(inputs[1])]
+    kept = sampler.capture(inputs[0])
+    with pytest.warns(UserWarning, match="more than 2 forms of input.*max_forms=4"):
+        sampler(inputs[2])
+    assert forms_of(sampler) == 2
+    assert sampler.capture(inputs[0]) is kept
+    with pytest.warns(UserWarning, match="used least recently"):
+        assert same_bits(sampler(inputs[1]), wanted[1])
+
+
+@pytest.mark.parametrize("max_forms", [0, 1.5, True])
+def test_a_bound_on_forms_is_a_whole_number(max_forms: Any) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match="max_forms wants a whole number from 1"):
+        sampler_of(residual(), max_forms=max_forms)
