@@ -7,15 +7,24 @@ INSTALLED := .venv/installed
 # Run a second time, through Triton's interpreter: only there do the kernels' own bodies run on a CPU.
 KERNEL_TESTS := tests/unit/kernels $(wildcard $(patsubst kernels/%.py,tests/property/test_%.py,$(wildcard kernels/*.py)))
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all slow lint clean
 
 demo: $(INSTALLED)
 	.venv/bin/l2c demo --out out/demo --force
 
-# One thread a worker: two workers that each take every core are slower than one.
+# One thread a worker: two workers that each take every core are slower than one. A worker gets tests that stand together,
+# so that it captures and compiles what they share once, and takes from the other one when it is done.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
+
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 $(KERNEL_TESTS)
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(KERNEL_TESTS)
+
+# The rest: each says in its marker why it takes long.
+slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+test-all: test slow
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -38,6 +38,7 @@ LOOPS: dict[str, BuiltInLoop] = {
     },
     "flow-euler": FlowEuler(4, shift=3.0),
 }
+QUICK = ("ddim-eta-1", "dpmsolver-singlestep-3-time", "dpmsolver++-multistep-2-True", "flow-euler")
 ALL = {f"{name}-{guided}": (loop, g) for name, loop in LOOPS.items() for guided, g in GUIDANCES.items()}
 DIT_SITES = ("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp")
 GETITEM = "<built-in function getitem>"
@@ -78,7 +79,15 @@ def test_a_dit_that_computes_everything_equals_the_plain_loop(
     check_equals_reference(dit, CacheSchedule.all_compute(guided.num_evaluations, DIT_SITES), guided, noise, y=labels)
 
 
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+UVIT_LOOPS = [
+    pytest.param(
+        loop, id=name, marks=() if name in QUICK else pytest.mark.slow(reason="the DiT goes through all loops")
+    )
+    for name, loop in LOOPS.items()
+]
+
+
+@pytest.mark.parametrize("loop", UVIT_LOOPS)
 @pytest.mark.parametrize("guided", ["none", "batched", "unbatched"])
 def test_a_uvit_that_computes_everything_equals_the_plain_loop(uvit: nn.Module, loop: BuiltInLoop, guided: str) -> None:
     loop = with_guidance(loop, GUIDANCES[guided])

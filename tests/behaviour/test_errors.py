@@ -129,6 +129,7 @@ def passes_a_list_of_sets(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
     return denoiser(x, at(x, 1), {1, 2})
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
