@@ -79,12 +79,8 @@ def test_a_dit_that_computes_everything_equals_the_plain_loop(
     check_equals_reference(dit, CacheSchedule.all_compute(guided.num_evaluations, DIT_SITES), guided, noise, y=labels)
 
 
-UVIT_LOOPS = [
-    pytest.param(
-        loop, id=name, marks=() if name in QUICK else pytest.mark.slow(reason="the DiT goes through all loops")
-    )
-    for name, loop in LOOPS.items()
-]
+SLOW = pytest.mark.slow(reason="the DiT goes through all loops")
+UVIT_LOOPS = [pytest.param(loop, id=name, marks=() if name in QUICK else SLOW) for name, loop in LOOPS.items()]
 
 
 @pytest.mark.parametrize("loop", UVIT_LOOPS)
