@@ -53,7 +53,6 @@ def test_evaluations_that_are_alike_share_one_region(compiled: list[fx.GraphModu
         assert same_bits(lowered(draw(2, 4)), wanted)
     calls = [node for node in lowered.graph.nodes if node.op == "call_module"]
     assert num_regions(lowered) == len(compiled) == len(said) == len({node.target for node in calls})
-    assert len(calls) == 3
     assert num_regions(lowered) < len(calls)
     assert said[-1] == f"compile region {len(compiled)} of {len(compiled)}"
     assert not lowered.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
