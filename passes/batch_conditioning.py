@@ -81,14 +81,19 @@ class _ProjectionBatcher:
 
     def run(self) -> None:
         for level in range(max(self.levels.values(), default=0) + 1):
+            members = [node for node in self.levels if self.levels[node] == level]
             groups: dict[object, list[Node]] = {}
-            for node in [n for n in self.levels if self.levels[n] == level]:
-                self._move(node)
+            for node in members:
                 if node in self.projections:
                     groups.setdefault(_group_key(node), []).append(node)
             for group in groups.values():
+                # Noted before it is moved out of its evaluation.
                 if len(group) == 1:
                     self.report.leave(group[0], Reason("no other evaluation projects with these weights"))
+            for node in members:
+                self._move(node)
+            for group in groups.values():
+                if len(group) == 1:
                     self._distribute(group[0], group)
                 else:
                     self._batch(group)

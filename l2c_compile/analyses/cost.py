@@ -187,7 +187,7 @@ class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Return True: Dynamo would let nothing be compiled meanwhile, in no thread, as the flag is one for all."""
+        """Return whether Dynamo shall pass over the mode: with any other mode on, it compiles nothing in any thread."""
         return True
 
     def __torch_dispatch__(

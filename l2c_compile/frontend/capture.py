@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
+from l2c_compile.frontend.restore import left_as_it_was
 from l2c_compile.frontend.weights_lock import weights_swapped
 from l2c_compile.graphs.forms import CallSignature, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
@@ -73,7 +74,7 @@ def capture(
             cache_folder_named(),
             weights_swapped(),
             torch.no_grad(),
-            _as_it_was(denoiser),
+            left_as_it_was(denoiser),
             marking,
             AliasesAsInEagerTorch(),
         ):
@@ -97,24 +98,6 @@ def capture(
     _check_all_marked(denoiser, evaluation)
     return evaluation
 
-
-@contextmanager
-def _as_it_was(denoiser: nn.Module) -> Iterator[None]:
-    """Restore the weights and hooks of every module, wherever the capture ends: torch's cleanup can be interrupted."""
-    saved = [(m, {name: dict(vars(m).get(name, {})) for name in _OWN}, m.training) for m in denoiser.modules()]
-    try:
-        yield
-    finally:
-        for module, own, training in saved:
-            module.training = training
-            for name, entries in own.items():
-                held = vars(module).get(name, {})
-                if held.keys() != entries.keys() or any(held[key] is not entries[key] for key in entries):
-                    held.clear()
-                    held.update(entries)
-
-
-_OWN = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 _TENSOR = object()
 

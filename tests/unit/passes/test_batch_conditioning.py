@@ -73,6 +73,8 @@ def test_beyond_the_budget_evaluations_are_taken_in_chunks(evaluations_that_fit:
     else:
         assert report.rewrites == 0
         assert set(report.reasons()) == {"no other evaluation projects with these weights"}
+        (left,) = report.left_alone.values()
+        assert (left.count, left.evaluation) == (4 * 3, 0)
 
 
 def test_what_depends_on_the_latent_stays_in_its_evaluation() -> None:

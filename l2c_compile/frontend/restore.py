@@ -1,0 +1,105 @@
+"""Give a denoiser back as it was: ``torch.export`` runs its Python on fake tensors, and what that stores would stay.
+
+A table that is made in the first call and kept in an attribute, in a list or in an ``lru_cache`` would be fake in every
+later eager run.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from l2c_compile.errors import CaptureError
+
+
+@contextmanager
+def left_as_it_was(denoiser: nn.Module) -> Iterator[None]:
+    """Restore every attribute of every module, and what its lists, dicts and sets hold, wherever the capture ends.
+
+    Caches of functions that hold fake tensors afterwards are cleared.
+
+    Raises:
+        CaptureError: if the denoiser made a submodule, a weight or a buffer, which its graph would refer to.
+    """
+    saved = [_Saved(path, module) for path, module in denoiser.named_modules()]
+    try:
+        yield
+        for each in saved:
+            each.check_nothing_was_added(type(denoiser).__name__)
+    finally:
+        for each in saved:
+            each.restore()
+        _clear_caches_of_fakes()
+
+
+class _Saved:
+    """The attributes of a module, and what the containers among them hold, nested ones included."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.contents = [(held, held.copy()) for held in _containers(list(self.attributes.values()))]
+
+    def check_nothing_was_added(self, denoiser: str) -> None:
+        for name, kind in (("_modules", "submodule"), ("_parameters", "weight"), ("_buffers", "buffer")):
+            before = next(content for held, content in self.contents if held is self.attributes[name])
+            added = vars(self.module)[name].keys() - before.keys()
+            if added:
+                made = f"{self.path}.{min(added)}".removeprefix(".")
+                raise CaptureError(
+                    f"{denoiser} makes its {kind} '{made}' in a call; call it once, eagerly, before it is compiled"
+                )
+
+    def restore(self) -> None:
+        own = vars(self.module)
+        for name in own.keys() - self.attributes.keys():
+            del own[name]
+        for name, value in self.attributes.items():
+            if own.get(name, self) is not value:
+                own[name] = value
+        for held, content in self.contents:
+            if not _holds(held, content):
+                held.clear()
+                (held.extend if isinstance(held, list) else held.update)(content)
+
+
+def _containers(values: Iterable[object]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (dict, list, set)):
+            yield value
+            yield from _containers(list(value.values() if isinstance(value, dict) else value))
+
+
+def _holds(held: Any, content: Any) -> bool:  # noqa: ANN401 - a dict, a list or a set
+    if len(held) != len(content):
+        return False
+    if isinstance(held, dict):
+        return held.keys() == content.keys() and all(held[key] is content[key] for key in content)
+    return all(one is other for one, other in zip(held, content, strict=True))
+
+
+def _clear_caches_of_fakes() -> None:
+    # By type: isinstance asks some objects for their class, which then warn or import.
+    caches = [each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper]
+    for cache in caches:
+        of_torch = str(cache.__wrapped__.__module__).startswith("torch.")
+        if cache.cache_info().currsize and not of_torch and _holds_fakes(cache):
+            cache.cache_clear()
+
+
+def _holds_fakes(cache: object) -> bool:
+    # The wrapper refers to a dict of keys and results, or to links with a key and a result each.
+    around: list[object] = [cache]
+    for _ in range(4):
+        around = [each for each in gc.get_referents(*around) if type(each) not in (type, ModuleType, FunctionType)]
+        if any(type(each) is FakeTensor for each in around):
+            return True
+    return False
