@@ -14,8 +14,6 @@ from bench.report import Surroundings, records, results_table, write_json
 from bench.targets import check, read_targets
 from l2c_compile.errors import L2CError
 
-__all__ = ["app"]
-
 
 def _catalogue() -> str:
     width = max(map(len, CASES))

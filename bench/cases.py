@@ -41,8 +41,6 @@ from rich.progress import Progress
 from bench.report import Row
 from l2c_compile.errors import L2CError, nearest
 
-__all__ = ["ALWAYS_CHECKED", "CASES", "BenchError", "Run", "load", "summary"]
-
 Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 
 CASES: dict[str, str] = {

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from l2c_compile.errors import L2CError
 
-__all__ = ["MeasureError", "Ratio", "Timing", "compare", "quantile", "ratio", "synchronizer"]
-
 
 class MeasureError(L2CError, ValueError):
     """A measurement that cannot be made as asked."""

@@ -11,8 +11,6 @@ import torch
 from bench.cases import BenchError
 from bench.workloads import DTYPES, SCHEDULES
 
-__all__ = ["Options"]
-
 
 class Options(argparse.ArgumentParser):
     """The options of one case; ``add_argument`` adds one, as everywhere."""

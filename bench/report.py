@@ -20,18 +20,6 @@ from bench.measure import Ratio, Timing
 from l2c_compile.errors import L2CError
 from l2c_compile.files.documents import write_atomically
 
-__all__ = [
-    "ROOT",
-    "Condition",
-    "Record",
-    "ReportError",
-    "Row",
-    "Surroundings",
-    "records",
-    "results_table",
-    "write_json",
-]
-
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout that this file is in."""
 RESULTS = ROOT / "bench" / "results"

@@ -16,8 +16,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["TARGETS_FILE", "Target", "Verdict", "check", "read_targets"]
-
 TARGETS_FILE = Path(__file__).with_name("targets.toml")
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}

@@ -22,21 +22,6 @@ from l2c_compile.methods import uniform_interval
 from l2c_compile.models import DiT, UViT
 from l2c_compile.schedules.importers import import_l2c_dit, import_l2c_uvit
 
-__all__ = [
-    "DTYPES",
-    "MODELS",
-    "SCHEDULES",
-    "Workload",
-    "keeping",
-    "published_router",
-    "relative_error",
-    "routers_folder",
-    "scaled_to_depth",
-    "shared_folder",
-    "without_tf32",
-    "workload",
-]
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 SCHEDULES = ("published", "every-second", "nothing")

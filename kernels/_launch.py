@@ -27,36 +27,6 @@ try:
 except ModuleNotFoundError:  # torch for a machine without a GPU may come without Triton; the references need none
     triton = tl = None
 
-__all__ = [
-    "FLOATS",
-    "INTERPRETED",
-    "MAX_DIM",
-    "MAX_TERMS",
-    "PACKED",
-    "Argument",
-    "Launch",
-    "Layout",
-    "Operand",
-    "Term",
-    "Terms",
-    "Tile",
-    "accumulator",
-    "add_terms",
-    "add_terms_reference",
-    "align",
-    "check_operand",
-    "check_stream",
-    "jit",
-    "load_tile",
-    "next_power_of_2",
-    "no_gradient",
-    "plan_sum",
-    "refuse_backward",
-    "runs_triton",
-    "store_tile",
-    "tile_position",
-    "tl",
-]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that the kernels read and write; float64 is for tests and runs the reference."""

@@ -34,8 +34,6 @@ from l2c_compile.kernels._launch import (
     tl,
 )
 
-__all__ = ["cached_residual", "cached_residual_op", "decompose_cached_residual", "plan_cached_residual"]
-
 
 def decompose_cached_residual(x: Tensor, *lists: Sequence[Any]) -> Tensor:
     """Compute the sum in plain torch: the reference. It has a gradient, and Inductor fuses it into one loop on a CPU.

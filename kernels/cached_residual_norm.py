@@ -44,8 +44,6 @@ from l2c_compile.kernels._launch import (
     tl,
 )
 
-__all__ = ["Norm", "cached_residual_norm", "cached_residual_norm_op", "decompose_cached_residual_norm", "plan_norm"]
-
 
 class Norm(NamedTuple):
     """The norm and the modulation after the sum, in the form that the op takes. What is None is absent."""

@@ -34,8 +34,6 @@ from l2c_compile.kernels._launch import (
     tl,
 )
 
-__all__ = ["decompose_pack_cache", "pack_cache", "plan_pack_cache"]
-
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest value of each dtype; -128 is not used."""
 

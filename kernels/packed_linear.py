@@ -24,8 +24,6 @@ from torch import Tensor
 
 from l2c_compile.errors import KernelError
 
-__all__ = ["ACTIVATIONS", "Activation", "can_pack", "packed_linear", "packed_linear_op"]
-
 
 class Activation(NamedTuple):
     """A function of one element that follows the product."""

@@ -17,18 +17,6 @@ from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph, ProgramGra
 from l2c_compile.graphs.nodes import evaluation_of, module_path
 from l2c_compile.graphs.strides import addresses_memory, follow
 
-__all__ = [
-    "EvaluationPass",
-    "LeftAlone",
-    "LoopPass",
-    "Numerics",
-    "Pass",
-    "PassReport",
-    "PassRun",
-    "Pipeline",
-    "Reason",
-]
-
 
 class Numerics(enum.Enum):
     """What a pass may do to the numbers."""

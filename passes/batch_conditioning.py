@@ -26,8 +26,6 @@ from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, own_evaluat
 from l2c_compile.graphs.strides import same_strides
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["BatchConditioning"]
-
 aten = torch.ops.aten
 
 

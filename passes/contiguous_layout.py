@@ -26,8 +26,6 @@ from l2c_compile.graphs.nodes import emit, is_pointwise
 from l2c_compile.graphs.strides import permutation
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 
-__all__ = ["ContiguousLayout"]
-
 aten = torch.ops.aten
 
 

@@ -14,8 +14,6 @@ from l2c_compile.graphs.marks import SITE
 from l2c_compile.graphs.nodes import draws_random_numbers
 from l2c_compile.passes.base import Pass, PassReport, Reason
 
-__all__ = ["DropDead"]
-
 
 @dataclass(frozen=True)
 class DropDead(Pass):

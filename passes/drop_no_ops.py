@@ -21,8 +21,6 @@ from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import packet_of
 from l2c_compile.passes.base import Pass, PassReport, Reason
 
-__all__ = ["DropNoOps"]
-
 aten = torch.ops.aten
 
 _COPIES = frozenset(

@@ -13,8 +13,6 @@ from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.marks import SITE, SiteMark
 from l2c_compile.passes.base import Pass, PassReport
 
-__all__ = ["DropSiteMarks"]
-
 
 @dataclass(frozen=True)
 class DropSiteMarks(Pass):

@@ -21,8 +21,6 @@ from l2c_compile.graphs.marks import strided_copy
 from l2c_compile.graphs.nodes import draws_random_numbers, infer, num_bytes
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
-__all__ = ["FoldConstants"]
-
 aten = torch.ops.aten
 
 

@@ -41,8 +41,6 @@ from l2c_compile.kernels.cached_residual import cached_residual_op
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["FuseCachedResiduals"]
-
 aten = torch.ops.aten
 
 _ADD, _NORM = cached_residual_op._opoverload, cached_residual_norm_op._opoverload

@@ -25,8 +25,6 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of, form_of, own_evaluation, put_with
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["GateAtSource"]
-
 aten = torch.ops.aten
 
 

@@ -21,8 +21,6 @@ from l2c_compile.graphs.nodes import emit, evaluation_of
 from l2c_compile.passes.base import LoopPass, PassReport
 from l2c_compile.schedules.rules import Reading
 
-__all__ = ["LowerCacheReads"]
-
 
 @dataclass(frozen=True)
 class LowerCacheReads(LoopPass):

@@ -15,8 +15,6 @@ from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import Expression, draws_random_numbers, expression
 from l2c_compile.passes.base import Pass, PassReport, Reason
 
-__all__ = ["MergeCommon"]
-
 
 @dataclass(frozen=True)
 class MergeCommon(Pass):

@@ -23,8 +23,6 @@ from l2c_compile.graphs.nodes import emit, evaluation_of, form_of
 from l2c_compile.graphs.strides import same_strides
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["MergeDeltas"]
-
 aten = torch.ops.aten
 
 

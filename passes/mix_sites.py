@@ -25,8 +25,6 @@ from l2c_compile.graphs.marks import INPUT_PORT, SiteMark, site_marks
 from l2c_compile.graphs.nodes import emit
 from l2c_compile.passes.base import EvaluationPass, Numerics, PassReport
 
-__all__ = ["MixSites"]
-
 aten = torch.ops.aten
 
 

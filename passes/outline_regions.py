@@ -41,8 +41,6 @@ from l2c_compile.graphs.nodes import (
 from l2c_compile.kernels.packed_linear import packed_linear_op
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
-__all__ = ["OutlineRegions"]
-
 aten = torch.ops.aten
 
 _SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.unbind})

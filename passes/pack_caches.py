@@ -30,8 +30,6 @@ from l2c_compile.kernels.cached_residual_norm import cached_residual_norm_op
 from l2c_compile.kernels.packed_cache import pack_cache
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["PackCaches"]
-
 aten = torch.ops.aten
 
 _PACK = pack_cache._opoverload

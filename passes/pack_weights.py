@@ -21,8 +21,6 @@ from l2c_compile.graphs.nodes import evaluation_of
 from l2c_compile.kernels.packed_linear import can_pack, packed_linear_op
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["PackWeights"]
-
 aten = torch.ops.aten
 
 

@@ -26,19 +26,6 @@ from l2c_compile.passes.prune_projections import PruneProjections
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
 from l2c_compile.passes.return_sites import ReturnSites
 
-__all__ = [
-    "BITWISE",
-    "CACHE_FORMATS",
-    "EVALUATION",
-    "KERNELS",
-    "LOOP",
-    "MIXED",
-    "OBSERVED",
-    "REGIONS",
-    "SKELETON",
-    "with_packed_caches",
-]
-
 SKELETON = Pipeline(
     (
         DropNoOps(keep_returned=False),  # tracing copies what it passes to the denoiser

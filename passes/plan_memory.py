@@ -25,8 +25,6 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, put_with
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
-__all__ = ["PlanMemory"]
-
 aten = torch.ops.aten
 
 # IEEE 754 rounds each element of these correctly, so it is the same in whichever loop: torch computes most other

@@ -24,8 +24,6 @@ from l2c_compile.graphs.nodes import emit
 from l2c_compile.graphs.strides import same_strides
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
-__all__ = ["PruneProjections"]
-
 aten = torch.ops.aten
 
 _Range = tuple[int, int]

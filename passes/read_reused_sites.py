@@ -28,8 +28,6 @@ from l2c_compile.schedules.rules import HOLD
 from l2c_compile.schedules.schedule import Reuse
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["ReadReusedSites"]
-
 aten = torch.ops.aten
 
 

@@ -21,8 +21,6 @@ from l2c_compile.graphs.nodes import emit, output_list
 from l2c_compile.passes.base import EvaluationPass, PassReport
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["ReturnSites"]
-
 aten = torch.ops.aten
 
 

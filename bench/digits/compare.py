@@ -57,8 +57,6 @@ from l2c_compile.models.named import DIGITS, NamedModel, named_model
 from l2c_compile.quality.judge import Judge
 from l2c_compile.quality.measures import Estimate
 
-__all__ = ["Contender", "Judged", "contenders", "not_beaten", "run"]
-
 _BUDGETS: Mapping[int, Mapping[str, tuple[float, ...]]] = {
     20: {"pairs": (0.55, 0.6, 0.7, 0.8, 0.9), "free": (0.4, 0.55, 0.7)},
     50: {"pairs": (0.55, 0.7), "free": (0.55,)},

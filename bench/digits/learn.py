@@ -27,8 +27,6 @@ from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.methods import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digits_dit
 
-__all__ = ["PLAN", "Job", "draw_digits", "learn", "main"]
-
 SITES = ("blocks.*.attn", "blocks.*.mlp")
 _NUM_CLASSES = 10
 

@@ -29,8 +29,6 @@ from torch import Tensor, nn
 
 from l2c_compile.models.dit import DiT
 
-__all__ = ["MODEL_CONFIG", "Settings", "load_digit_images", "main", "train"]
-
 MODEL_CONFIG: dict[str, Any] = {
     "input_size": 8,
     "patch_size": 1,

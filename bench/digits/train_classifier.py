@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from bench.digits.train import load_digit_images
 from l2c_compile.models.digits import DigitClassifier
 
-__all__ = ["main", "train_classifier"]
-
 _CONFIG = {"width": 32, "feature_dim": 64}
 _BATCH_SIZE = 64
 

@@ -22,8 +22,6 @@ from bench.report import Row
 from bench.workloads import MODELS, Workload, workload
 from l2c_compile.backends.regions import num_regions
 
-__all__ = ["run"]
-
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return the times, their ratios, the number of regions, and the nodes before and after every pass."""

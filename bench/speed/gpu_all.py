@@ -46,8 +46,6 @@ from bench.speed import kernels, latency, memory
 from bench.workloads import DTYPES, keeping, shared_folder
 from l2c_compile.files.documents import write_atomically
 
-__all__ = ["PARTS", "TOTAL_S", "Part", "parts", "run"]
-
 PARTS = ("golden", "equality", "compile-time", "latency", "cuda-graph", "memory", "kernels")
 """The parts, in this order: what the later ones need is compiled by then."""
 

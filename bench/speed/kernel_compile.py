@@ -30,8 +30,6 @@ from l2c_compile.kernels.cached_residual import plan_cached_residual
 from l2c_compile.kernels.cached_residual_norm import Norm, plan_norm
 from l2c_compile.kernels.packed_cache import plan_pack_cache
 
-__all__ = ["CONFIGS", "TARGETS", "Config", "Usage", "compile_for", "run", "source"]
-
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

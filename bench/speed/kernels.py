@@ -29,8 +29,6 @@ from l2c_compile.kernels.cached_residual import cached_residual
 from l2c_compile.kernels.cached_residual_norm import cached_residual_norm
 from l2c_compile.kernels.packed_cache import pack_cache
 
-__all__ = ["DIT", "SMOKE", "VIDEO", "Case", "run"]
-
 Result: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Function: TypeAlias = Callable[..., Result]
 

@@ -29,8 +29,6 @@ from bench.workloads import MODELS, Workload, relative_error, workload
 from l2c_compile import CompiledSampler
 from l2c_compile.backends.cuda_graphs import CudaRecorder, RecordedLoop, Recorder, check_capturable
 
-__all__ = ["COMPILE", "EAGER", "HOOKS", "OURS", "UNCACHED", "run"]
-
 OURS, UNCACHED = "compiled cached", "compiled uncached"
 _UNPACKED = "compiled cached, weights not packed"
 COMPILE, _FROZEN = "torch.compile in the eager loop", "torch.compile with freezing in the eager loop"

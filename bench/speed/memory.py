@@ -41,8 +41,6 @@ from l2c_compile.loops import DDIM, STABLE_DIFFUSION_BETAS, BuiltInLoop, DPMSolv
 from l2c_compile.models import DiT, UViT
 from l2c_compile.passes.pipeline import BITWISE, CACHE_FORMATS, LOOP, with_packed_caches
 
-__all__ = ["SIDES", "run"]
-
 _ROUTERS = ("l2c_DDIM20_router", "l2c_DDIM50_router", "l2c_dpm20_router", "l2c_dpm50_router")
 _PLANS = {
     "bitwise": BITWISE,

@@ -26,8 +26,6 @@ from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.methods import uniform_interval
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 
-__all__ = ["run"]
-
 _FORMATS = ("fp8", "int8")
 _PLANS = ("bitwise", "rounding")
 _CLASSES = torch.arange(10)

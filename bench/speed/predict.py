@@ -19,8 +19,6 @@ from l2c_compile import CacheSchedule, l2c_compile
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.models import load_digits_dit
 
-__all__ = ["run"]
-
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Return predicted and measured time ratio and the error of the one against the other, in percent."""

@@ -39,8 +39,6 @@ from l2c_compile.schedules.router import Router
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Build", "build", "repeated", "run"]
-
 MODEL = "DiT-XL/2"
 
 

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["own", "same_bits"]
-
 
 def same_bits(got: object, wanted: object) -> bool:
     """Return whether two nested results have equal structure, dtypes, layouts and bits, the sign of zero included."""

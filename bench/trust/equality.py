@@ -19,8 +19,6 @@ from bench.options import Options
 from bench.report import Condition, Row
 from bench.workloads import MODELS, relative_error, without_tf32, workload
 
-__all__ = ["run"]
-
 _SIDES: Mapping[str, Mapping[str, str]] = {
     "bitwise": {"backend": "eager", "numerics": "bitwise"},
     "rounding": {"backend": "eager", "numerics": "rounding"},

@@ -10,8 +10,6 @@ from bench.trust.mutate import graphs, json_text, pickles, tensors, zips
 from bench.trust.mutate.file_system import FILE_SYSTEM
 from bench.trust.mutate.raw import BYTES, Bytes, Draw
 
-__all__ = ["KINDS", "Malformed", "malformed"]
-
 KINDS = ("schedule", "router", "l2c-dit", "l2c-uvit", "smoothcache", "invardiff", "sampler", "profile", "checkpoint")
 """What the package reads, by the name of its project or class."""
 

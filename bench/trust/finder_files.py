@@ -16,8 +16,6 @@ from l2c_compile.finders.settings import Settings
 from l2c_compile.finders.training import Learner
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["KINDS", "FinderFile", "read", "valid_files"]
-
 KINDS = ("profile", "checkpoint")
 """What the finders read, by the name of its class."""
 

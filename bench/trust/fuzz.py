@@ -24,8 +24,6 @@ from bench.trust.programs.checking import Checker, Program, draw_programs
 from bench.trust.programs.shrinking import Check, minimise
 from l2c_compile.errors import CaptureError
 
-__all__ = ["run"]
-
 _REPORT_SECONDS = 60.0
 _MINIMISED = 3
 """The number of failures that are made smaller: each takes minutes."""

@@ -24,8 +24,6 @@ from l2c_compile.loops.noise_schedules import Spacing
 from l2c_compile.models import DiT, UViT
 from l2c_compile.schedules.importers import import_l2c_dit, import_l2c_uvit
 
-__all__ = ["replay", "run"]
-
 
 def run(args: Sequence[str], progress: Progress) -> list[Row]:
     """Replay every file; one row for ``cached`` and one for ``full`` each."""

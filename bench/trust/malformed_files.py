@@ -27,8 +27,6 @@ from bench.options import Options
 from bench.report import ROOT, Condition, Row
 from bench.trust.malformed_worker import Outcome
 
-__all__ = ["ALLOWED", "outcomes", "run"]
-
 ALLOWED = ("refused", "not readable", "read as before", "read as another")
 """The outcomes that are not failures."""
 

@@ -32,8 +32,6 @@ from l2c_compile import CacheSchedule, LoadedSampler, load, load_schedule_file
 from l2c_compile.errors import L2CError
 from l2c_compile.schedules.router import Router
 
-__all__ = ["MAX_MESSAGE_CHARACTERS", "MEMORY_BYTES", "SECONDS", "Outcome"]
-
 SECONDS = 1.0
 """The processor time that a file may take."""
 MEMORY_BYTES = 256 * 2**20

@@ -31,8 +31,6 @@ from l2c_compile.models import DiT
 from l2c_compile.passes.pipeline import BITWISE, LOOP
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["MUTATIONS", "NotApplicable", "Outcome", "Subject", "dit", "outcome", "run", "shared_and_pair"]
-
 aten = torch.ops.aten
 
 PIPELINES = {"bitwise": BITWISE, "rounding": LOOP}

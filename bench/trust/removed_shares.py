@@ -18,8 +18,6 @@ from bench.workloads import routers_folder
 from l2c_compile.schedules.importers import import_l2c_dit, import_smoothcache, load_schedule_file
 from l2c_compile.schedules.router import Router
 
-__all__ = ["run"]
-
 _ROUTERS = ("l2c_DDIM20_router.pt", "l2c_DDIM50_router.pt", "l2c_dpm20_router.pth", "l2c_dpm50_router.pth")
 _ORIGINAL, _COPY = "l2c_DDIM50_router.pt", "smoothcache_50-N-2-l2c.json"
 

@@ -23,8 +23,6 @@ from rich.progress import Progress
 from bench.options import Options
 from bench.report import ROOT, Condition, Row
 
-__all__ = ["OLDEST", "PINNED", "Counts", "Environment", "counts_in", "run"]
-
 OLDEST = "2.11.0"
 PINNED = "2.13.0"
 _QUICK = (

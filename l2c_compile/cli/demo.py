@@ -30,8 +30,6 @@ from l2c_compile.methods import uniform_interval
 from l2c_compile.models.digits import GUIDANCE_SCALE, load_digit_classifier, load_digits_dit
 from l2c_compile.models.named import tolerance
 
-__all__ = ["Side", "command", "learned_router", "save_digit_grid"]
-
 _NUM_CLASSES = 10
 _LABELS_B = torch.arange(_NUM_CLASSES)
 _MAX_SHOWN = 3

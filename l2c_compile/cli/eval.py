@@ -15,8 +15,6 @@ from l2c_compile.models.named import DIGITS
 from l2c_compile.quality.judge import Judge, Verdict
 from l2c_compile.quality.measures import Estimate
 
-__all__ = ["command"]
-
 _HEADINGS = {
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",

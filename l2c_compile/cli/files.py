@@ -21,8 +21,6 @@ from l2c_compile.schedules.importers import Family, load_schedule_file
 from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["Case", "OutputError", "is_sampler", "load_case", "output_path", "read_schedule", "write_report"]
-
 
 class OutputError(L2CError, ValueError):
     """A file that a command may not write where it was asked to."""

@@ -18,8 +18,6 @@ from l2c_compile.schedules.importers import Family
 from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["command"]
-
 
 def command(
     file: ScheduleFile,

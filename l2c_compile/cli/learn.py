@@ -27,8 +27,6 @@ from l2c_compile.models.named import DIGITS, NamedModel, named_model
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["command"]
-
 _SECONDS_A_PICTURE = 5.0
 
 

@@ -21,8 +21,6 @@ from typer.core import TyperCommand
 
 from l2c_compile.errors import L2CError
 
-__all__ = ["COMMANDS", "app", "main"]
-
 COMMANDS = {
     "inspect": "Show what a schedule or router file computes and reuses.",
     "demo": "Draw digits with and without caching; compare time and pictures.",

@@ -7,20 +7,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = [
-    "Batch",
-    "Digits",
-    "Force",
-    "Json",
-    "Model",
-    "Picture",
-    "ScheduleFile",
-    "Seed",
-    "Steps",
-    "StepsOfFile",
-    "Threshold",
-]
-
 ScheduleFile = Annotated[
     Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A schedule or router.")
 ]

@@ -23,18 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "HIDDEN",
-    "PlotError",
-    "new_figure",
-    "save_figure",
-    "save_heat_map",
-    "save_profile_plot",
-    "show_heat_map",
-    "source_ages",
-    "terminal_heat_map",
-]
-
 HIDDEN = -1
 """The age of a site that has no value in an evaluation, because a site over it is reused."""
 

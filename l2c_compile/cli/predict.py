@@ -10,8 +10,6 @@ from l2c_compile.cli.options import Batch, Model, ScheduleFile, StepsOfFile, Thr
 from l2c_compile.cli.terminal import bar, say, show
 from l2c_compile.models.named import DIGITS
 
-__all__ = ["command"]
-
 
 def command(
     file: ScheduleFile,

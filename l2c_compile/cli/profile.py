@@ -15,8 +15,6 @@ from l2c_compile.cli.terminal import bar, say, show
 from l2c_compile.finders import Profile, take_profile
 from l2c_compile.models.named import DIGITS, named_model
 
-__all__ = ["command"]
-
 _MAX_LAGS_SHOWN = 3
 
 

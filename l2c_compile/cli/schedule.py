@@ -38,9 +38,6 @@ from l2c_compile.methods.invar_diff import invar_diff_scaled
 from l2c_compile.methods.pairwise import ErrorOf
 from l2c_compile.schedules.schedule import CacheSchedule
 
-__all__ = ["METHODS", "Method", "command"]
-
-
 _Out = Annotated[Path, typer.Option(metavar="FILE", help="The schedule; ends in .json.")]
 _SUBLAYERS = ("blocks.*.attn", "blocks.*.mlp")
 

@@ -10,8 +10,6 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-__all__ = ["bar", "say", "show"]
-
 
 def say(line: str = "", style: str = "") -> None:
     """Print a line as it is: neither wrapped nor read as markup."""

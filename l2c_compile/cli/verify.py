@@ -26,8 +26,6 @@ from l2c_compile.loops import loop_from_dict
 from l2c_compile.models.named import DIGITS, NamedModel, named_model, tolerance
 from l2c_compile.samplers.loaded_sampler import LoadedSampler, load
 
-__all__ = ["command"]
-
 _SEED = 0
 
 _Numerics = Literal["bitwise", "rounding"]

@@ -10,8 +10,6 @@ from l2c_compile.finders.work import Work
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Found", "for_budget", "within_budget"]
-
 _NUM_HALVINGS = 50
 _HIGHEST = 2.0**40
 
@@ -46,7 +44,7 @@ def for_budget(
         The schedule. If even the largest parameter keeps more than the budget, the one of that.
 
     Raises:
-        ScheduleError: the budget is no such share.
+        ScheduleError: if the budget is no such share.
     """
     check_budget(budget)
 
@@ -86,7 +84,7 @@ def within_budget(
     """Return the schedule that reuses the first of ``entries``, up to the one that would leave less than the budget.
 
     Args:
-        num_evaluations: of the loop.
+        num_evaluations: how often the loop calls the denoiser.
         sites: the columns; none may contain another.
         entries: (evaluation, site) in the order in which they are given up.
         budget: the share, in (0, 1], of the multiply-adds in ``work``, else of the entries, that is kept at least.
@@ -97,7 +95,7 @@ def within_budget(
         info: where the schedule comes from.
 
     Raises:
-        ScheduleError: the budget is no such share, or an entry has nothing to read.
+        ScheduleError: if the budget is no such share, or an entry has nothing to read.
     """
     check_budget(budget)
     total = num_evaluations * len(sites) if work is None else work.total

@@ -13,8 +13,6 @@ from l2c_compile.errors import FileFormatError, ScheduleError
 from l2c_compile.files.documents import check_header
 from l2c_compile.files.tensors import read_tensors, write_tensors
 
-__all__ = ["Checkpoint"]
-
 _KEY = "l2c_compile.training"
 """The name of the document in the metadata; it says the format, too."""
 _VERSION = 1

@@ -12,8 +12,6 @@ from l2c_compile.finders.processes import Workers
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.graphs.forms import tensors_in
 
-__all__ = ["Cached", "effect_of_caching"]
-
 Cached = Callable[[int, OpenEvaluation, list[Tensor]], tuple[list[Tensor], list[Tensor] | None]]
 """A function that is given what an ``OnEvaluation`` is. It returns the outputs with which the loop goes on, and those
 of the evaluation when it is cached, or None if it never is."""

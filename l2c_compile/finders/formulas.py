@@ -11,8 +11,6 @@ from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
 
-__all__ = ["all_sites", "alternate_evaluations", "per_branch"]
-
 
 def alternate_evaluations(num_evaluations: int, *, first: int = 1, branches: int = 1) -> list[int]:
     """Return every second evaluation: those that may reuse in the pairs of Learning-to-Cache (arXiv 2406.01733).
@@ -20,9 +18,9 @@ def alternate_evaluations(num_evaluations: int, *, first: int = 1, branches: int
     Each follows a full evaluation, so that what is reused is always one evaluation old.
 
     Args:
-        num_evaluations: of the loop.
+        num_evaluations: how often the loop calls the denoiser.
         first: the first that may reuse: 1 for DDIM, 2 for DPM-Solver-2 (the first evaluation of each step but step 0).
-        branches: see the module.
+        branches: 2 for guidance in two separate calls; evaluations e with equal ``e % branches`` share caches.
     """
     count = per_branch(num_evaluations, branches)
     return [branches * n + branch for n in range(first, count, 2) for branch in range(branches)]

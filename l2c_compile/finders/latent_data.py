@@ -12,15 +12,13 @@ from l2c_compile.errors import ScheduleError
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import BuiltInLoop
 
-__all__ = ["LatentData", "noised_by"]
-
 
 @dataclass(frozen=True)
 class LatentData:
     """Clean latents and their conditions, to be noised to the time of an evaluation.
 
     Raises:
-        ScheduleError: The conditions have another number of samples than the latents.
+        ScheduleError: if the conditions have another number of samples than the latents.
     """
 
     latents: Tensor

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from l2c_compile.finders.settings import Settings
 
-__all__ = ["Logits"]
-
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each row."""
 

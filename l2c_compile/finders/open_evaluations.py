@@ -25,8 +25,6 @@ from l2c_compile.schedules.coverage import covering_sites
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
 
-__all__ = ["OnEvaluation", "OpenDenoiser", "OpenEvaluation", "price_in"]
-
 
 class OpenEvaluation:
     """All evaluations of a denoiser whose calls have one form; what its sites hold can be seen, and mixed.

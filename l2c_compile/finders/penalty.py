@@ -17,8 +17,6 @@ from l2c_compile.finders.settings import Settings
 from l2c_compile.finders.work import work_of
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Costs", "Penalty"]
-
 _MEMORY = 0.9
 """How much of the estimated steepness a round keeps from the one before."""
 _LEAST_PENALTY = 1e-6

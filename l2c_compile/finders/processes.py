@@ -15,8 +15,6 @@ from l2c_compile.errors import ScheduleError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Workers", "frozen", "generator_of", "seeded"]
-
 
 class Workers:
     """The processes that learn together; one of them if there is no accelerator."""

@@ -29,8 +29,6 @@ from l2c_compile.loops import BuiltInLoop
 from l2c_compile.schedules.schedule import MAX_CELLS
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["FORMAT", "VERSION", "Profile", "take_profile"]
-
 FORMAT = "l2c_compile.profile"
 VERSION = 1
 
@@ -45,7 +43,7 @@ class Profile:
     Lags count evaluations that share caches: at lag k, evaluation e is compared with e - k * ``branches``.
 
     Raises:
-        ProfileError: Shapes do not fit together, or a number is not finite or is negative.
+        ProfileError: if shapes do not fit together, or a number is not finite or is negative.
     """
 
     change: Tensor
@@ -95,7 +93,7 @@ class Profile:
         0 where nothing changes, infinite where the later value is zero and the earlier was not.
 
         Raises:
-            ProfileError: the profile does not hold this lag.
+            ProfileError: if the profile does not hold this lag.
         """
         if not 1 <= lag <= self.num_lags:
             raise ProfileError(f"the profile holds lags 1..{self.num_lags}, not {lag}; profile with more lags")
@@ -133,8 +131,8 @@ class Profile:
         """Read a file written by ``save``.
 
         Raises:
-            FileFormatError: It is not such a file, is of a newer version, or its parts do not fit together.
-            OSError: It cannot be read.
+            FileFormatError: if it is not such a file, is of a newer version, or its parts do not fit together.
+            OSError: if it cannot be read.
         """
         document, tensors = read_tensors(path, "profile", names=_TENSORS)
         with honoured("profile"):
@@ -166,9 +164,9 @@ def take_profile(
         on_run: called after each run, for progress.
 
     Raises:
-        UnknownSiteError: a site names no module.
-        CaptureError: the denoiser cannot be captured.
-        ProfileError: there is no run, runs differ in their evaluations, or a site holds numbers that are not finite.
+        UnknownSiteError: if a site names no module.
+        CaptureError: if the denoiser cannot be captured.
+        ProfileError: if there is no run, runs differ in their evaluations, or a site holds numbers that are not finite.
     """
     if type(lags) is not int or lags < 1 or type(branches) is not int or branches < 1:
         raise ProfileError(f"a profile wants lags and branches of at least 1, got {lags!r} and {branches!r}")

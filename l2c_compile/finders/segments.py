@@ -25,8 +25,6 @@ from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.pipeline import SKELETON
 
-__all__ = ["Segment", "segments"]
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -55,8 +53,8 @@ class Segment:
 
         Args:
             state: the latent at ``start``.
-            conditions: of the loop, in the form it was traced with.
-            on_evaluation: returns the outputs that the loop goes on with.
+            conditions: the conditions of the loop, in the form it was traced with.
+            on_evaluation: a function that returns the outputs with which the loop goes on.
         """
         skeleton = self.skeleton
         env: dict[Node, Any] = dict(zip(skeleton.constant_nodes(), skeleton.constants.values(), strict=True))
@@ -79,7 +77,7 @@ def segments(
     """Return for each pair (s, m) the shortest segment that begins at s or before and ends with m.
 
     Raises:
-        LoopTraceError: the loop cannot be traced, or has more than one latent.
+        LoopTraceError: if the loop cannot be traced, or has more than one latent.
     """
     by_graph: dict[int, OpenEvaluation] = {}
 

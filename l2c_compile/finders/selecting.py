@@ -18,17 +18,6 @@ from l2c_compile.finders.profile import Profile
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
 
-__all__ = [
-    "INVARDIFF_EPS",
-    "branches_in",
-    "check_parameter",
-    "columns_of",
-    "decided_schedule",
-    "leaf_sites",
-    "safe_ratio",
-    "types_of",
-]
-
 INVARDIFF_EPS = 1e-8
 
 

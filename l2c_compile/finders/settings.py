@@ -8,8 +8,6 @@ from typing import Literal
 
 from l2c_compile.errors import ScheduleError
 
-__all__ = ["Settings"]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,12 +18,12 @@ class Settings:
     """
 
     rounds: int = 100
-    """In each of them every trained evaluation is updated."""
+    """How often every trained evaluation is updated."""
     batch_size: int = 8
     """Samples of one update, over all processes."""
     learning_rate: float = 0.1
-    """Of AdamW on the logits, without weight decay. The authors of Learning-to-Cache take 0.01 or 0.001 for up to
-    50 000 iterations; a logit has to cross up to ten units."""
+    """The rate of AdamW on the logits, without weight decay. The authors of Learning-to-Cache take 0.01 or 0.001 for
+    up to 50 000 iterations; a logit has to cross up to ten units."""
     penalty: float | None = None
     """lambda: what a computed site costs, in units of the distance. Give this or a budget."""
     budget: float | None = None
@@ -37,7 +35,7 @@ class Settings:
     reduction: Literal["mean", "sum"] = "mean"
     """Squared errors of the outputs: mean over all elements (as for DiT), or sum over those of a sample (U-ViT)."""
     straight_through: bool = False
-    """Mix with scores rounded to 0 or 1 at the threshold; gradients pass as if they were not rounded."""
+    """Whether scores are rounded to 0 or 1 at the threshold where they mix; gradients pass as if they were not."""
     threshold: float = 0.1
     """A site is computed where its score is above. With a budget the router gets the threshold that meets it best."""
     limit: float = 5.0

@@ -27,8 +27,6 @@ from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import BuiltInLoop
 from l2c_compile.schedules.router import Router
 
-__all__ = ["Draw", "Learner", "RoundReport", "branches_of", "draw_share", "train"]
-
 
 def branches_of(loop: Loop) -> int:
     """Return how many calls of the denoiser make one prediction of a loop of ours; 1 for any other."""

@@ -18,8 +18,6 @@ from l2c_compile.graphs.nodes import output_list
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["Work", "work_of"]
-
 _Price = TypeVar("_Price", bound=float)
 
 
@@ -32,7 +30,7 @@ class Work:
     """
 
     evaluations: tuple[int, ...]
-    """Of each whole evaluation, in execution order."""
+    """The price of each whole evaluation, in execution order."""
     sites: Mapping[Site, tuple[int, ...]]
     """For each site, what is not done in each evaluation if the site alone is reused there."""
 
@@ -49,7 +47,7 @@ class Work:
         """Return the share of the multiply-adds that is left under a schedule.
 
         Raises:
-            ScheduleError: The schedule has another number of evaluations, or a site that is not priced.
+            ScheduleError: if the schedule has another number of evaluations, or a site that is not priced.
         """
         if schedule.num_evaluations != len(self.evaluations):
             raise ScheduleError(
@@ -66,8 +64,8 @@ def work_of(evaluation: EvaluationGraph, price: Callable[[Node], _Price]) -> tup
     """Return the price of an evaluation graph, and for each site that of what only feeds the site.
 
     Args:
-        evaluation: with its sites marked.
-        price: of one node, such as its multiply-adds or its time.
+        evaluation: the graph, its sites marked.
+        price: a function that returns the price of one node, such as its multiply-adds or its time.
     """
     prices = {node: price(node) for node in evaluation.graph.nodes if node.target is not SITE}
     marks = site_marks(evaluation.graph)

@@ -15,8 +15,6 @@ from l2c_compile.loops import BuiltInLoop, DPMSolver
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site, as_site
 
-__all__ = ["fewer_steps", "random_reuse"]
-
 _BuiltIn = TypeVar("_BuiltIn", bound=BuiltInLoop)
 
 
@@ -34,19 +32,19 @@ def random_reuse(
     """Return a schedule that reuses entries drawn at random, as many as the budget allows.
 
     Args:
-        num_evaluations: of the loop.
+        num_evaluations: how often the loop calls the denoiser.
         sites: what may be reused; none may contain another.
         budget: the share, in (0, 1], that is computed at least: of the multiply-adds in ``work``, else of the entries.
             Less than one entry is computed beyond it, unless all that may be reused is.
-        seed: of the draw.
+        seed: the seed of the draw.
         among: the evaluations that may reuse; None takes all but the first of each branch. ``alternate_evaluations``
             is the setting of Learning-to-Cache.
-        work: prices.
+        work: the prices of evaluations and sites.
         branches: evaluations e with equal ``e % branches`` share caches; each entry is drawn by itself.
-        loop: description of the loop to store.
+        loop: the description of the loop to store.
 
     Raises:
-        ScheduleError: the budget is out of range, or ``among`` names a first evaluation.
+        ScheduleError: if the budget is out of range, or ``among`` names a first evaluation.
     """
     columns = tuple(map(as_site, sites))
     allowed = range(branches, num_evaluations) if among is None else among
@@ -76,7 +74,7 @@ def fewer_steps(loop: _BuiltIn, share: float) -> _BuiltIn:
         share: the share of the evaluations to keep, in (0, 1]; rounded up to whole steps.
 
     Raises:
-        LoopError: the loop cannot be that short.
+        LoopError: if the loop cannot be that short.
     """
     if not 0 < share <= 1:
         raise LoopError(f"a share of the steps wants a number in (0, 1], got {share!r}")

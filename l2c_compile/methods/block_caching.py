@@ -11,8 +11,6 @@ from l2c_compile.finders.selecting import check_parameter, columns_of, decided_s
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["block_caching"]
-
 
 def block_caching(profile: Profile, delta: float, *, sites: Iterable[Site | str] | None = None) -> CacheSchedule:
     """Select as Block Caching does (arXiv 2312.03209, section 3.2): keep a value until changes add up to ``delta``.
@@ -27,8 +25,8 @@ def block_caching(profile: Profile, delta: float, *, sites: Iterable[Site | str]
         sites: what to decide about; None takes every site of the profile that contains no other.
 
     Raises:
-        UnknownSiteError: the profile does not hold one of the sites.
-        ScheduleError: ``delta`` makes no sense.
+        UnknownSiteError: if the profile does not hold one of the sites.
+        ScheduleError: if ``delta`` makes no sense.
     """
     check_parameter("delta", delta)
     steps = profile.branches

@@ -9,8 +9,6 @@ from l2c_compile.finders.formulas import all_sites, per_branch
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["deep_cache"]
-
 
 def deep_cache(
     num_evaluations: int,
@@ -28,16 +26,16 @@ def deep_cache(
     not the sign-preserving map it looks like, but published numbers were made with it.
 
     Args:
-        num_evaluations: of the loop.
+        num_evaluations: how often the loop calls the denoiser.
         sites: what is reused in between.
         num_computed: how many evaluations compute it.
         center: the evaluation around which they lie densest.
         power: the larger the denser, above 1; lowered by 0.02 until all computed evaluations differ.
-        branches: see the module.
+        branches: 2 for guidance in two separate calls; evaluations e with equal ``e % branches`` share caches.
         loop: description of the loop to store.
 
     Raises:
-        ScheduleError: ``num_computed`` is not from 1 to the number of evaluations, or no power gives so many.
+        ScheduleError: if ``num_computed`` is not from 1 to the number of evaluations, or no power gives so many.
     """
     count = per_branch(num_evaluations, branches)
     if type(num_computed) is not int or not 1 <= num_computed <= count:

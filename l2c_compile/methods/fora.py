@@ -10,8 +10,6 @@ from l2c_compile.finders.formulas import all_sites, per_branch
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["uniform_interval"]
-
 
 def uniform_interval(
     num_evaluations: int,
@@ -27,16 +25,16 @@ def uniform_interval(
     FORA (arXiv 2407.01425) and DeepCache's uniform setting (arXiv 2312.00858).
 
     Args:
-        num_evaluations: of the loop.
+        num_evaluations: how often the loop calls the denoiser.
         sites: what is reused in between.
-        interval: 1 computes everything.
+        interval: compute in every such evaluation; 1 computes everything.
         anchor: "start" computes evaluations e with e % interval == 0 (DeepCache). "end" is FORA as its authors coded
             it: counted from the clean end, idx = E - 1 - e, computed where idx % interval == 0, and the first.
-        branches: see the module.
-        loop: description of the loop to store.
+        branches: 2 for guidance in two separate calls; evaluations e with equal ``e % branches`` share caches.
+        loop: the description of the loop to store.
 
     Raises:
-        ScheduleError: the interval is below 1, or the branches do not divide the evaluations.
+        ScheduleError: if the interval is below 1, or the branches do not divide the evaluations.
     """
     if type(interval) is not int or interval < 1:
         raise ScheduleError(f"an interval wants a whole number from 1, got {interval!r}")

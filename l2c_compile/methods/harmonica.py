@@ -37,8 +37,6 @@ from l2c_compile.schedules.sites import Site
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["RolloutSettings", "learn_rollout"]
-
 _FROZEN_SCORE = 0.9933071
 """The sigmoid of 5: what the authors freeze the first evaluation at."""
 
@@ -52,7 +50,7 @@ class RolloutSettings(Settings):
     horizon: int = 1
     """Evaluations that are differentiated together, caches and latents between them included; 1 as published."""
     recompute_activations: bool = False
-    """Keep no activations of an evaluation until its gradient, but compute them again; worth it above horizon 1."""
+    """Whether activations are computed again for the gradient in place of being kept; worth it above horizon 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,9 +84,9 @@ def learn_rollout(
         on_round: told after every round.
 
     Raises:
-        ScheduleError: the sites or the budget do not fit the loop.
-        UnknownSiteError: a site names a module that the model does not have.
-        CaptureError: the denoiser cannot be captured.
+        ScheduleError: if the sites or the budget do not fit the loop.
+        UnknownSiteError: if a site names a module that the model does not have.
+        CaptureError: if the denoiser cannot be captured.
     """
     branches = branches or branches_of(loop)
     workers, denoiser = Workers(accelerator), OpenDenoiser(model, sites)

@@ -13,8 +13,6 @@ from l2c_compile.finders.selecting import INVARDIFF_EPS, branches_in, columns_of
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["invar_diff", "invar_diff_scaled"]
-
 INVARDIFF_WHOLE_QUANTILE = 0.63
 INVARDIFF_QUANTILE = 0.22
 """The settings of InvarDiff's "fast" books for DiT."""
@@ -37,18 +35,19 @@ def invar_diff(
     have seen: within a run of reuses they stay at its first. All sites are computed after each reuse of the whole.
 
     Args:
-        profile: with lags as long as the longest reuse, plus 1.
-        quantile: of the sites' rates, 0 (nothing is reused) to 1; the authors' "fast" setting.
-        whole_quantile: of the whole stack's rates; None leaves the whole alone. The authors' "fast" setting is 0.63.
+        profile: a profile with lags as long as the longest reuse, plus 1.
+        quantile: the quantile of the sites' rates, 0 (nothing is reused) to 1; the authors' "fast" setting.
+        whole_quantile: the quantile of the whole stack's rates; None leaves the whole alone. The authors' "fast"
+            setting is 0.63.
         full_share: the share of evaluations computed at the start; at least one is, and so is the last.
         corrected: whether to take the second pass.
         sites: what to decide about; None takes every site of the profile that contains no other.
         whole: the site that contains them all; None takes the profile's, a run such as ``blocks.0..blocks.27``.
 
     Raises:
-        ProfileError: the profile holds no whole, or not the lags that the second pass compares.
-        UnknownSiteError: it does not hold one of the sites.
-        ScheduleError: a parameter makes no sense.
+        ProfileError: if the profile holds no whole, or not the lags that the second pass compares.
+        UnknownSiteError: if it does not hold one of the sites.
+        ScheduleError: if a parameter makes no sense.
     """
     for name, value in (("quantile", quantile), ("whole_quantile", whole_quantile), ("full_share", full_share)):
         if value is not None and not 0 <= value <= 1:
@@ -77,11 +76,12 @@ def invar_diff_scaled(profile: Profile, strength: float) -> CacheSchedule:
     """Select as ``invar_diff`` does, with both quantiles in the proportion of the authors' "fast" setting.
 
     Args:
-        profile: with the whole stack among its sites.
+        profile: a profile with the whole stack among its sites.
         strength: the quantile of the whole, 0 (nothing is reused) to 1; theirs is 0.63.
 
     Raises:
-        ProfileError, ScheduleError: see ``invar_diff``.
+        ProfileError: if ``invar_diff`` raises it.
+        ScheduleError: if ``invar_diff`` raises it.
     """
     return invar_diff(profile, strength * INVARDIFF_QUANTILE / INVARDIFF_WHOLE_QUANTILE, strength)
 

@@ -39,8 +39,6 @@ from l2c_compile.schedules.sites import Site
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["L2CSettings", "alternating_pairs", "learn_l2c", "published_pairs"]
-
 _NUM_WEIGHING_DRAWS = 4
 """Batches that the sensitivities are a mean of."""
 
@@ -53,8 +51,9 @@ class L2CSettings(Settings):
     """How to learn; see ``Settings``. A round updates every pair once, each on fresh samples."""
 
     weigh_by_result: bool = False
-    """Weigh the distance of each evaluation with what it does to the result of the loop (``_sensitivities``). The
-    authors count all alike, though what is off early may be forgotten, or grow, on the way to the end."""
+    """Whether the distance of each evaluation is weighed with what it does to the result of the loop
+    (``_sensitivities``). The authors count all alike, though what is off early may be forgotten, or grow, on
+    the way to the end."""
 
 
 def alternating_pairs(num_evaluations: int, branches: int = 1) -> list[tuple[int, int]]:
@@ -114,9 +113,10 @@ def learn_l2c(
         A router whose trained evaluations are the cached ones; all others are computed.
 
     Raises:
-        ScheduleError: the pairs, the sites, the budget or the data do not fit the loop.
-        UnknownSiteError: a site names a module that the model does not have.
-        CaptureError, LoopTraceError: the denoiser cannot be captured, or the loop not be traced.
+        ScheduleError: if the pairs, the sites, the budget or the data do not fit the loop.
+        UnknownSiteError: if a site names a module that the model does not have.
+        CaptureError: if the denoiser cannot be captured.
+        LoopTraceError: if the loop cannot be traced.
     """
     branches = branches or branches_of(loop)
     workers, denoiser = Workers(accelerator), OpenDenoiser(model, sites)

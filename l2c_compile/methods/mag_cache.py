@@ -10,8 +10,6 @@ from l2c_compile.finders.selecting import check_parameter, columns_of, decided_s
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["mag_cache", "mag_cache_row"]
-
 
 def mag_cache(
     profile: Profile,
@@ -32,9 +30,9 @@ def mag_cache(
             authors' is that of the whole stack.
 
     Raises:
-        ProfileError: ``sites`` is None and the profile holds no change.
-        UnknownSiteError: it does not hold one of the sites.
-        ScheduleError: a parameter makes no sense.
+        ProfileError: if ``sites`` is None and the profile holds no change.
+        UnknownSiteError: if it does not hold one of the sites.
+        ScheduleError: if a parameter makes no sense.
     """
     if sites is None:
         sites = [site for site in profile.sites if site.kind == "delta"]
@@ -58,7 +56,7 @@ def mag_cache_row(ratios: Sequence[float], threshold: float, *, max_skip: int = 
     """Return MagCache's row for the magnitude ratios of one site: 1 compute, 0 reuse; see ``mag_cache``.
 
     Raises:
-        ScheduleError: a parameter makes no sense.
+        ScheduleError: if a parameter makes no sense.
     """
     check_parameter("threshold", threshold)
     if type(max_skip) is not int or max_skip < 0 or not 0 <= retention <= 1:

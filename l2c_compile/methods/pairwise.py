@@ -16,8 +16,6 @@ from l2c_compile.finders.selecting import INVARDIFF_EPS, columns_of, safe_ratio
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["ErrorOf", "pairwise"]
-
 ErrorOf = Literal["smooth-cache", "block-caching", "invar-diff", "mag-cache"]
 """Whose statistic at lag 1 says what a reuse costs."""
 
@@ -45,8 +43,8 @@ def pairwise(
         sites: what to decide about; None takes every site of the profile that contains no other.
 
     Raises:
-        UnknownSiteError: the profile does not hold one of the sites.
-        ScheduleError: the budget is out of range, or evaluations in ``among`` follow one another.
+        UnknownSiteError: if the profile does not hold one of the sites.
+        ScheduleError: if the budget is out of range, or evaluations in ``among`` follow one another.
     """
     branches = profile.branches
     columns = columns_of(profile, sites)

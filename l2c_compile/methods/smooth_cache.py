@@ -11,8 +11,6 @@ from l2c_compile.finders.selecting import check_parameter, columns_of, decided_s
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 
-__all__ = ["smooth_cache"]
-
 
 def smooth_cache(
     profile: Profile,
@@ -37,9 +35,9 @@ def smooth_cache(
         sites: what to decide about; None takes every site of the profile that contains no other.
 
     Raises:
-        ProfileError: the profile does not hold these lags.
-        UnknownSiteError: it does not hold one of the sites.
-        ScheduleError: ``alpha`` or ``lookahead`` makes no sense.
+        ProfileError: if the profile does not hold these lags.
+        UnknownSiteError: if it does not hold one of the sites.
+        ScheduleError: if ``alpha`` or ``lookahead`` makes no sense.
     """
     check_parameter("alpha", alpha)
     _check_lags(profile, lookahead, "smooth_cache")

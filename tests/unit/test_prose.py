@@ -14,9 +14,6 @@ from tests.root import ROOT
 
 FOLDERS = ("l2c_compile", "passes", "kernels", "bench", "tests")
 
-# Files that wait for their turn, by how their path begins.
-LATER: tuple[str, ...] = ("l2c_compile/finders/", "l2c_compile/methods/")
-
 Finding = tuple[int, str]
 """A line, and what to write there."""
 
@@ -167,14 +164,8 @@ def bool_arguments(node: Documented) -> set[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_prose_of_a_file_keeps_the_rules(name: str) -> None:
-    if name.startswith(LATER):
-        pytest.skip("its turn comes later: see LATER")
     found = sorted(findings(FILES[name].read_text(encoding="utf-8")))
     assert [f"{name}:{line}: {what}" for line, what in found] == []
-
-
-def test_what_waits_exists() -> None:
-    assert [each for each in LATER if not any(name.startswith(each) for name in FILES)] == []
 
 
 FUNCTION = '''

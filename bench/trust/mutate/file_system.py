@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["FILE_SYSTEM"]
-
 
 def _make_link_loop(path: Path, content: bytes) -> None:
     path.symlink_to(path.name)

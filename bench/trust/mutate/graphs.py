@@ -11,8 +11,6 @@ from bench.trust.mutate.json_text import edits
 from bench.trust.mutate.raw import Bytes, Draw
 from bench.trust.mutate.zips import Records, records_of, zipped
 
-__all__ = ["groups"]
-
 _OURS = "archive/data/extra/l2c_compile/"
 _MANIFEST, _GRAPH, _SCHEDULE = (_OURS + name for name in ("manifest.json", "graph.jsonl", "schedule.json"))
 

@@ -9,9 +9,6 @@ from pathlib import Path
 from bench.trust.mutate.raw import Bytes, Draw
 from l2c_compile import CacheSchedule
 
-__all__ = ["edits", "large_json"]
-
-
 _Edit = Callable[[Draw, object, Path], object]
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from bench.trust.mutate.raw import Draw
 
-__all__ = ["payload"]
-
 
 class _PickledCall:
     """Pickles as a call of ``function`` with ``arguments``."""

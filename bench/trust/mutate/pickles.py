@@ -15,8 +15,6 @@ from bench.trust.mutate.raw import Bytes, Draw, flip_bits, overwrite, swap, trun
 from bench.trust.mutate.valid import logits, torch_save
 from bench.trust.mutate.zips import records_of, zipped
 
-__all__ = ["edits"]
-
 
 def _with_pickle(pickled: bytes, storages: int = 1) -> bytes:
     extra = {f"archive/data/{i}": bytes(64) for i in range(storages)}

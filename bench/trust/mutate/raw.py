@@ -6,8 +6,6 @@ import random
 import struct
 from collections.abc import Callable
 
-__all__ = ["BYTES", "Bytes", "Draw", "claim_much", "flip_bits", "overwrite", "swap", "truncate", "zero"]
-
 Draw = random.Random
 Bytes = Callable[[Draw, bytes], bytes]
 """A function that breaks the bytes of a file."""

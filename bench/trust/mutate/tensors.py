@@ -12,8 +12,6 @@ import torch
 from bench.trust.mutate.json_text import edits
 from bench.trust.mutate.raw import Bytes, Draw
 
-__all__ = ["groups"]
-
 
 def _split_header(content: bytes) -> tuple[dict[str, object], bytes]:
     length = int.from_bytes(content[:8], "little")

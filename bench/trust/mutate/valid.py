@@ -14,8 +14,6 @@ from bench.trust import finder_files
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.schedules.router import Router
 
-__all__ = ["logits", "torch_save", "valid_files"]
-
 
 class _Denoiser(nn.Module):
     def __init__(self) -> None:

@@ -12,8 +12,6 @@ from pathlib import Path
 from bench.trust.mutate.payloads import payload
 from bench.trust.mutate.raw import Bytes, Draw, claim_much, flip_bits, overwrite, swap, truncate, zero
 
-__all__ = ["Records", "edits", "records_of", "zipped"]
-
 Records = dict[str, bytes]
 """The files of an archive, by name."""
 

@@ -39,8 +39,6 @@ from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.pipeline import BITWISE, EVALUATION, LOOP, REGIONS, SKELETON
 from l2c_compile.torch_backend import l2c
 
-__all__ = ["Checker", "Mismatch", "Outcome", "Program", "draw_programs", "evaluations_of"]
-
 _LOOPS_PER_DENOISER = 3
 _SCHEDULES_PER_LOOP = 16
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Description", "build_denoiser", "draw_denoiser", "latent_shape", "num_classes"]
-
 Description: TypeAlias = dict[str, Any]
 """A JSON object."""
 

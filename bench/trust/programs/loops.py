@@ -15,8 +15,6 @@ from torch import Tensor
 
 from bench.trust.programs.denoisers import Description, latent_shape, num_classes
 
-__all__ = ["DrawnLoop", "draw_form", "draw_inputs", "draw_loop"]
-
 _STEPS = ("euler", "euler", "heun", "multistep", "noise", "ancestral", "unused", "same time")
 _STEPS_OF_OTHER_BATCHES = ("first samples", "doubled")
 _MAX_EVALUATIONS = 6

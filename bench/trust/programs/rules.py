@@ -9,8 +9,6 @@ import torch
 
 from l2c_compile.schedules.rules import Reading, Rule, T
 
-__all__ = ["Combination", "Decay", "FollowInput"]
-
 
 @dataclass(frozen=True)
 class Combination(Rule):

@@ -18,8 +18,6 @@ from l2c_compile import CacheSchedule, Reuse, Rule, Site
 from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.rules import HOLD, rule_from_dict
 
-__all__ = ["CalledModules", "draw_schedule", "draw_sites", "schedule_from"]
-
 _RULES: tuple[Rule, ...] = (Combination((1.5, -0.5)), Decay(), FollowInput())
 
 

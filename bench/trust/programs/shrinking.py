@@ -10,8 +10,6 @@ from typing import Any
 
 from bench.trust.programs.checking import Checker, Outcome, Program, evaluations_of
 
-__all__ = ["failure_of", "minimise"]
-
 Check = Callable[[Checker, Program], Outcome]
 """A method of ``Checker`` that judges a program."""
 
