@@ -13,8 +13,8 @@ from l2c_compile import Router
 from l2c_compile.finders.training import RoundReport
 from l2c_compile.loops import DDIM
 from l2c_compile.methods import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
+from tests.learning import draw_latents
 from tests.tiny import residual
-from tests.unit.methods.test_learning_to_cache import draw_latents
 
 METHODS = ("l2c", "rollout")
 _ROUNDS = 7

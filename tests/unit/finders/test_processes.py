@@ -19,9 +19,9 @@ from l2c_compile.errors import ScheduleError
 from l2c_compile.finders.processes import Workers
 from l2c_compile.loops import DDIM
 from l2c_compile.methods import L2CSettings, learn_l2c
+from tests.learning import DIT_SITES, draw_images, draw_latents
 from tests.root import ROOT
 from tests.tiny import residual, tiny_dit
-from tests.unit.methods.test_learning_to_cache import DIT_SITES, draw_images, draw_latents
 
 pytest.importorskip(
     "accelerate", reason="learning in several processes wants accelerate: pip install l2c-compile[train]"
