@@ -3,11 +3,13 @@
 ``eager``     the graph's own code, operation by operation.
 ``inductor``  the loop region by region: each distinct region (``OutlineRegions``) is compiled once, without Dynamo, and
               the loop calls it. One flat graph of 50 evaluations would keep Inductor busy for hours.
-any other     ``torch.compile(graph, backend=..., fullgraph=True)`` of the flat graph.
+any other     ``torch.compile(graph, backend=..., fullgraph=True)`` of the flat graph, in one thread at a time.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,7 +52,27 @@ def _lower(graph: LoopGraph, options: Options, progress: Progress) -> Callable[.
     compiled: Callable[..., Sequence[object]] = torch.compile(
         graph.module_to_trace(), backend=options.backend, fullgraph=True, dynamic=False
     )
-    return compiled
+
+    def one_at_a_time(*inputs: object) -> Sequence[object]:
+        with _running:
+            return compiled(*inputs)
+
+    return one_at_a_time
+
+
+_running = threading.RLock()
+"""Held while torch.compile's code runs: with fullgraph torch 2.13 counts what it ran in one number for all threads, and
+calls that overlap end in "found no compiled frames"."""
+
+
+def _begin_anew() -> None:
+    # The thread that held the old lock is not in the child.
+    global _running
+    _running = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _with_kernels(graph: LoopGraph, kernels: Pipeline) -> LoopGraph:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import traceback
@@ -30,6 +32,7 @@ from l2c_compile.frontend import capture
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.samplers import compiled_sampler as compiled_module
 from l2c_compile.schedules.router import Router
+from tests.forked import needs_fork, run_in_fork
 from tests.root import ROOT
 from tests.tiny import draw, residual, steps
 
@@ -191,11 +194,10 @@ class TestCapture:
         assert state_of(sampler.model) == before
         assert_usable(sampler, noise)
 
+    @needs_fork
     def test_an_interrupt_anywhere_leaves_everything_as_it_was(self) -> None:
         # In a process of its own: torch's table of decompositions does not survive every interrupt.
-        code = "from tests.behaviour.test_faults import interrupt_captures; interrupt_captures()"
-        done = run_alone(code)
-        assert done.returncode == 0, done.stderr
+        run_in_fork(interrupt_captures)
 
     def test_weights_are_put_back_even_if_torch_was_interrupted_in_its_own_cleanup(
         self, monkeypatch: pytest.MonkeyPatch
@@ -305,6 +307,18 @@ class TestCacheFolder:
         assert "torch/" not in done.stderr
 
 
+def save_within_limits(path: Path) -> None:
+    """Save below limits on the size of files: a disk that is full after so many bytes, for torch's own writer, too."""
+    sampler = compiled()
+    sampler.capture(draw(2, 4))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for limit in (1, 5000, 20000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with pytest.raises(OSError, match="unchanged") as raised:
+            sampler.save(path)
+        assert raised.value.filename == str(path)
+
+
 def _full(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -349,28 +363,11 @@ class TestFiles:
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 
+    @needs_fork
     def test_a_write_that_really_fails_in_the_middle_of_an_archive_is_named(self, tmp_path: Path) -> None:
-        # A limit on the size of files is a disk that is full after so many bytes, for torch's own writer, too.
-        code = """
-import resource, signal, sys, torch
-from tests.behaviour.test_faults import compiled
-from tests.tiny import draw
-sampler = compiled()
-sampler.capture(draw(2, 4))
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for limit in (1, 5000, 20000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    try:
-        sampler.save(sys.argv[1])
-    except OSError as error:
-        assert error.filename == sys.argv[1] and "unchanged" in str(error), error
-    else:
-        raise SystemExit(f"written within {limit} bytes")
-"""
         path = tmp_path / "old.pt2"
         path.write_bytes(b"old")
-        done = run_alone(code, str(path))
-        assert done.returncode == 0, done.stderr
+        run_in_fork(save_within_limits, path)
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 

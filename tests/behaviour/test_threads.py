@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
+from tests.forked import needs_fork, run_in_fork
 from tests.tiny import draw, residual, steps
 from tests.waiting import HANG_S, num_blocked, wait_until
 
@@ -125,34 +124,19 @@ def test_a_captured_form_runs_while_the_rest_of_another_capture_goes_on(monkeypa
         capturing.result(HANG_S)
 
 
-def _sample_in_child(sampler: CompiledSampler, noise: Tensor, connection: object) -> None:
-    torch.set_num_threads(1)
-    # One form that the parent captured, and one that only the child has.
-    connection.send([sampler(noise).tolist(), sampler(noise[:1]).tolist()])  # type: ignore[attr-defined]
+def _sample_twice(sampler: CompiledSampler, noise: Tensor) -> list[object]:
+    """Sample with a form that the parent captured, and with one that only the child has."""
+    return [sampler(noise).tolist(), sampler(noise[:1]).tolist()]
 
 
-def _in_child(method: str, sampler: CompiledSampler, noise: Tensor) -> list[list[list[float]]]:
-    context = multiprocessing.get_context(method)
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_sample_in_child, args=(sampler, noise, sender))  # type: ignore[attr-defined]
-    child.start()
-    try:
-        assert receiver.poll(HANG_S), "the child hangs"
-        result: list[list[list[float]]] = receiver.recv()
-        return result
-    finally:
-        child.join(10)
-        child.kill()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@needs_fork
 def test_a_forked_child_samples_and_captures() -> None:
     sampler, noise = compiled(), draw(2, 4)
     wanted = [sampler(noise).tolist(), expected(sampler, noise[:1]).tolist()]
-    assert _in_child("fork", sampler, noise) == wanted
+    assert run_in_fork(_sample_twice, sampler, noise) == wanted
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@needs_fork
 def test_a_child_forked_while_threads_sample_and_capture_does_not_hang() -> None:
     sampler, noise = compiled(), draw(2, 4)
     wanted = [sampler(noise).tolist(), expected(sampler, noise[:1]).tolist()]
@@ -168,7 +152,7 @@ def test_a_child_forked_while_threads_sample_and_capture_does_not_hang() -> None
     worker.start()
     try:
         for _ in range(2):
-            assert _in_child("fork", sampler, noise) == wanted
+            assert run_in_fork(_sample_twice, sampler, noise) == wanted
     finally:
         stop.set()
         worker.join(HANG_S)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from tests.tiny import draw, residual, same_bits, steps
@@ -47,3 +50,24 @@ def test_inductor_agrees_up_to_its_own_rounding() -> None:
     k = 8 * 3
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(got, wanted, rtol=0, atol=k * eps * float(wanted.abs().max()))
+
+
+def test_what_torch_compiled_runs_in_one_thread_at_a_time() -> None:
+    inside, overlaps = threading.Semaphore(1), list[int]()
+
+    def backend(module: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Sequence[object]]:
+        def run(*given: object) -> Sequence[object]:
+            alone = inside.acquire(blocking=False)
+            overlaps.append(not alone)
+            results: Sequence[object] = module(*given)
+            if alone:
+                inside.release()
+            return results
+
+        return run
+
+    sampler, noise = sampler_of(residual(), backend=backend), draw(3, 4)
+    wanted = sampler(noise)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(same_bits(got, wanted) for got in pool.map(sampler, [noise] * 20))
+    assert overlaps == [False] * 21

@@ -20,12 +20,12 @@ DATA = Path(str(resources.files("l2c_compile"))) / "data"
 
 def test_samples_are_the_digits_that_were_asked_for() -> None:
     model, classifier = load_digits_dit(), load_digit_classifier()
-    labels = torch.arange(10).repeat_interleave(10)
-    noise = torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10).repeat_interleave(5)
+    noise = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        images = DDIM(20, guidance=Guidance(3.0, {"y": 10}))(model, noise, y=labels)
+        images = DDIM(10, guidance=Guidance(3.0, {"y": 10}))(model, noise, y=labels)
         right = classifier(images).argmax(-1) == labels
-    assert right.sum() >= 98
+    assert right.sum() >= 49
     assert images.abs().max() < 2.0, "a pixel ran away"
 
 
