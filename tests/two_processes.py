@@ -1,56 +1,53 @@
-"""Learn a tiny router in one of several processes; ``tests/unit/finders/test_processes.py`` starts them.
-
-python -m tests.two_processes FOLDER SECONDS_A_ROUND
-"""
+"""Learn tiny routers in one of two processes; ``tests/unit/finders/test_processes.py`` starts them."""
 
 from __future__ import annotations
 
-import sys
+import os
 import time
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from l2c_compile import Router
 from l2c_compile.finders.training import RoundReport
 from l2c_compile.loops import DDIM
 from l2c_compile.methods import L2CSettings, RolloutSettings, learn_l2c, learn_rollout
+from tests.learning import draw_latents
 from tests.tiny import residual
-from tests.unit.methods.test_learning_to_cache import draw_latents
 
-ROUNDS = 12
+METHODS = ("l2c", "rollout")
+_ROUNDS = 7
+_WAITS_IN = 3
+"""The round, past the first checkpoint, in which a process that is to be killed waits for it."""
 
 
 def learn(
-    method: str, checkpoint: Path | None, accelerator: Accelerator | None = None, seconds_a_round: float = 0.0
+    method: str, checkpoint: Path | None, accelerator: Accelerator | None = None, *, waits: bool = False
 ) -> Router:
-    """Return the learned router; every call with the same method learns the same one."""
+    """Return the learned router; every call with the same method learns the same one, or waits to be killed."""
 
-    def pause(report: RoundReport) -> None:
-        time.sleep(seconds_a_round)
+    def on_round(report: RoundReport) -> None:
+        while waits and report.round == _WAITS_IN:
+            time.sleep(1)
 
+    given = (residual(), DDIM(steps=4), draw_latents, ("a", "b"))
     if method == "l2c":
-        l2c = L2CSettings(rounds=ROUNDS, batch_size=4, budget=0.75, checkpoint_every=2)
-        return learn_l2c(
-            *(residual(), DDIM(steps=4), draw_latents, ("a", "b"), l2c),
-            checkpoint=checkpoint,
-            accelerator=accelerator,
-            on_round=pause,
-        )
-    rollout = RolloutSettings(rounds=ROUNDS, batch_size=4, budget=0.6, checkpoint_every=2, weigh_every=3)
-    return learn_rollout(
-        *(residual(), DDIM(steps=4), draw_latents, ("a", "b"), rollout),
-        checkpoint=checkpoint,
-        accelerator=accelerator,
-        on_round=pause,
-    )
+        l2c = L2CSettings(rounds=_ROUNDS, batch_size=4, budget=0.75, checkpoint_every=2)
+        return learn_l2c(*given, l2c, checkpoint=checkpoint, accelerator=accelerator, on_round=on_round)
+    rollout = RolloutSettings(rounds=_ROUNDS, batch_size=4, budget=0.6, checkpoint_every=2, weigh_every=3)
+    return learn_rollout(*given, rollout, checkpoint=checkpoint, accelerator=accelerator, on_round=on_round)
 
 
-if __name__ == "__main__":
+def run(rank: int, port: int, folder: Path, waits_in: str | None) -> None:
+    """Learn both routers with the other process and write them; in the method ``waits_in`` wait to be killed."""
+    # A forked process has none of the threads that torch believes to have.
+    torch.set_num_threads(1)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in shared.items()})
     accelerator = Accelerator(cpu=True)
-    folder = Path(sys.argv[1])
-    for method in ("l2c", "rollout"):
-        router = learn(method, folder / f"{method}.checkpoint", accelerator, float(sys.argv[2]))
+    for method in METHODS:
+        router = learn(method, folder / f"{method}.checkpoint", accelerator, waits=method == waits_in)
         if accelerator.is_main_process:
             router.save(folder / method)
     accelerator.end_training()

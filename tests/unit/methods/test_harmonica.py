@@ -14,8 +14,7 @@ from l2c_compile.errors import ScheduleError
 from l2c_compile.finders.training import Learner, RoundReport
 from l2c_compile.loops import DDIM, Guidance
 from l2c_compile.methods import RolloutSettings, learn_rollout
-from tests.tiny import at, draw, residual, steps, tiny_dit
-from tests.unit.methods.test_learning_to_cache import (
+from tests.learning import (
     DIT_SITES,
     SITES,
     Hooks,
@@ -24,6 +23,7 @@ from tests.unit.methods.test_learning_to_cache import (
     draw_latents,
     training_steps,
 )
+from tests.tiny import at, draw, residual, steps, tiny_dit
 
 __all__ = ["training_steps"]
 
@@ -85,7 +85,7 @@ def test_every_update_is_the_authors(training_steps: list[Step]) -> None:
 
 def test_a_router_may_reuse_in_all_evaluations_but_the_first_of_each_branch() -> None:
     loop = DDIM(steps=3, guidance=Guidance(1.5, null={"y": 5}, channels=3, batched=False))
-    router = learn_rollout(tiny_dit(), loop, draw_images, DIT_SITES, settings(rounds=30, budget=0.6))
+    router = learn_rollout(tiny_dit(), loop, draw_images, DIT_SITES, settings(rounds=8, learning_rate=0.5, budget=0.6))
     assert router.cacheable == (2, 3, 4, 5)
     assert router.branches == 2
     assert router.scores[:2].min() == router.scores[:2].max() == pytest.approx(0.99331, abs=1e-5)

@@ -1,64 +1,49 @@
-"""Which sites cover which, and where each reuse takes its value from."""
+"""Which sites hide which, and where a reuse takes its value from."""
 
 from __future__ import annotations
 
 import pytest
 
-from l2c_compile import Site
 from l2c_compile.errors import ScheduleError
 from l2c_compile.schedules.coverage import COMPUTED, HIDDEN, REUSED, covering_sites, derive_sources, entry_states
 from l2c_compile.schedules.rules import HOLD
-from tests.behaviour.test_site_forms import Combination
+from l2c_compile.schedules.sites import Site
+
+WHOLE, PART, RUN, OTHER = map(Site.parse, ("b.0", "b.0.attn", "b.0..b.2", "b.2..b.3"))
 
 
-def sites(*names: str) -> list[Site]:
-    return [Site.parse(name) for name in names]
+def test_a_reused_whole_hides_its_parts() -> None:
+    states = entry_states(3, [PART, WHOLE], [(1, WHOLE), (1, PART), (2, PART)])
+    assert list(states[WHOLE]) == [COMPUTED, REUSED, COMPUTED]
+    assert list(states[PART]) == [COMPUTED, HIDDEN, REUSED]
 
 
-def test_what_lies_in_a_reused_whole_is_hidden_there() -> None:
-    whole, part, inner, other = sites("blocks.0..blocks.1", "blocks.0", "blocks.0.attn", "blocks.2")
-    states = entry_states(3, [whole, part, inner, other], [(1, whole), (2, part), (1, inner), (1, other)])
-    assert states[whole] == bytes([COMPUTED, REUSED, COMPUTED])
-    assert states[part] == bytes([COMPUTED, HIDDEN, REUSED])
-    assert states[inner] == bytes([COMPUTED, HIDDEN, HIDDEN])
-    assert states[other] == bytes([COMPUTED, REUSED, COMPUTED])
+def test_sites_that_overlap_hide_each_other_and_are_not_reused_together() -> None:
+    states = entry_states(3, [RUN, OTHER], [(1, RUN), (2, OTHER)])
+    assert list(states[RUN]) == [COMPUTED, REUSED, HIDDEN]
+    assert list(states[OTHER]) == [COMPUTED, HIDDEN, REUSED]
+    with pytest.raises(ScheduleError, match="both are reused at evaluation 1; compute one of them at 1"):
+        entry_states(3, [RUN, OTHER], [(1, RUN), (1, OTHER)])
 
 
-def test_runs_that_share_modules_may_not_both_be_reused_at_once() -> None:
-    one, other = sites("blocks.0..blocks.1", "blocks.1..blocks.2")
-    assert entry_states(2, [one, other], [(1, one)])[other] == bytes([COMPUTED, HIDDEN])
-    with pytest.raises(ScheduleError, match=r"overlap, neither contains the other.*compute one of them at 1"):
-        entry_states(2, [one, other], [(1, one), (1, other)])
+def test_a_site_is_covered_by_all_that_contain_it() -> None:
+    assert covering_sites([PART, WHOLE, RUN]) == {PART: (WHOLE, RUN), WHOLE: (RUN,), RUN: ()}
+    with pytest.raises(ScheduleError, match=r"b\.0\.\.b\.2 and b\.2\.\.b\.3 overlap and neither contains the other"):
+        covering_sites([RUN, OTHER])
 
 
-def test_calls_of_a_shared_module_are_apart() -> None:
-    first, second = sites("shared", "shared@1")
-    assert entry_states(2, [first, second], [(1, first)])[second] == bytes([COMPUTED, COMPUTED])
+def test_sources_are_the_latest_of_the_branch() -> None:
+    row = bytes([COMPUTED, COMPUTED, REUSED, REUSED, COMPUTED, REUSED])
+    rules = dict.fromkeys((2, 3, 5), HOLD)
+    assert derive_sources(row, rules, 1) == {2: (1,), 3: (1,), 5: (4,)}
+    assert derive_sources(row, rules, 2) == {2: (0,), 3: (1,), 5: (1,)}
 
 
-def test_the_sites_that_cover_a_site() -> None:
-    whole, part, inner, change = sites("blocks.0..blocks.1", "blocks.0", "blocks.0.attn", "delta(blocks.1)")
-    covering = covering_sites([whole, part, inner, change])
-    assert set(covering[inner]) == {whole, part}
-    assert (covering[part], covering[change], covering[whole]) == ((whole,), (whole,), ())
-    with pytest.raises(ScheduleError, match="overlap and neither contains the other; leave one out"):
-        covering_sites(sites("blocks.0..blocks.1", "blocks.1..blocks.2"))
+def test_a_hidden_entry_has_no_source_and_one_without_enough_has_no_entry() -> None:
+    assert derive_sources(bytes([REUSED, COMPUTED, HIDDEN]), {0: HOLD, 2: HOLD}, 1) == {2: ()}
 
 
-def test_sources_are_the_latest_of_the_same_branch_newest_first() -> None:
-    rule = Combination((2.0, -1.0))
-    states = bytes([COMPUTED, COMPUTED, COMPUTED, COMPUTED, REUSED, REUSED])
-    assert derive_sources(states, {4: rule, 5: HOLD}, branches=1) == {4: (3, 2), 5: (3,)}
-    assert derive_sources(states, {4: rule, 5: HOLD}, branches=2) == {4: (2, 0), 5: (3,)}
-
-
-def test_a_reuse_without_enough_before_it_has_no_sources() -> None:
-    states = bytes([COMPUTED, REUSED, HIDDEN])
-    rules = {1: Combination((2.0, -1.0)), 2: HOLD}
-    assert derive_sources(states, rules, branches=1) == {2: ()}
-
-
-def test_schedules_of_runs_that_overlap_everywhere_are_refused() -> None:
-    runs = [Site.parse(f"blocks.{i}..blocks.{j}") for i in range(40) for j in range(i + 1, 60)]
+def test_too_much_overlap_is_refused() -> None:
+    runs = [Site(f"b.{i}", "b.2000") for i in range(1500)]
     with pytest.raises(ScheduleError, match="overlap too much"):
-        entry_states(2, runs, [])
+        covering_sites(runs)

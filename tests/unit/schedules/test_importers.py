@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -294,40 +293,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path
     assert not marker.exists()
 
 
-def test_a_forbidden_global_is_named(tmp_path: Path) -> None:
-    path = save(tmp_path / "router.pt", {"routers": logits(4, 4), "opt": io.StringIO})
-    with pytest.raises(FileFormatError, match=r"_?io\.StringIO"):
-        load_schedule_file(path)
-
-
-def repack(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, data in entries.items():
-            archive.writestr(name, change(name, data))
-    return path
-
-
-def test_a_storage_larger_than_its_data_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "router.pt", {"0.prob": torch.zeros(4)})
-    small, large = b"K\x04", b"J\x00\x00\x00\x40"
-    repack(path, lambda name, data: data.replace(small, large) if name.endswith("data.pkl") else data)
-    with pytest.raises(FileFormatError):
-        load_schedule_file(path)
-
-
-def test_compressed_entries_and_bombs_are_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "router.pt", logits(4, 4))
-    repack(path, lambda _, data: data, zipfile.ZIP_DEFLATED)
-    with pytest.raises(FileFormatError, match="uncompressed"):
-        load_schedule_file(path)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\x00" * 2**27)
-    with pytest.raises(FileFormatError, match="claims"):
-        load_schedule_file(path)
-
-
 def test_a_file_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "router.pt"
     with path.open("wb") as file:
@@ -365,15 +330,6 @@ def test_files_of_no_known_form_are_refused(tmp_path: Path) -> None:
         b"\x10" + b"\x00" * 7 + b"{" * 30,
     ):
         path.write_bytes(data)
-        with pytest.raises(FileFormatError):
-            load_schedule_file(path)
-
-
-def test_every_truncation_of_a_pickle_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "router.pt", logits(2, 2))
-    data = path.read_bytes()
-    for length in range(0, len(data), 37):
-        path.write_bytes(data[:length])
         with pytest.raises(FileFormatError):
             load_schedule_file(path)
 
