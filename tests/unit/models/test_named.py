@@ -17,7 +17,7 @@ def test_the_digits_model_has_weights_and_published_sizes_have_none() -> None:
     assert published.device.type == "meta"
     with pytest.raises(ScheduleError, match="DiT-XL/2 has no weights here"):
         named_model("dit-xl/2", with_weights=True)
-    with pytest.raises(ScheduleError, match="no model is called 'dit-xl/3'; did you mean .*'dit-xl/2'"):
+    with pytest.raises(ScheduleError, match=r"no model is called 'dit-xl/3'; did you mean .*'dit-xl/2'"):
         named_model("dit-xl/3")
 
 

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.errors import (
-    BackendError,
     L2CError,
     SaveError,
 )
 from l2c_compile.graphs.forms import TensorForm
-from l2c_compile.passes.pipeline import REGIONS
-from l2c_compile.sampler_file.exported_program import compile_ahead_of_time
 from tests.saved_samplers import Tiny, compiled, inputs
 
 
@@ -99,10 +96,3 @@ class TestSave:
         assert (tmp_path / "x.aoti.pt2").read_bytes() == b"native"
         assert [TensorForm.of(t) for t in given[0][0]] == [TensorForm.of(t) for t in (noise, y)]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.aoti.pt2", "x.pt2"]
-
-    def test_a_graph_of_regions_is_too_much_for_aot_inductor(self, sampler: CompiledSampler, tmp_path: Path) -> None:
-        noise, y = inputs()
-        graph = sampler.capture(noise, y=y, scale=0.5).graph.copy()
-        REGIONS.run(graph)
-        with pytest.raises(BackendError, match="load with backend='inductor'"):
-            compile_ahead_of_time(graph, tmp_path / "x.pt2")
