@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 FUNCTIONS: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "views of views": lambda x: [(x + 1).t()[1:].unsqueeze(0)],
-    "parts of a split": lambda x: list((x * 2).split(2, 1)),
+    "parts of a split": lambda x: list(torch.split(x * 2, 2, 1)),
     "several outputs of an operation": lambda x: [*torch.max(x + 1, 1)],
     "a reshape that copies, and one that does not": lambda x: [(x + 1).t().reshape(12), (x + 1).reshape(12)],
     "a contiguous copy, and one of what is contiguous": lambda x: [(x + 1).t().contiguous(), (x + 1).contiguous()],

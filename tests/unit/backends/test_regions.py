@@ -61,7 +61,7 @@ def test_evaluations_that_are_alike_share_one_region(compiled: list[fx.GraphModu
 def test_regions_are_counted_through_a_recording(compiled: list[fx.GraphModule]) -> None:
     lowered = compile_regions(graph_of({"a": [1, 1, 1]}), silent)
     recorded = RecordedLoop.__new__(RecordedLoop)
-    recorded.run = lowered  # type: ignore[misc]
+    recorded.run = lowered
     assert num_regions(recorded) == num_regions(lowered) > 0
     assert num_regions(nn.Linear(1, 1)) == num_regions(lambda: None) == 0
 
