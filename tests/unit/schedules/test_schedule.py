@@ -7,7 +7,6 @@ import json
 import pickle
 import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -17,6 +16,7 @@ import pytest
 from l2c_compile.errors import FileFormatError, ScheduleError, UnknownSiteError
 from l2c_compile.schedules.schedule import FORMAT, MAX_EVALUATIONS, CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
+from tests.tiny import calls_in
 
 A = Site("a")
 STACK = "blocks.0..blocks.1"
@@ -340,14 +340,17 @@ MALFORMED: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_file_is_refused_within_a_second(name: str, tmp_path: Path) -> None:
+def test_a_malformed_file_is_refused_with_little_work(name: str, tmp_path: Path) -> None:
     path = tmp_path / "schedule.json"
     text = MALFORMED[name]
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    start = time.process_time()
-    with pytest.raises(FileFormatError):
-        CacheSchedule.load(path)
-    assert time.process_time() - start < 1.0
+
+    def read() -> None:
+        with pytest.raises(FileFormatError):
+            CacheSchedule.load(path)
+
+    # The largest takes 250 000 calls; a million take a second.
+    assert calls_in(read) < 500_000
 
 
 def test_a_newer_version_says_so() -> None:
