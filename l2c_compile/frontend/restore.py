@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -36,7 +38,7 @@ def left_as_it_was(denoiser: nn.Module) -> Iterator[None]:
     finally:
         for each in saved:
             each.restore()
-        _clear_caches_of_fakes()
+        _clear_caches_of_fakes(denoiser)
 
 
 class _Saved:
@@ -86,13 +88,32 @@ def _holds(held: Any, content: Any) -> bool:  # noqa: ANN401 - a dict, a list or
     return all(one is other for one, other in zip(held, content, strict=True))
 
 
-def _clear_caches_of_fakes() -> None:
-    # By type: isinstance asks some objects for their class, which then warn or import.
-    caches = [each for each in gc.get_objects() if type(each) is functools._lru_cache_wrapper]
-    for cache in caches:
+def _clear_caches_of_fakes(denoiser: nn.Module) -> None:
+    for cache in _caches(denoiser):
         of_torch = str(cache.__wrapped__.__module__).startswith("torch.")
         if cache.cache_info().currsize and not of_torch and _holds_fakes(cache):
             cache.cache_clear()
+
+
+_Cache = functools._lru_cache_wrapper
+
+# The caches of all modules that are imported, and how many modules those were: a search takes a tenth of a second.
+_found: list[weakref.ref[_Cache[Any]]] = []
+_num_modules = 0
+
+
+def _caches(denoiser: nn.Module) -> set[_Cache[Any]]:
+    """Return the caches of functions in this process, those that the denoiser made itself included."""
+    global _found, _num_modules
+    if _num_modules != len(sys.modules):
+        # By type: isinstance asks some objects for their class, which then warn or import.
+        _found = [weakref.ref(each) for each in gc.get_objects() if type(each) is _Cache]
+        _num_modules = len(sys.modules)
+    kinds = {kind for module in denoiser.modules() for kind in type(module).__mro__}
+    holders = [*denoiser.modules(), *kinds, *(sys.modules[kind.__module__] for kind in kinds)]
+    near = (each for holder in holders for each in list(vars(holder).values()))
+    found = (reference() for reference in _found)
+    return {each for each in (*found, *near) if type(each) is _Cache}
 
 
 def _holds_fakes(cache: object) -> bool:
