@@ -115,21 +115,22 @@ class _RunsOutOfMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-INTERRUPTED = re.compile(r"l2c_compile\.(?!passes\.(?!base))|torch\.export\.(?!_tree_utils)|torch\._export\.")
-"""The modules that an interrupt is tried in: ours (the runner stands for the passes), and those that do the export."""
+OURS = re.compile(r"l2c_compile\.(?!passes\.(?!base))|torch\.export\._trace$")
+"""The modules that an interrupt is tried in: ours (the runner stands for the passes), and what begins the export."""
+EXPORT = re.compile(r"torch\.export\.(?!_tree_utils)|torch\._export\.")
+"""The modules of torch that do the export."""
 
 
-def interrupt_captures() -> None:
+def interrupt_captures(inside: re.Pattern[str]) -> None:
     """Interrupt captures where each of many modules is entered first, and check what they leave."""
     sampler, noise = compiled(), draw(2, 4)
     sampler.capture(noise)  # the first one imports much
     sampler._begin_empty()
     before = state_of(sampler.model)
-    entered = {
-        name: code for name, code in first_calls(lambda: sampler.capture(noise)).items() if INTERRUPTED.match(name)
-    }
+    entered = {name: code for name, code in first_calls(lambda: sampler.capture(noise)).items() if inside.match(name)}
     sampler._begin_empty()
-    assert {"l2c_compile.frontend.capture", "l2c_compile.backends.lower", "torch.export._trace"} <= entered.keys()
+    assert "torch.export._trace" in entered
+    assert inside is EXPORT or {"l2c_compile.frontend.capture", "l2c_compile.backends.lower"} <= entered.keys()
     for name, code in entered.items():
         with pytest.raises(KeyboardInterrupt, match="made up"), raising_in(code, KeyboardInterrupt):
             sampler.capture(noise)
@@ -195,9 +196,10 @@ class TestCapture:
         assert_usable(sampler, noise)
 
     @needs_fork
-    def test_an_interrupt_anywhere_leaves_everything_as_it_was(self) -> None:
+    @pytest.mark.parametrize("inside", [OURS, EXPORT], ids=["ours", "export"])
+    def test_an_interrupt_anywhere_leaves_everything_as_it_was(self, inside: re.Pattern[str]) -> None:
         # In a process of its own: torch's table of decompositions does not survive every interrupt.
-        run_in_fork(interrupt_captures)
+        run_in_fork(interrupt_captures, inside)
 
     def test_weights_are_put_back_even_if_torch_was_interrupted_in_its_own_cleanup(
         self, monkeypatch: pytest.MonkeyPatch

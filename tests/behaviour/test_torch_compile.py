@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
 from l2c_compile.models import DiT
 
-BACKENDS = torch._dynamo.list_backends(exclude_tags=())
+QUICK = ("eager", "aot_eager", "aot_ts", "inductor", "l2c")
+RARE = pytest.mark.slow(reason="torch has some twenty backends, most of them for debugging it")
+BACKENDS = [
+    pytest.param(name, marks=() if name in QUICK else RARE) for name in torch._dynamo.list_backends(exclude_tags=())
+]
 # Roundings of values of order 1 where a backend fuses or reorders: two evaluations of a few operations each.
 TOLERANCE = 16 * 2**-23
 

@@ -28,7 +28,7 @@ _PROGRAMS_PER_DENOISER = 5
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=max(1, settings().max_examples // 2))
+@settings(max_examples=max(1, settings().max_examples // 4))
 def test_a_random_program_equals_the_reference(rng: random.Random) -> None:
     programs = list(islice(draw_programs(rng), _PROGRAMS_PER_DENOISER))
     checker = Checker(programs[0].denoiser)

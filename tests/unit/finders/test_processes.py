@@ -68,6 +68,7 @@ def kill_once_there_is(checkpoint: Path, processes: list[BaseProcess]) -> None:
         process.join()
 
 
+@pytest.mark.slow(reason="two methods, each in two processes, once undisturbed and once killed and resumed")
 def test_two_processes_killed_and_resumed_learn_what_one_learns(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed.mkdir()
