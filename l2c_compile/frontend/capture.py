@@ -77,7 +77,10 @@ def capture(
             left_as_it_was(denoiser),
             marking,
             AliasesAsInEagerTorch(),
+            warnings.catch_warnings(),
         ):
+            # Torch asks for buffers in place of attributes that a call assigns; they are put back.
+            warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
             program = torch.export.export(flat, example_inputs, strict=False)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.

@@ -110,7 +110,8 @@ def _caches(denoiser: nn.Module) -> set[_Cache[Any]]:
         _found = [weakref.ref(each) for each in gc.get_objects() if type(each) is _Cache]
         _num_modules = len(sys.modules)
     kinds = {kind for module in denoiser.modules() for kind in type(module).__mro__}
-    holders = [*denoiser.modules(), *kinds, *(sys.modules[kind.__module__] for kind in kinds)]
+    homes = (sys.modules.get(kind.__module__) for kind in kinds)
+    holders = [*denoiser.modules(), *kinds, *(home for home in homes if home is not None)]
     near = (each for holder in holders for each in list(vars(holder).values()))
     found = (reference() for reference in _found)
     return {each for each in (*found, *near) if type(each) is _Cache}
