@@ -42,6 +42,7 @@ def test_a_random_program_through_dynamo_equals_the_reference(seed: int) -> None
     Checker(program.denoiser).check_through_dynamo(program)
 
 
+@pytest.mark.slow(reason="six programs go through Dynamo; without Dynamo this is tested quickly")
 def test_a_graph_that_reads_the_wrong_value_through_dynamo_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower_cache_reads, "_lower", lower_wrongly)
     found = 0
@@ -51,6 +52,7 @@ def test_a_graph_that_reads_the_wrong_value_through_dynamo_is_found(monkeypatch:
     assert found >= 2
 
 
+@pytest.mark.slow(reason="eight programs of four denoisers, only to count")
 def test_few_programs_are_refused() -> None:
     refused = []
     for seed in range(4):
