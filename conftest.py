@@ -5,6 +5,7 @@ A slow test without a reason is an error.
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -27,3 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("slow"):
             if mark.args or not mark.kwargs.get("reason"):
                 raise pytest.UsageError(f"{item.nodeid}: write @pytest.mark.slow(reason=...), in one line")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of the searches for garbage, and search less often: most objects are torch's."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter free what was left out, so that no library takes it for a leak."""
+    gc.unfreeze()
