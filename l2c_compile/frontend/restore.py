@@ -10,7 +10,7 @@ import functools
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
@@ -48,7 +48,7 @@ class _Saved:
         self.path = path
         self.module = module
         self.attributes = dict(vars(module))
-        self.contents = [(held, held.copy()) for held in _containers(list(self.attributes.values()))]
+        self.contents = [(held, _content(held)) for held in _containers(self.attributes)]
 
     def check_nothing_was_added(self, denoiser: str) -> None:
         for name, kind in (("_modules", "submodule"), ("_parameters", "weight"), ("_buffers", "buffer")):
@@ -73,11 +73,21 @@ class _Saved:
                 (held.extend if isinstance(held, list) else held.update)(content)
 
 
-def _containers(values: Iterable[object]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (dict, list, set)):
-            yield value
-            yield from _containers(list(value.values() if isinstance(value, dict) else value))
+def _containers(values: dict[str, Any]) -> list[Any]:
+    """Return the dicts, lists and sets among the values, and those in them; one may contain itself."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = list(values.values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list, set)) and id(value) not in found:
+            found[id(value)] = value
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return list(found.values())
+
+
+def _content(held: Any) -> Any:  # noqa: ANN401 - a dict, a list or a set
+    # A plain one, because the copy of a subclass may want more than its items.
+    return next(plain(held) for plain in (dict, list, set) if isinstance(held, plain))
 
 
 def _holds(held: Any, content: Any) -> bool:  # noqa: ANN401 - a dict, a list or a set

@@ -121,3 +121,35 @@ def test_an_attribute_that_a_failing_call_wrote_is_restored() -> None:
         l2c_compile(model, CacheSchedule.all_compute(2), steps(2))(draw(2, 4))
     assert (model.table, model.listed, model.num_calls) == (None, [], 0)
     assert not hasattr(model, "latest")
+
+
+class OfOneKind(dict[str, Any]):
+    """A dict that holds itself, and that cannot be made or copied without the kind of its values."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+        self["self"] = self
+
+    def copy(self) -> OfOneKind:
+        raise TypeError("made up")
+
+
+def test_a_container_that_holds_itself_and_cannot_be_copied_is_restored() -> None:
+    class Odd(Tables):
+        def __init__(self) -> None:
+            super().__init__()
+            self.typed = OfOneKind(Tensor)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            self.typed["x"] = x
+            return super().forward(x, t)
+
+    model, noise = Odd().eval(), draw(2, 4)
+    typed = model.typed
+    sampler = l2c_compile(model, CacheSchedule.all_compute(2), steps(2))
+    sampler.capture(noise)
+    assert model.typed is typed
+    assert typed.keys() == {"self"}
+    assert typed["self"] is typed
+    assert sampler.verify(noise).holds
