@@ -195,7 +195,10 @@ class LoopTracer(fx.proxy.TracerBase):
         return self.graph
 
     def untraceable(self, what: str, instead: str = _NO_VALUES) -> LoopTraceError:
-        """Return the error for something that the loop does at this moment and that a static program cannot do."""
+        """Return the error for something that the loop does at this moment and that a static program cannot do.
+
+        The first one is also kept, and raised when the loop returns, so that a loop which catches it does not pass.
+        """
         done = len(self.calls)
         after = f"after {done} evaluation{'s' * (done != 1)}"
         error = LoopTraceError(f"the loop {what} at {_caller()}, {after}; {instead}")

@@ -37,6 +37,7 @@ from l2c_compile.samplers.explanation import Explanation
 from l2c_compile.schedules.schedule import CacheSchedule
 
 MAX_FORMS = 64
+"""How many forms of input a sampler keeps compiled by default."""
 
 
 class CompiledSampler(nn.Module):
@@ -123,18 +124,23 @@ class CompiledSampler(nn.Module):
         if form is None:
             with one_capture():
                 # Another thread may have built it meanwhile.
-                form = self._forms.get(key) or self._build(inputs, noise, conditions)
-                self._forms[key] = form
-                self._forget_old_forms(form)
-                self._known = list(reversed(self._forms.values()))
+                form = self._forms.get(key)
+                if form is None:
+                    form = self._build(inputs, noise, conditions)
+                    self._remember(key, form)
         form.last_use = next(_USES)
         self._latest = form
         return form
 
-    def _forget_old_forms(self, newest: CompiledForm) -> None:
-        by_use = sorted(self._forms, key=lambda key: self._forms[key].last_use)
-        for key in [key for key in by_use if self._forms[key] is not newest][: max(0, len(by_use) - self.max_forms)]:
-            del self._forms[key]
+    def _remember(self, key: object, form: CompiledForm) -> None:
+        """Keep a new form, and forget those that were used least recently where that is too many."""
+        by_use = sorted(self._forms, key=lambda each: self._forms[each].last_use)
+        forgotten = by_use[: max(0, len(by_use) + 1 - self.max_forms)]
+        for each in forgotten:
+            del self._forms[each]
+        self._forms[key] = form
+        self._known = list(reversed(self._forms.values()))
+        if forgotten:
             warnings.warn(
                 f"the sampler was compiled for more than {self.max_forms} forms of input, so the one used least"
                 " recently is forgotten and would be compiled again; pad the inputs to fewer forms, or give"
