@@ -31,7 +31,7 @@ from l2c_compile.graphs.nodes import (
     arguments_of,
     emit,
     evaluation_of,
-    form_of,
+    fits,
     outputs_of,
     packet_of,
 )
@@ -175,7 +175,7 @@ class _SumFinder:
             self._split(_Term(node if is_sum else node.all_input_nodes[0]), leaves, nodes, node)
             # The kernel's result has the dtype of the base. A term without factors is the best base, because the
             # factors of a base stay in the graph.
-            fitting = [t for t in leaves if t.is_summand and form_of(t.as_base) == form_of(node)]
+            fitting = [t for t in leaves if t.is_summand and fits(t.as_base, node)]
             bases = [t for t in fitting if not self._is_kept(t.as_base, node)]
             if bases or is_sum:
                 inside |= nodes
@@ -295,8 +295,8 @@ class _SumFinder:
         value, stream = node.meta["val"], root.meta["val"]
         is_smaller = node in self.early or value.numel() < stream.numel()
         pairs = zip(reversed(value.shape), reversed(stream.shape), strict=False)
-        fits = value.dim() <= stream.dim() and all(size in (1, full) for size, full in pairs)
-        return node if is_smaller and fits and value.device == stream.device else None
+        broadcasts = value.dim() <= stream.dim() and all(size in (1, full) for size, full in pairs)
+        return node if is_smaller and broadcasts and value.device == stream.device else None
 
     def _norm_of(self, found: _Sum) -> _Norm | None:
         """Return the norm over the channels of a sum, with its modulation, if all other users come after them."""
@@ -344,10 +344,10 @@ class _SumFinder:
 
         None if no point on the way has a value in the form of the stream.
         """
-        best = norm if form_of(norm.last) == form_of(root) else None
+        best = norm if fits(norm.last, root) else None
         while (grown := self._one_more(norm, root)) is not None:
             norm = grown
-            if form_of(norm.last) == form_of(root):
+            if fits(norm.last, root):
                 best = norm
         return best
 

@@ -22,7 +22,7 @@ from torch.fx.node import Node
 from l2c_compile.analyses.kept import KeptRun, is_kept, kept_runs
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
-from l2c_compile.graphs.nodes import evaluation_of, form_of, own_evaluation, put_with
+from l2c_compile.graphs.nodes import evaluation_of, fits, own_evaluation, put_with
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ class GateAtSource(LoopPass):
 def _term(early: set[Node], added: Node, addition: Node) -> _Term | None:
     products: list[Node] = []
     current = added
-    while evaluation_of(current) is not None and current not in early and form_of(current) == form_of(addition):
+    while evaluation_of(current) is not None and current not in early and fits(current, addition):
         if is_kept(current, addition):
             return _Term(current, tuple(reversed(products)))
         if current.target is not aten.mul.Tensor or current.kwargs or len(current.users) != 1:

@@ -19,7 +19,7 @@ from torch.fx.node import Node
 from l2c_compile.analyses.kept import KeptRun, is_kept, kept_runs
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
-from l2c_compile.graphs.nodes import emit, evaluation_of, form_of
+from l2c_compile.graphs.nodes import emit, evaluation_of, fits
 from l2c_compile.graphs.strides import same_strides
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport, Reason
 
@@ -49,7 +49,7 @@ class MergeDeltas(LoopPass):
 
 
 def _kept_term(added: Node, addition: Node) -> Node | None:
-    return added if is_kept(added, addition) and form_of(added) == form_of(addition) else None
+    return added if is_kept(added, addition) and fits(added, addition) else None
 
 
 def _merge(graph: fx.Graph, terms: tuple[Node, ...], runs: list[KeptRun[Node]], report: PassReport) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx.node import Node
 
-from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, form_of
+from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, fits
 
 aten = torch.ops.aten
 
@@ -109,7 +109,7 @@ def _split(node: Node, term_of: Callable[[Node, Node], T | None]) -> tuple[Node,
         return None
     a, b = node.args
     for rest, added in ((a, b), (b, a)):
-        if not isinstance(rest, Node) or not isinstance(added, Node) or form_of(rest) != form_of(node):
+        if not isinstance(rest, Node) or not isinstance(added, Node) or not fits(rest, node):
             continue
         term = term_of(added, node)
         if term is not None:

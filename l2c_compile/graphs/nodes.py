@@ -138,8 +138,12 @@ def arguments_of(node: Node) -> dict[str, Argument]:
     return given
 
 
-def form_of(node: Node) -> object:
-    """Return shape, dtype and device of the tensor that a node makes; None where it makes none."""
+def fits(node: Node, other: Node) -> bool:
+    """Return whether two nodes make tensors of equal shape, dtype and device, whatever the strides."""
+    return _without_strides(node) == _without_strides(other)
+
+
+def _without_strides(node: Node) -> object:
     value = node.meta.get("val")
     return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
 
