@@ -74,6 +74,14 @@ def compiled(numerics: str = "bitwise") -> CompiledSampler:
     return l2c_compile(Tiny().eval(), schedule, noisy_loop, numerics=numerics)  # type: ignore[arg-type]
 
 
+def saved_in(folder: Path, sampler: CompiledSampler) -> Path:
+    """Save a sampler for its own inputs and return the path of the file."""
+    path = folder / "tiny.pt2"
+    noise, y = inputs()
+    sampler.save(path, noise, y=y, scale=0.5)
+    return path
+
+
 def inputs(batch: int = 2, dim: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, dim, generator=generator), torch.arange(batch) % 4

@@ -17,9 +17,8 @@ from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.passes.base import Pipeline
 from l2c_compile.passes.pipeline import BITWISE
+from tests.residual_graphs import TABLE
 from tests.tiny import Residual, draw, residual, steps
-
-TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
 
 
 @dataclass

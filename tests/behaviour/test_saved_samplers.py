@@ -30,6 +30,7 @@ from tests.saved_samplers import (
     flat,
     inputs,
     rewritten,
+    saved_in,
 )
 
 
@@ -40,10 +41,7 @@ def sampler() -> CompiledSampler:
 
 @pytest.fixture(scope="module")
 def saved(sampler: CompiledSampler, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "tiny.pt2"
-    noise, y = inputs()
-    sampler.save(path, noise, y=y, scale=0.5)
-    return path
+    return saved_in(tmp_path_factory.mktemp("saved"), sampler)
 
 
 class TestRoundTrip:

@@ -5,17 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import nn
 
-from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
-from tests.tiny import draw, residual, steps
-
-TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
-
-
-def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options: Any) -> CompiledSampler:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return l2c_compile(model, schedule, loop or steps(schedule.num_evaluations), **options)
+from l2c_compile import CompiledSampler
+from tests.residual_graphs import sampler_of
+from tests.tiny import draw, residual
 
 
 @pytest.fixture

@@ -9,17 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
-from tests.tiny import draw, residual, same_bits, steps
-
-TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
-
-
-def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options: Any) -> CompiledSampler:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return l2c_compile(model, schedule, loop or steps(schedule.num_evaluations), **options)
+from l2c_compile import CompiledSampler, run_reference
+from tests.residual_graphs import sampler_of
+from tests.tiny import draw, residual, same_bits
 
 
 def reference(sampler: CompiledSampler, noise: Tensor, **conditions: object) -> object:

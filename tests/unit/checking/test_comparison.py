@@ -7,19 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile
+from l2c_compile import CompiledSampler
 from l2c_compile.checking.comparison import largest_errors, same_bits
 from l2c_compile.loops import DDIM
+from tests.residual_graphs import sampler_of
 from tests.tiny import draw, residual, steps
-
-TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
-
-
-def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options: Any) -> CompiledSampler:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return l2c_compile(model, schedule, loop or steps(schedule.num_evaluations), **options)
 
 
 @pytest.fixture

@@ -14,19 +14,18 @@ from l2c_compile.graphs.facts import Fact, check
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import site_marks
 from l2c_compile.graphs.nodes import evaluation_of
+from tests.residual_graphs import MODEL
 from tests.tiny import (
     assert_strides_as_noted,
     at,
     calls_in,
     draw,
-    residual,
     run,
     same_bits,
     steps,
     unrolled,
 )
 
-MODEL = residual()
 aten = torch.ops.aten
 
 

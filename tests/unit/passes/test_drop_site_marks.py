@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from l2c_compile import CacheSchedule
 from l2c_compile.graphs.facts import check
-from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import SITE
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
+from tests.residual_graphs import graph_of
 from tests.tiny import (
     draw,
     program,
-    residual,
     run,
     same_bits,
-    steps,
     targets,
-    unrolled,
 )
-
-MODEL = residual()
-
-
-def graph_of(table: dict[str, list[int]], loop: Any = None, **conditions: object) -> LoopGraph:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return unrolled(MODEL, schedule, loop or steps(schedule.num_evaluations), draw(3, 4), conditions)
 
 
 def test_marks_become_notes_on_their_values() -> None:

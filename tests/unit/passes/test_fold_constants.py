@@ -9,19 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
-from l2c_compile.graphs.loop_graph import LoopGraph
-from l2c_compile.passes.base import Pass
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants, make_constants
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
+from tests.residual_graphs import graph_of, run_all
 from tests.tiny import (
     assert_strides_as_noted,
     at,
     check_equals_reference,
     draw,
-    residual,
     run,
     same_bits,
     seeded,
@@ -29,18 +27,6 @@ from tests.tiny import (
     targets,
     unrolled,
 )
-
-MODEL = residual()
-
-
-def graph_of(table: dict[str, list[int]], loop: Any = None, **conditions: object) -> LoopGraph:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return unrolled(MODEL, schedule, loop or steps(schedule.num_evaluations), draw(3, 4), conditions)
-
-
-def run_all(graph: LoopGraph, *passes: Pass) -> None:
-    for each in passes:
-        each.run(graph)
 
 
 def test_what_depends_on_no_input_is_folded_and_the_numbers_stay() -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from l2c_compile import CacheSchedule
 from l2c_compile.graphs.facts import Fact
-from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import CACHE_READ, SITE, site_marks
 from l2c_compile.passes.base import Pass, Pipeline
 from l2c_compile.passes.drop_dead import DropDead
@@ -17,23 +16,15 @@ from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
+from tests.residual_graphs import graph_of
 from tests.tiny import (
     assert_strides_as_noted,
     at,
     check_equals_reference,
     draw,
-    residual,
     seeded,
-    steps,
     unrolled,
 )
-
-MODEL = residual()
-
-
-def graph_of(table: dict[str, list[int]], loop: Any = None, **conditions: object) -> LoopGraph:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return unrolled(MODEL, schedule, loop or steps(schedule.num_evaluations), draw(3, 4), conditions)
 
 
 def test_a_held_value_is_used_again_by_all_readers() -> None:

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from l2c_compile import CacheSchedule
 from l2c_compile.graphs.facts import check
-from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import cache_reads, site_marks
-from l2c_compile.passes.base import Pass
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.lower_cache_reads import LowerCacheReads
 from l2c_compile.passes.read_reused_sites import ReadReusedSites
+from tests.residual_graphs import graph_of, run_all
 from tests.tiny import (
     draw,
-    residual,
     run,
     same_bits,
-    steps,
-    unrolled,
 )
-
-MODEL = residual()
-
-
-def graph_of(table: dict[str, list[int]], loop: Any = None, **conditions: object) -> LoopGraph:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return unrolled(MODEL, schedule, loop or steps(schedule.num_evaluations), draw(3, 4), conditions)
-
-
-def run_all(graph: LoopGraph, *passes: Pass) -> None:
-    for each in passes:
-        each.run(graph)
 
 
 def test_each_reused_value_is_read_and_its_own_has_no_user() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from l2c_compile import CompiledSampler
-from tests.saved_samplers import compiled, inputs
+from tests.saved_samplers import compiled, saved_in
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,4 @@ def sampler() -> CompiledSampler:
 
 @pytest.fixture(scope="session")
 def saved(sampler: CompiledSampler, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "tiny.pt2"
-    noise, y = inputs()
-    sampler.save(path, noise, y=y, scale=0.5)
-    return path
+    return saved_in(tmp_path_factory.mktemp("saved"), sampler)

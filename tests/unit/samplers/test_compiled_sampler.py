@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, run_reference
 from l2c_compile.errors import StaleConstantsError
 from l2c_compile.loops import DDIM
+from tests.residual_graphs import TABLE, sampler_of
 from tests.tiny import Residual, at, draw, residual, same_bits, steps
-
-TABLE = {"a": [1, 0, 1], "b": [1, 1, 0]}
-
-
-def sampler_of(model: nn.Module, table: Any = TABLE, loop: Any = None, **options: Any) -> CompiledSampler:  # noqa: ANN401
-    schedule = CacheSchedule.from_table(table)
-    return l2c_compile(model, schedule, loop or steps(schedule.num_evaluations), **options)
 
 
 def forms_of(sampler: CompiledSampler) -> int:

@@ -13,7 +13,7 @@ from l2c_compile.errors import (
     BackendError,
     InputFormError,
 )
-from tests.saved_samplers import compiled, inputs
+from tests.saved_samplers import compiled, inputs, saved_in
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,7 @@ def sampler() -> CompiledSampler:
 
 @pytest.fixture(scope="module")
 def saved(sampler: CompiledSampler, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "tiny.pt2"
-    noise, y = inputs()
-    sampler.save(path, noise, y=y, scale=0.5)
-    return path
+    return saved_in(tmp_path_factory.mktemp("saved"), sampler)
 
 
 class TestInputs:
