@@ -23,13 +23,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
-from l2c_compile.frontend.restore import left_as_it_was
+from l2c_compile.frontend.restore import left_as_it_was, no_part_is_made
 from l2c_compile.frontend.weights_lock import weights_swapped
+from l2c_compile.frontend.written_state import Run, StateEffect, check_later_calls_are_alike
 from l2c_compile.graphs.forms import CallSignature, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, SITE, site_marks
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list
 from l2c_compile.schedules.sites import Site
+from l2c_compile.state.python_state import PythonState
 
 
 def check_sites_exist(denoiser: nn.Module, sites: Sequence[Site]) -> None:
@@ -65,23 +67,26 @@ def capture(
             inputs or the value of a site in place.
         BackendError: if torch cannot make its cache folder.
     """
-    flat = _FlatCall(denoiser, signature)
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_forms())
-    try:
+
+    def export() -> tuple[_FlatCall, ExportedProgram]:
+        flat = _FlatCall(denoiser, signature)
         marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
-        with (
-            cache_folder_named(),
-            weights_swapped(),
-            torch.no_grad(),
-            left_as_it_was(denoiser),
-            marking,
-            AliasesAsInEagerTorch(),
-            warnings.catch_warnings(),
-        ):
+        with marking, AliasesAsInEagerTorch(), warnings.catch_warnings():
             # Torch asks for buffers in place of attributes that a call assigns; they are put back.
             warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
-            program = torch.export.export(flat, example_inputs, strict=False)
+            return flat, torch.export.export(flat, example_inputs, strict=False)
+
+    def export_again() -> Run:
+        flat, program = export()
+        return Run(program, flat.returned.effect)
+
+    try:
+        with cache_folder_named(), weights_swapped(), torch.no_grad(), left_as_it_was({"denoiser": denoiser}):
+            with no_part_is_made(denoiser):
+                flat, program = export()
+            check_later_calls_are_alike(denoiser, Run(program, flat.returned.effect), export_again)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
@@ -114,6 +119,8 @@ class _ReturnedTree:
     marks: list[Tensor] = field(default_factory=list)
     """The marks, which are returned too: export removes what is unused, but a rule may read an input that its module
     ignores."""
+    effect: StateEffect | None = None
+    """What the call changed in the denoiser's state; the tensors that it stored there are returned last."""
 
 
 class _FlatCall(nn.Module):
@@ -127,12 +134,15 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self._signature.unflatten(tensors)
+        before = PythonState({"denoiser": self.denoiser})
         leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
+        self.returned.effect = effect = StateEffect.since(before)
         # A token stands for each tensor, because export takes a tensor that is kept for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         marks = list(self.returned.marks)
         self.returned.marks.clear()
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + marks
+        stored = [] if effect is None else list(effect.stored.values())
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + marks + stored
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -32,11 +33,12 @@ from torch.fx.node import Argument, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from l2c_compile.errors import LoopTraceError
+from l2c_compile.errors import L2CError, LoopTraceError
 from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
+from l2c_compile.state.random_state import RandomDraws, random_state_kept
 
 _NO_VALUES = (
     "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
@@ -170,29 +172,42 @@ class LoopTracer(fx.proxy.TracerBase):
         self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
         self._thread = threading.get_ident()
-        self._refusal: LoopTraceError | None = None
+        self._refusal: L2CError | None = None
 
     def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
         """Run ``loop`` and return the recorded graph of torch calls."""
         noise = tree_map(self._make_input, noise)
         self.num_noise = self.num_inputs
         conditions = tree_map(self._make_input, dict(conditions))
-        random_state = torch.get_rng_state()
-        with torch.no_grad(), _RandomDrawRecorder(self):
+        given, structure = tree_flatten((noise, conditions))
+        with random_state_kept(), _generator_guarded(self), torch.no_grad(), _RandomDrawRecorder(self):
+            draws = RandomDraws()
             result = loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
+            touched = draws.touched()
         if self._refusal is not None:
             # The loop caught it and went on, another way than it will with values.
             raise self._refusal
         if not self.calls:
             raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
-        if not torch.equal(random_state, torch.get_rng_state()):
+        if touched:
             raise LoopTraceError(
-                "the loop seeds the random number generator, or draws from it what cannot be recorded; draw with"
-                " torch.randn or randn_like, and seed before calling the sampler"
+                f"the loop seeds the random number generator of {touched[0]}, or draws from it what cannot be recorded;"
+                " draw with torch.randn or randn_like, and seed before calling the sampler"
+            )
+        left, structure_left = tree_flatten((noise, conditions))
+        if structure != structure_left or any(a is not b for a, b in zip(given, left, strict=True)):
+            raise LoopTraceError(
+                "the loop changes a list or a dict that it is given as an argument, which a static graph would not; copy"
+                " it first, or let the loop return it"
             )
         leaves, self.out_spec = tree_flatten(result)
         self.graph.output([self._result(leaf) for leaf in leaves])
         return self.graph
+
+    @property
+    def is_in_loop(self) -> bool:
+        """Whether it is the loop that runs now, not a capture and not another thread."""
+        return not self.capturing and threading.get_ident() == self._thread
 
     def untraceable(self, what: str, instead: str = _NO_VALUES) -> LoopTraceError:
         """Return the error for something that the loop does at this moment and that a static program cannot do.
@@ -269,6 +284,9 @@ class LoopTracer(fx.proxy.TracerBase):
         self.capturing = True
         try:
             graph = self.capture_call(signature)
+        except L2CError as error:
+            self._refusal = self._refusal or error
+            raise
         finally:
             self.capturing = False
         index = len(self.calls)
@@ -329,13 +347,13 @@ class LoopTracer(fx.proxy.TracerBase):
         weight = self.weight_paths.get(id(tensor))
         # A loop may go on writing into its own tensors, so the graph holds a copy: one for each state it has seen.
         # Keeping the original keeps its id from being used again.
-        version = len(self._snapshots) if tensor.is_inference() else tensor._version
-        state = weight or (id(tensor), version)
-        if state not in self._snapshots:
+        state = weight or id(tensor)
+        name, _ = self._snapshots.get(state, ("", tensor))
+        # A write through numpy or .data leaves the version, so the elements are compared.
+        if not name or not (weight or _is_equal(tensor, self.constants[name])):
             name = weight or f"_loop_constant_{len(self.constants)}"
             self.constants[name] = tensor if weight else tensor.detach().clone()
             self._snapshots[state] = name, tensor
-        name, _ = self._snapshots[state]
         return self.graph.create_node("get_attr", name)
 
     def _on_fakes(self, func: Callable[..., object], args: object, kwargs: object) -> object:
@@ -377,6 +395,33 @@ class _RandomDrawRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _GuardedGenerator:
+    """Stands for torch's generator in ``torch.random``: while a loop is traced, it may not ask it anything."""
+
+    def __init__(self, tracer: LoopTracer, generator: torch.Generator) -> None:
+        self._tracer = tracer
+        self._generator = generator
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the generator has
+        if self._tracer.is_in_loop:
+            raise self._tracer.untraceable(
+                f"seeds the random number generator of torch, or reads its state ({name})",
+                "seed it before the sampler is called; the sampler draws the same numbers as the loop",
+            )
+        return getattr(self._generator, name)
+
+
+@contextmanager
+def _generator_guarded(tracer: LoopTracer) -> Iterator[None]:
+    functions = vars(torch.random)
+    generator = functions["default_generator"]
+    functions["default_generator"] = _GuardedGenerator(tracer, generator)
+    try:
+        yield
+    finally:
+        functions["default_generator"] = generator
+
+
 def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for named in (denoiser.named_parameters(), denoiser.named_buffers()):
         for path, tensor in named:
@@ -385,6 +430,10 @@ def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _name_of(func: Callable[..., object]) -> str:
     return str(getattr(func, "__name__", ""))
+
+
+def _is_equal(tensor: Tensor, snapshot: Tensor) -> bool:
+    return tensor.shape == snapshot.shape and bool(tensor.is_meta or torch.equal(tensor, snapshot))
 
 
 def _leaf_of(result: object, position: int) -> object:

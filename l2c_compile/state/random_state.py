@@ -1,0 +1,54 @@
+"""The random numbers of a process: torch's, numpy's and Python's own generator, saved, compared and put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+_SEED = 0x5EED_1AC0
+"""What the generators begin with while a loop is traced: no seed that a loop would choose itself."""
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the state of every generator of the process back when the context ends."""
+    numbers, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(numbers)
+        np.random.set_state(legacy)
+        torch.set_rng_state(default)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+class RandomDraws:
+    """Tells which generators were drawn from or seeded since it was made.
+
+    All of them are seeded anew, so that whatever the loop does to them shows; use it within ``random_state_kept``.
+    """
+
+    def __init__(self) -> None:
+        random.seed(_SEED)
+        np.random.seed(_SEED & 0xFFFF_FFFF)
+        torch.default_generator.manual_seed(_SEED)
+        self._before = _states()
+
+    def touched(self) -> list[str]:
+        """Return the names of the generators that are not as they were."""
+        return [name for name, state in _states().items() if state != self._before[name]]
+
+
+def _states() -> dict[str, object]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.default_generator.get_state().numpy().tobytes(),
+        "numpy.random": (kind, np.asarray(keys).tobytes(), tuple(rest)),
+        "random": random.getstate(),
+    }
