@@ -148,6 +148,11 @@ _RANDOM_FUNCTIONS = frozenset(
 _IN_PLACE_DRAWS = frozenset(
     {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_"}
 )
+_ASK_FOR_FORM = frozenset(
+    {"__get__", "__len__", "__hash__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"}
+    | {"element_size", "get_device", "is_floating_point", "is_complex", "is_contiguous", "is_inference", "data_ptr"}
+)
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _IN_PLACE_OPERATORS = frozenset(
     {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift"}
     | {"irshift", "setitem"}
@@ -171,6 +176,8 @@ class LoopTracer(fx.proxy.TracerBase):
         self.capturing = False
         self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
+        self.read: dict[int, Tensor] = {}
+        """The weights whose values the loop read itself, by identity."""
         self._thread = threading.get_ident()
         self._refusal: L2CError | None = None
 
@@ -197,8 +204,8 @@ class LoopTracer(fx.proxy.TracerBase):
         left, structure_left = tree_flatten((noise, conditions))
         if structure != structure_left or any(a is not b for a, b in zip(given, left, strict=True)):
             raise LoopTraceError(
-                "the loop changes a list or a dict that it is given as an argument, which a static graph would not; copy"
-                " it first, or let the loop return it"
+                "the loop changes a list or a dict that it is given as an argument, which a static graph would not;"
+                " copy it first, or let the loop return it"
             )
         leaves, self.out_spec = tree_flatten(result)
         self.graph.output([self._result(leaf) for leaf in leaves])
@@ -252,6 +259,15 @@ class LoopTracer(fx.proxy.TracerBase):
                 given[id(leaf)] = LoopTensor.wrap(self, own, leaf)
             wrapped.append(given.get(id(leaf), leaf))
         return tree_unflatten(wrapped, spec)
+
+    def note_weights_read(self, func: Callable[..., object], args: object, kwargs: object) -> None:
+        """Note the weights among the arguments of a call of torch that is not recorded, unless it asks for a form."""
+        leaves = tree_leaves((args, kwargs))
+        if (_name_of(func) == "__get__" and func != _DATA) or any(isinstance(leaf, LoopTensor) for leaf in leaves):
+            return
+        for leaf in leaves:
+            if isinstance(leaf, nn.Parameter) or id(leaf) in self.weight_paths:
+                self.read[id(leaf)] = leaf
 
     def create_arg(self, a: object) -> Argument:
         """Return what stands for a value among the arguments of a node."""
@@ -347,6 +363,8 @@ class LoopTracer(fx.proxy.TracerBase):
         weight = self.weight_paths.get(id(tensor))
         # A loop may go on writing into its own tensors, so the graph holds a copy: one for each state it has seen.
         # Keeping the original keeps its id from being used again.
+        if isinstance(tensor, nn.Parameter) and not weight:
+            self.read[id(tensor)] = tensor
         state = weight or id(tensor)
         name, _ = self._snapshots.get(state, ("", tensor))
         # A write through numpy or .data leaves the version, so the elements are compared.
@@ -384,6 +402,7 @@ class _RandomDrawRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.tracer.capturing:
             return func(*args, **kwargs)
+        self.tracer.note_weights_read(func, args, kwargs)
         if func in _RANDOM_FUNCTIONS:
             return self.tracer.call(func, args, kwargs)
         if _name_of(func) in _IN_PLACE_DRAWS and not any(
@@ -527,6 +546,7 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
         constants=tracer.constants,
         out_spec=tracer.out_spec,
         num_outputs=tracer.out_spec.num_leaves,
+        read=tuple(tracer.read.values()),
     )
 
 

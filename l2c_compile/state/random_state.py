@@ -13,19 +13,32 @@ _SEED = 0x5EED_1AC0
 """What the generators begin with while a loop is traced: no seed that a loop would choose itself."""
 
 
+class RandomState:
+    """The states of all generators of the process, as they were when this was made."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._torch = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def put_back(self) -> None:
+        """Give every generator its state again."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.default_generator.set_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Put the state of every generator of the process back when the context ends."""
-    numbers, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = RandomState()
     try:
         yield
     finally:
-        random.setstate(numbers)
-        np.random.set_state(legacy)
-        torch.set_rng_state(default)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+        state.put_back()
 
 
 class RandomDraws:

@@ -40,7 +40,7 @@ def test_constants_are_stale_once_a_weight_they_were_made_from_changed(change: C
     change(model.time)
     with pytest.raises(StaleConstantsError, match=r"weight 'time\.weight' changed .*; call refresh\(\)"):
         check_fresh(form)
-    form.versions = weight_versions(form.graph)
+    form.note_weights()
     check_fresh(form)
 
 
