@@ -38,7 +38,7 @@ from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
-from l2c_compile.state.random_state import RandomDraws, random_state_kept
+from l2c_compile.state.random_state import GeneratorStates, random_state_kept, seed_unlike_any_loop
 
 _NO_VALUES = (
     "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
@@ -175,6 +175,7 @@ class LoopTracer(fx.proxy.TracerBase):
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.capturing = False
         self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
+        self._weight_memory = {_storage(weight): path for path, weight in _named_weights(denoiser)}
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
         self.read: dict[int, Tensor] = {}
         """The weights whose values the loop read itself, by identity."""
@@ -188,9 +189,10 @@ class LoopTracer(fx.proxy.TracerBase):
         conditions = tree_map(self._make_input, dict(conditions))
         given, structure = tree_flatten((noise, conditions))
         with random_state_kept(), _generator_guarded(self), torch.no_grad(), _RandomDrawRecorder(self):
-            draws = RandomDraws()
-            result = loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
-            touched = draws.touched()
+            seed_unlike_any_loop()
+            states = GeneratorStates()
+            result = self._run(loop, noise, conditions)
+            touched = states.moved()
         if self._refusal is not None:
             # The loop caught it and went on, another way than it will with values.
             raise self._refusal
@@ -210,6 +212,19 @@ class LoopTracer(fx.proxy.TracerBase):
         leaves, self.out_spec = tree_flatten(result)
         self.graph.output([self._result(leaf) for leaf in leaves])
         return self.graph
+
+    def _run(self, loop: Loop, noise: object, conditions: Mapping[str, Any]) -> object:
+        try:
+            return loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
+        except (LookupError, TypeError, AttributeError) as error:
+            stored = sorted({path for call in self.calls for path in call.graph.stored})
+            if self._refusal is not None or not stored:
+                raise
+            raise LoopTraceError(
+                f"the loop fails while it is traced ({type(error).__name__}: {error!s:.100}); it may look for what the"
+                f" denoiser stored during its call in '{stored[0]}', which is put back after each capture; let forward"
+                " return it"
+            ) from error
 
     @property
     def is_in_loop(self) -> bool:
@@ -259,6 +274,21 @@ class LoopTracer(fx.proxy.TracerBase):
                 given[id(leaf)] = LoopTensor.wrap(self, own, leaf)
             wrapped.append(given.get(id(leaf), leaf))
         return tree_unflatten(wrapped, spec)
+
+    def check_no_weight_is_written(
+        self, func: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> None:
+        """Raise LoopTraceError before the loop writes into the memory of a weight of the denoiser, or moves it."""
+        if not _writes_in_place(func, kwargs):
+            return
+        for leaf in tree_leaves(_written(args, kwargs)):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, LoopTensor):
+                path = self._weight_memory.get(_storage(leaf))
+                if path is not None:
+                    raise self.untraceable(
+                        f"changes the weight '{path.removeprefix('denoiser.')}' of the denoiser",
+                        "a static graph reads weights where they are, so swap them in before the sampler is called",
+                    )
 
     def note_weights_read(self, func: Callable[..., object], args: object, kwargs: object) -> None:
         """Note the weights among the arguments of a call of torch that is not recorded, unless it asks for a form."""
@@ -402,6 +432,7 @@ class _RandomDrawRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.tracer.capturing:
             return func(*args, **kwargs)
+        self.tracer.check_no_weight_is_written(func, args, kwargs)
         self.tracer.note_weights_read(func, args, kwargs)
         if func in _RANDOM_FUNCTIONS:
             return self.tracer.call(func, args, kwargs)
@@ -449,6 +480,10 @@ def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _name_of(func: Callable[..., object]) -> str:
     return str(getattr(func, "__name__", ""))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 def _is_equal(tensor: Tensor, snapshot: Tensor) -> bool:

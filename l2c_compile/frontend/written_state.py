@@ -24,6 +24,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from l2c_compile.errors import CaptureError, LoopTraceError
+from l2c_compile.graphs.forms import StaticValue
 from l2c_compile.graphs.nodes import output_list
 from l2c_compile.state.caches import clear_caches_of_fakes
 from l2c_compile.state.python_state import Change, PythonState
@@ -117,6 +118,8 @@ class Run:
     result: object
     effect: StateEffect | None
     """What the run changed; None if nothing."""
+    values: tuple[object, ...] = ()
+    """Python values among the results."""
 
 
 def check_later_runs_are_alike(
@@ -161,9 +164,14 @@ def check_later_runs_are_alike(
         counted = {change.path: _count_of(numbers[change.path]) for change in later}
         second = again(first, counted)
         later = [change for change in _changes(effect, second) if change.path not in counted]
-    if later or not are_alike(first, second):
+    if later or not are_alike(first, second) or not _equal_values(first, second):
         what = "; ".join(sorted(map(str, later))[:3]) or str(effect)
         raise error(f"{name} changes its own state in every call ({what}), and a static graph would not; {advice}")
+
+
+def _equal_values(one: Run, other: Run) -> bool:
+    counted = any(isinstance(value, (_CountedInt, _CountedFloat)) for value in other.values)
+    return not counted and list(map(StaticValue.of, one.values)) == list(map(StaticValue.of, other.values))
 
 
 def _changes(effect: StateEffect, later: Run) -> list[Change]:

@@ -38,6 +38,7 @@ class Guards:
     ) -> None:
         self.roots = dict(roots)
         self._is_deep = is_deep
+        self._defaults = _defaults()
         self._weights_now = weights
         self.weights = weights()
         """The dtypes and devices of the denoiser's parameters, and which parameters are tied."""
@@ -48,6 +49,8 @@ class Guards:
 
     def why_not(self) -> str | None:
         """Return what changed since the form was made, None if nothing did that counts."""
+        if _defaults() != self._defaults:
+            return f"torch's default dtype or device is {_defaults()[0]}, {_defaults()[1]} now"
         same = self._state.holds() if self._is_deep else self._denoiser.training == self._trains
         if same and list(map(Tensor.data_ptr, self._parameters)) == self._memory:
             return self._why_not_read()
@@ -76,6 +79,10 @@ class Guards:
         self._trains = self._denoiser.training
         self._parameters = list(self._denoiser.parameters())
         self._memory = list(map(Tensor.data_ptr, self._parameters))
+
+
+def _defaults() -> tuple[torch.dtype, torch.device]:
+    return torch.get_default_dtype(), torch.get_default_device()
 
 
 def packed_weights(graph: LoopGraph) -> list[str]:

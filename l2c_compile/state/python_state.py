@@ -7,12 +7,15 @@ is compared by identity. Only if anything differs, ``changes`` walks again and c
 
 from __future__ import annotations
 
+import itertools
 import operator
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Number
-from types import CellType, FunctionType, MappingProxyType, MethodType
+from types import CellType, FunctionType, GeneratorType, MappingProxyType, MethodType
 from typing import Any, cast
 
 import numpy as np
@@ -81,6 +84,7 @@ class PythonState:
         self._counted = [tensor for _, tensor in self._reached.tensors if not tensor.is_inference()]
         self._versions = list(map(_version, self._counted))
         self._arrays = [_elements(array).copy() for _, array in self._reached.arrays]
+        self._positions = [_position(moving) for _, moving in self._reached.moving]
 
     def holds(self) -> bool:
         """Return whether all is as it was; False may also mean that equal values are other objects now."""
@@ -95,6 +99,7 @@ class PythonState:
                 and _are((getattr(owner, name, _MISSING) for _, owner, name in self._reached.slots), self._slots)
                 and list(map(_version, self._counted)) == self._versions
                 and all(map(_same_elements, self._reached.arrays, self._arrays))
+                and [_position(moving) for _, moving in self._reached.moving] == self._positions
             )
         # Whatever an object of the user's does when it is compared: a value by value comparison follows.
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError):
@@ -108,6 +113,8 @@ class PythonState:
             and _are((getattr(owner, name, _MISSING) for _, owner, name in self._reached.slots), self._slots)
             and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
             and list(map(_version, self._counted)) == self._versions
+            and all(map(_same_elements, self._reached.arrays, self._arrays))
+            and [_position(moving) for _, moving in self._reached.moving] == self._positions
         )
 
     def changes(self) -> list[Change]:
@@ -140,7 +147,7 @@ class PythonState:
     def restore(self) -> None:
         """Put back what every container, closure and global held; tensors keep what was written into them."""
         for held, content in zip(self._reached.containers, self._copies, strict=True):
-            _restore(held.container, content)
+            _restore(held, content)
         for (_, cell), value in zip(self._reached.cells, self._cells, strict=True):
             if _content_of(cell) is not value:
                 cell.cell_contents = value
@@ -174,7 +181,7 @@ class PythonState:
         """
         for held, content in zip(self._reached.containers, self._copies, strict=True):
             if held.kind not in ("weights", "hooks"):
-                _restore(held.container, _substituted(held, content, substitutes, numbers))
+                _restore(held, _substituted(held, content, substitutes, numbers))
         for (_, cell), value in zip(self._reached.cells, self._cells, strict=True):
             if _content_of(cell) is not value:
                 cell.cell_contents = substitutes.get(id(value), value)
@@ -206,6 +213,8 @@ class PythonState:
             found[path] = _describe(value, versions, by_form)
         for (path, _), elements in zip(self._reached.arrays, self._arrays, strict=True):
             found[f"{path}.elements"] = _Description(elements.tobytes(), "an array")
+        for (path, _), position in zip(self._reached.moving, self._positions, strict=True):
+            found[f"{path}.position"] = _Description(position, "used")
         return found
 
 
@@ -279,6 +288,22 @@ def _content_of(cell: CellType) -> object:
     return _MISSING if cell == _EMPTY else cell.cell_contents
 
 
+def _position(moving: Any) -> object:  # noqa: ANN401 - one of those that a walk takes for moving
+    """Return how far an iterator or a source of random numbers has come."""
+    if isinstance(moving, GeneratorType):
+        frame = moving.gi_frame
+        return None if frame is None else (frame.f_lasti, repr(frame.f_locals))
+    if isinstance(moving, ContextVar):
+        return id(moving.get(None))
+    if isinstance(moving, random.Random):
+        return hash(moving.getstate())
+    if isinstance(moving, (np.random.Generator, np.random.RandomState)):
+        return repr(moving.bit_generator.state if isinstance(moving, np.random.Generator) else moving.get_state())
+    if isinstance(moving, torch.Generator):
+        return moving.get_state().numpy().tobytes()
+    return repr(moving) if isinstance(moving, itertools.count) else operator.length_hint(moving)
+
+
 def _content(container: Container) -> Any:  # noqa: ANN401 - a dict, a list or a set
     # A plain one, because the copy of a subclass may want more than its items.
     if isinstance(container, (dict, MappingProxyType)):
@@ -292,10 +317,17 @@ def _content(container: Container) -> Any:  # noqa: ANN401 - a dict, a list or a
     )
 
 
-def _restore(container: Container, content: Any) -> None:  # noqa: ANN401 - as _content returns it
+def _restore(held: Held, content: Any) -> None:  # noqa: ANN401 - as _content returns it
+    container = held.container
     if _holds_these(container, content):
         return
     if isinstance(container, MappingProxyType):
+        assert held.owner is not None
+        for name in [name for name in container if name not in content and counts(held, name)]:
+            delattr(held.owner, name)
+        for name, value in content.items():
+            if container.get(name, _MISSING) is not value and counts(held, name):
+                setattr(held.owner, name, value)
         return
     container.clear()
     if isinstance(container, (list, deque)):

@@ -41,21 +41,22 @@ def random_state_kept() -> Iterator[None]:
         state.put_back()
 
 
-class RandomDraws:
-    """Tells which generators were drawn from or seeded since it was made.
-
-    All of them are seeded anew, so that whatever the loop does to them shows; use it within ``random_state_kept``.
-    """
+class GeneratorStates:
+    """Tells which generators were drawn from or seeded since it was made."""
 
     def __init__(self) -> None:
-        random.seed(_SEED)
-        np.random.seed(_SEED & 0xFFFF_FFFF)
-        torch.default_generator.manual_seed(_SEED)
         self._before = _states()
 
-    def touched(self) -> list[str]:
+    def moved(self) -> list[str]:
         """Return the names of the generators that are not as they were."""
         return [name for name, state in _states().items() if state != self._before[name]]
+
+
+def seed_unlike_any_loop() -> None:
+    """Seed all generators, so that a loop which seeds them itself, with whatever number, moves them."""
+    random.seed(_SEED)
+    np.random.seed(_SEED & 0xFFFF_FFFF)
+    torch.default_generator.manual_seed(_SEED)
 
 
 def _states() -> dict[str, object]:

@@ -8,9 +8,15 @@ not what is in it.
 
 from __future__ import annotations
 
+import collections
+import contextvars
 import functools
+import itertools
+import random
 import sys
+import threading
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +34,15 @@ _OURS = "l2c_compile"
 # Parts of this package that hold what a user chose: their objects are looked into like the user's own.
 _OURS_TO_ENTER = ("l2c_compile.loops", "l2c_compile.models", "l2c_compile.schedules")
 _NOT_ENTERED = frozenset({"torch", "torchgen", "numpy", "triton", "networkx", "sympy", _OURS, *sys.stdlib_module_names})
-_PLAIN_OBJECTS = (types.SimpleNamespace,)
+_PLAIN_OBJECTS = (
+    *(types.SimpleNamespace, threading.local, collections.UserDict, collections.UserList),
+    *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
+)
+_MOVING = (
+    *(itertools.count, types.GeneratorType, random.Random, np.random.Generator, np.random.RandomState, torch.Generator),
+    *map(type, (iter([]), iter(()), iter(range(0)), iter(""), iter({}), iter(set()), reversed([]))),
+    contextvars.ContextVar,
+)
 
 TORCHS_OWN = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
@@ -46,6 +60,8 @@ class Held:
     """What its keys are: "attributes", "items", "hooks", "class", or "weights", of which only the forms count."""
     is_users: bool = True
     """Whether it belongs to the user, not to a module that torch itself defines."""
+    owner: type | None = None
+    """The class, if these are the attributes of one: they are set through it."""
 
 
 @dataclass
@@ -62,6 +78,8 @@ class Reached:
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
     """Tensors that a graph would hold as constants: all but the denoiser's own weights."""
     arrays: list[tuple[str, np.ndarray[Any, Any]]] = field(default_factory=list)
+    moving: list[tuple[str, object]] = field(default_factory=list)
+    """Iterators, generators and sources of random numbers, which move on when they are used."""
 
 
 def reach(roots: Mapping[str, object]) -> Reached:
@@ -130,19 +148,21 @@ class _Walk:
             self.add(path, value.fget)
         elif isinstance(value, type):
             self._class(value)
+        elif isinstance(value, _MOVING):
+            self.reached.moving.append((path, value))
         elif _is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS):
             self._attributes(path, value)
             self._class(type(value))
 
-    def _container(self, path: str, container: Container, kind: str) -> None:
-        self.reached.containers.append(Held(path, container, kind))
+    def _container(self, path: str, container: Container, kind: str, owner: type | None = None) -> None:
+        self.reached.containers.append(Held(path, container, kind, owner=owner))
         pairs = container.items() if isinstance(container, (dict, MappingProxyType)) else enumerate(container)
         for key, item in list(pairs):
             self.add(child_path(path, key, kind), item)
 
     def _attributes(self, path: str, value: object) -> None:
         own = getattr(value, "__dict__", None)
-        if isinstance(own, dict) and _is_entered(type(value)):
+        if isinstance(own, dict) and (_is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS)):
             self._container(path, own, "attributes")
         for kind in type(value).__mro__:
             slots = vars(kind).get("__slots__", ()) if _is_entered(kind) else ()
@@ -176,9 +196,9 @@ class _Walk:
             if issubclass(each, nn.Module) or _is_entered(each):
                 path = f"class {each.__qualname__}"
                 if _is_entered(each):
-                    self._container(path, vars(each), "class")
+                    self._container(path, vars(each), "class", each)
                 else:
-                    self.reached.containers.append(Held(path, vars(each), "class", is_users=False))
+                    self.reached.containers.append(Held(path, vars(each), "class", is_users=False, owner=each))
 
     def _function(self, path: str, function: FunctionType) -> None:
         if not _is_entered(function):
@@ -211,7 +231,10 @@ class _Walk:
         """Return the names of globals and attributes in a function's code, nested functions included."""
         if code not in self.names:
             nested = (self._names_of(each) for each in code.co_consts if isinstance(each, CodeType))
-            self.names[code] = tuple(dict.fromkeys((*code.co_names, *(name for names in nested for name in names))))
+            # globals()["NAME"] has the name among the constants.
+            texts = (each for each in code.co_consts if isinstance(each, str) and each.isidentifier())
+            names = (*code.co_names, *texts, *(name for inner in nested for name in inner))
+            self.names[code] = tuple(dict.fromkeys(names))
         return self.names[code]
 
 
