@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,6 +55,19 @@ class CompiledForm:
         self.versions = weight_versions(self.graph)
         paths = [*self.versions, *(packed_weights(self.graph) if self.has_packed else ())]
         self.probes = Probes([_weight(self.graph.root, path) for path in dict.fromkeys(paths)])
+        self._note_folded()
+
+    def _note_folded(self) -> None:
+        folded = [_weight(self.graph.root, path) for path in self.versions]
+        self._folded = [weight for weight in folded if not weight.is_inference()]
+        self._folded_versions = list(map(_count, self._folded))
+        self._num_snapshots = self.guards.num_snapshots
+
+    @property
+    def _surely_fresh(self) -> bool:
+        """Whether no folded weight was assigned, moved or written to, as far as torch counts that."""
+        known = self.guards.is_deep and self.guards.num_snapshots == self._num_snapshots
+        return known and list(map(_count, self._folded)) == self._folded_versions
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -65,6 +79,9 @@ class CompiledForm:
     def module_to_trace(self) -> fx.GraphModule:
         """The graph as a module for ``torch.compile``, which is made at the first access."""
         return self.graph.module_to_trace()
+
+
+_count: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
 def weight_versions(graph: LoopGraph) -> dict[str, tuple[int, int, int]]:
@@ -89,9 +106,11 @@ def check_fresh(form: CompiledForm) -> None:
 
     A packed weight that was written to behind torch's back gets a new version, so that it is packed anew.
     """
-    for path, version in form.versions.items():
-        if _version(form.graph.root, path) != version:
-            raise _stale(path)
+    if not form._surely_fresh:
+        for path, version in form.versions.items():
+            if _version(form.graph.root, path) != version:
+                raise _stale(path)
+        form._note_folded()
     if not form.probes.hold():
         changed = form.probes.changed()
         identities = set(map(id, changed))

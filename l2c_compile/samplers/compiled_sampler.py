@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from l2c_compile.analyses.cost import NodeTimes
 from l2c_compile.analyses.prediction import Prediction, predict
-from l2c_compile.analyses.summary import Summary, summarize
+from l2c_compile.analyses.summary import summarize
 from l2c_compile.backends.lower import lower_to_backend
 from l2c_compile.backends.options import Options
 from l2c_compile.checking.comparison import VerifyReport, compare_with_reference
@@ -41,6 +41,7 @@ from l2c_compile.sampler_file.write import save_sampler
 from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh
 from l2c_compile.samplers.explanation import Explanation
 from l2c_compile.samplers.guards import Guards
+from l2c_compile.samplers.sampler_summary import SamplerSummary
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.state.random_state import RandomState
 
@@ -250,9 +251,9 @@ class CompiledSampler(nn.Module):
         """Print the code of the latest static graph and return it."""
         return self.graph_module.print_readable()
 
-    def summary(self) -> Summary:
+    def summary(self) -> SamplerSummary:
         """Return what each evaluation of the latest static graph computes, reads and keeps; ``print`` shows it."""
-        return summarize(self._current().graph)
+        return SamplerSummary.of(self._current())
 
     def explain(self) -> Explanation:
         """Return what each pass did to the latest static graph, and why it left the rest alone; printable."""

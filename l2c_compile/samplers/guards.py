@@ -37,7 +37,10 @@ class Guards:
         self, roots: Mapping[str, object], read: Sequence[Tensor], weights: Callable[[], object], *, is_deep: bool
     ) -> None:
         self.roots = dict(roots)
-        self._is_deep = is_deep
+        self.is_deep = is_deep
+        """Whether Python state counts."""
+        self.num_snapshots = 0
+        """How often the state was found equal, in other objects, and noted anew."""
         self._defaults = _defaults()
         self._weights_now = weights
         self.weights = weights()
@@ -51,10 +54,10 @@ class Guards:
         """Return what changed since the form was made, None if nothing did that counts."""
         if _defaults() != self._defaults:
             return f"torch's default dtype or device is {_defaults()[0]}, {_defaults()[1]} now"
-        same = self._state.holds() if self._is_deep else self._denoiser.training == self._trains
+        same = self._state.holds() if self.is_deep else self._denoiser.training == self._trains
         if same and list(map(Tensor.data_ptr, self._parameters)) == self._memory:
             return self._why_not_read()
-        changes = self._state.changes() if self._is_deep else []
+        changes = self._state.changes() if self.is_deep else []
         if changes or self._denoiser.training != self._trains:
             return (
                 "; ".join(map(str, changes[:3]))
@@ -75,7 +78,8 @@ class Guards:
         return cast(nn.Module, self.roots["denoiser"])
 
     def _snapshot(self) -> None:
-        self._state = PythonState(self.roots if self._is_deep else {})
+        self.num_snapshots += 1
+        self._state = PythonState(self.roots if self.is_deep else {})
         self._trains = self._denoiser.training
         self._parameters = list(self._denoiser.parameters())
         self._memory = list(map(Tensor.data_ptr, self._parameters))

@@ -74,6 +74,8 @@ class PythonState:
         self._strict_owners = [owner for owner, _, _ in strict]
         self._strict_keys = [key for _, key, _ in strict]
         self._strict_values = [value for _, _, value in strict]
+        self._objects = [each for _, each in self._reached.objects]
+        self._classes = list(map(type, self._objects))
         self._functions = [function for _, function in self._reached.functions]
         self._code = list(map(_code_of, self._functions))
         self._cells = [_content_of(cell) for _, cell in self._reached.cells]
@@ -93,6 +95,7 @@ class PythonState:
                 not any(self._empty)
                 and self._filled == self._filled_copies
                 and _are(map(operator.getitem, self._strict_owners, self._strict_keys), self._strict_values)
+                and list(map(type, self._objects)) == self._classes
                 and list(map(_code_of, self._functions)) == self._code
                 and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
                 and _are((_content_of(cell) for _, cell in self._reached.cells), self._cells)
@@ -109,6 +112,7 @@ class PythonState:
         """Return whether every value is the same object as before; slower than ``holds``, but compares nothing else."""
         return (
             all(map(_holds_these, self._live, self._copies))
+            and list(map(type, self._objects)) == self._classes
             and _are((_content_of(cell) for _, cell in self._reached.cells), self._cells)
             and _are((getattr(owner, name, _MISSING) for _, owner, name in self._reached.slots), self._slots)
             and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
@@ -200,6 +204,8 @@ class PythonState:
                     found[path] = _describe(value, versions, by_form or held.kind == "weights")
             if held.kind == "items":
                 found[f"{held.path}.length"] = _Description(len(content), str(len(content)))
+        for (path, _), kind in zip(self._reached.objects, self._classes, strict=True):
+            found[f"{path}.__class__"] = _Description(kind, kind.__qualname__)
         for (path, _), code in zip(self._reached.functions, self._code, strict=True):
             found[f"{path}.__code__"] = _Description(id(code[0]), "another code")
         named = [

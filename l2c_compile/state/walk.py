@@ -69,6 +69,8 @@ class Reached:
     """All that a walk found."""
 
     containers: list[Held] = field(default_factory=list)
+    objects: list[tuple[str, object]] = field(default_factory=list)
+    """The modules and the objects of the user's classes, whose class may be changed."""
     functions: list[tuple[str, FunctionType]] = field(default_factory=list)
     cells: list[tuple[str, CellType]] = field(default_factory=list)
     slots: list[tuple[str, object, str]] = field(default_factory=list)
@@ -151,6 +153,7 @@ class _Walk:
         elif isinstance(value, _MOVING):
             self.reached.moving.append((path, value))
         elif _is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS):
+            self.reached.objects.append((path, value))
             self._attributes(path, value)
             self._class(type(value))
 
@@ -175,6 +178,7 @@ class _Walk:
         if not _is_entered(type(module)) and type(module).__module__.startswith(_OURS):
             return
         own = vars(module)
+        self.reached.objects.append((path, module))
         self.reached.containers.append(Held(path, own, "attributes", _is_entered(type(module))))
         for name, value in list(own.items()):
             if name in _HOOKS:
