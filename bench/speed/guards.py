@@ -1,9 +1,9 @@
 """Time what checking costs: the guards before each call, and the comparison of the first call with the eager loop.
 
-Options: ``--modules 100 1000 5000`` ``--rounds 50`` ``--device cpu``. The guarded model has one attribute of its own for
-each two linear layers; "guards" compares its Python state and the memory of its weights, "guards_and_probes" also the
-versions and eight elements of each weight, as if the loop had read all of them. The first call is that of ``l2c demo``:
-digits, 20 evaluations with guidance.
+Options: ``--modules 100 1000 5000`` ``--rounds 50`` ``--device cpu``. The guarded model has one attribute of its own
+for each two linear layers. "guards" compares its Python state and the memory of its weights, "guards_and_probes" also
+the versions and eight elements of each weight, as if the loop had read all of them. The first call is that of
+``l2c demo``: digits, 20 evaluations with guidance.
 """
 
 from __future__ import annotations

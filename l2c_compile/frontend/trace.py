@@ -216,9 +216,12 @@ class LoopTracer(fx.proxy.TracerBase):
     def _run(self, loop: Loop, noise: object, conditions: Mapping[str, Any]) -> object:
         try:
             return loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
-        except (LookupError, TypeError, AttributeError) as error:
+        except Exception as error:
+            if self._refusal is not None and error is not self._refusal:
+                # Code between the loop and its user made another error of it.
+                raise self._refusal from error
             stored = sorted({path for call in self.calls for path in call.graph.stored})
-            if self._refusal is not None or not stored:
+            if not stored or not isinstance(error, (LookupError, TypeError, AttributeError)):
                 raise
             raise LoopTraceError(
                 f"the loop fails while it is traced ({type(error).__name__}: {error!s:.100}); it may look for what the"

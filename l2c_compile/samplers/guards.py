@@ -47,7 +47,6 @@ class Guards:
         """The dtypes and devices of the denoiser's parameters, and which parameters are tied."""
         self._read = [tensor for tensor in read if not tensor.is_inference()]
         self._read_versions = list(map(_version, self._read))
-        self._probes = Probes(read)
         self._snapshot()
 
     def why_not(self) -> str | None:
@@ -65,13 +64,15 @@ class Guards:
             )
         if self._weights_now() != self.weights:
             return "the weights moved, changed their dtype or are tied otherwise"
-        self._snapshot()
-        return self._why_not_read()
+        reason = self._why_not_read()
+        if reason is None:
+            self._snapshot()
+        return reason
 
     def _why_not_read(self) -> str | None:
         if list(map(_version, self._read)) == self._read_versions and self._probes.hold():
             return None
-        return "a weight that the loop reads itself was written to"
+        return "a tensor that the loop reads itself, or that the graph holds as a constant, was written to"
 
     @property
     def _denoiser(self) -> nn.Module:
@@ -80,6 +81,7 @@ class Guards:
     def _snapshot(self) -> None:
         self.num_snapshots += 1
         self._state = PythonState(self.roots if self.is_deep else {})
+        self._probes = Probes([*self._read, *self._state.tensors])
         self._trains = self._denoiser.training
         self._parameters = list(self._denoiser.parameters())
         self._memory = list(map(Tensor.data_ptr, self._parameters))

@@ -162,6 +162,11 @@ class PythonState:
             if own.get(name) is not value:
                 own[name] = value
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that a graph would hold as constants."""
+        return [tensor for _, tensor in self._reached.tensors]
+
     def tensors_not_in(self, earlier: PythonState) -> dict[str, Tensor]:
         """Return the tensors, by path, that an earlier snapshot did not hold; weights of the denoiser do not count."""
         old = {id(tensor) for _, tensor in earlier._reached.tensors}
@@ -207,7 +212,8 @@ class PythonState:
         for (path, _), kind in zip(self._reached.objects, self._classes, strict=True):
             found[f"{path}.__class__"] = _Description(kind, kind.__qualname__)
         for (path, _), code in zip(self._reached.functions, self._code, strict=True):
-            found[f"{path}.__code__"] = _Description(id(code[0]), "another code")
+            defaults = _describe((code[1], tuple((code[2] or {}).items())), versions, by_form)
+            found[f"{path}.__code__"] = _Description((id(code[0]), defaults.key), "another code or defaults")
         named = [
             *((path, value) for (path, _), value in zip(self._reached.cells, self._cells, strict=True)),
             *((path, value) for (path, _, _), value in zip(self._reached.slots, self._slots, strict=True)),
@@ -248,10 +254,12 @@ def _describe(value: object, versions: Mapping[int, int], by_form: bool) -> _Des
     if value is None or isinstance(value, (str, bytes, Number)):
         # Of numbers, 1, 1.0 and True are three values, and 0.0 and -0.0 are two.
         return _Description((kind, repr(value)), f"{value!r:.60}")
-    if kind in (dict, list, tuple, set, frozenset, deque):
-        atoms = kind in (set, frozenset, tuple) and all(isinstance(item, (str, Number)) for item in cast(Any, value))
-        content = sorted(map(repr, cast(Any, value))) if atoms and kind is not tuple else repr(value) if atoms else ""
-        return _Description((kind, str(content)), f"{value!r:.60}" if atoms else f"a {kind.__name__}")
+    if isinstance(value, (tuple, frozenset)):
+        keys = [_describe(item, versions, by_form).key for item in value]
+        return _Description((kind, frozenset(keys) if isinstance(value, frozenset) else tuple(keys)), f"{value!r:.60}")
+    if kind in (dict, list, set, deque):
+        # What they hold is described by itself.
+        return _Description(kind, f"a {kind.__name__}")
     if isinstance(value, (torch.dtype, torch.device)):
         return _Description(value, str(value))
     identity: object = kind if by_form else id(value)
@@ -286,7 +294,7 @@ def _are(values: Iterator[object] | map[Any], expected: Sequence[object]) -> boo
     return all(map(operator.is_, values, expected))
 
 
-_code_of: Callable[[object], tuple[object, ...]] = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_code_of: Callable[[object], tuple[Any, ...]] = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _version: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
