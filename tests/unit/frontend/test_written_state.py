@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,18 @@ def test_what_changes_a_later_call_is_refused_and_put_back(effect: Effect) -> No
     for name in state_of(sampler.model):
         assert name in ("ticks", "array") or state_of(sampler.model)[name] == before[name]
     assert TOTALS == {"calls": 0}
+
+
+def test_a_weight_that_a_hook_makes_anew_in_every_call_is_taken() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = torch.nn.utils.weight_norm(nn.Linear(4, 4))
+    model, noise = Writes(lambda module, h: module.layer(h)), draw(2, 4)
+    model.layer = layer
+    loop = steps(3)
+    got = l2c_compile(model, CacheSchedule.all_compute(3, ["layer"]), loop)(noise)
+    with torch.no_grad():
+        assert same_bits(got, loop(model, noise))
 
 
 def test_a_python_number_that_is_counted_and_returned_is_refused() -> None:

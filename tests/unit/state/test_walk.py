@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,12 @@ def test_torch_and_the_standard_library_are_not_entered() -> None:
     found = reach({"root": [torch.nn.functional.gelu, itertools, torch.float32, functools.reduce]})
     assert not found.functions
     assert not found.globals
+
+
+def test_a_module_of_torch_jit_keeps_its_parts_to_itself() -> None:
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    model = nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)))  # type: ignore[no-untyped-call]
+    assert ("root.0", model[0]) in reach({"root": model}).objects
 
 
 def test_a_thing_that_contains_itself_is_visited_once() -> None:
