@@ -46,8 +46,11 @@ def trace_without_effects(
     """
     roots = state_roots(denoiser, loop, noise, conditions)
 
+    first_watch: list[_DenoiserWatch] = []
+
     def trace() -> Run:
-        watch = _DenoiserWatch(denoiser)
+        watch = _DenoiserWatch(denoiser, *first_watch)
+        first_watch[:] = first_watch or [watch]
 
         def watched(signature: CallSignature) -> EvaluationGraph:
             watch.begin_evaluation()
@@ -67,8 +70,9 @@ def trace_without_effects(
 class _DenoiserWatch:
     """Compares the denoiser at the beginning of each evaluation with what it was in the first one."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, earlier: _DenoiserWatch | None = None) -> None:
         self._denoiser = denoiser
+        self._earlier = earlier
         self._weights = _weights_of(denoiser)
         self._state: PythonState | None = None
         self._num_begun = 0
@@ -77,6 +81,7 @@ class _DenoiserWatch:
         self._check_weights()
         if self._state is None:
             self._state = PythonState({"denoiser": self._denoiser})
+            self._check_begins_like_the_earlier_run()
         elif not self._state.holds():
             changes = self._state.changes()
             if changes:
@@ -88,6 +93,15 @@ class _DenoiserWatch:
                     " before the loop begins"
                 )
         self._num_begun += 1
+
+    def _check_begins_like_the_earlier_run(self) -> None:
+        before = self._earlier._state if self._earlier is not None else None
+        changes = before.changes() if before is not None and not before.holds() else []
+        if changes:
+            raise LoopTraceError(
+                f"the loop leaves the denoiser changed for its next run: {'; '.join(map(str, changes[:3]))}; change it"
+                " before the sampler is called, or pass what changes as an argument of the call"
+            )
 
     def end(self) -> None:
         self._check_weights()

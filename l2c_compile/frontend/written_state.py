@@ -24,7 +24,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from l2c_compile.errors import CaptureError, LoopTraceError
-from l2c_compile.graphs.forms import StaticValue
+from l2c_compile.graphs.forms import StaticValue, TensorForm
 from l2c_compile.graphs.nodes import output_list
 from l2c_compile.state.caches import clear_caches_of_fakes
 from l2c_compile.state.python_state import Change, PythonState
@@ -257,10 +257,14 @@ def _outline(
         constants: the addresses of constants that stand for tables, with the paths of these.
     """
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    tables = {_without_no_ops(node): path for node, path in tables.items()}
     known: dict[object, str] = {}
     for node in program.graph.nodes:
         if node in tables:
             key: object = ("table", tables[node])
+        elif node.op != "output" and _without_no_ops(node) is not node:
+            known[node] = known[_without_no_ops(node)]
+            continue
         elif node.op == "placeholder":
             spec = specs[node.name]
             held = program.constants.get(str(spec.target)) if spec.kind is InputKind.CONSTANT_TENSOR else None
@@ -277,3 +281,13 @@ def _outline(
             key = (str(node.target), repr(arguments))
         known[node] = f"%{numbers.setdefault(key, len(numbers))}"
     return [known.get(result, result) for result in output_list(program.graph)[:num_results]]
+
+
+def _without_no_ops(node: fx.Node) -> fx.Node:
+    """Return the node whose tensor ``to`` returns where nothing is to be done; export gives that another node."""
+    while getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:
+        (source,) = node.all_input_nodes[:1]
+        if TensorForm.of(source.meta["val"]) != TensorForm.of(node.meta["val"]):
+            break
+        node = source
+    return node

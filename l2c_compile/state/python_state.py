@@ -83,8 +83,10 @@ class PythonState:
         self._global_dicts = [own for _, own, _ in self._reached.globals]
         self._global_names = [name for _, _, name in self._reached.globals]
         self._globals = list(map(dict.get, self._global_dicts, self._global_names))
-        self._counted = [tensor for _, tensor in self._reached.tensors if not tensor.is_inference()]
-        self._versions = list(map(_version, self._counted))
+        # Tensors of a subclass are not asked by its own __torch_function__, which may refuse or record.
+        with torch._C.DisableTorchFunctionSubclass():
+            self._counted = [tensor for _, tensor in self._reached.tensors if not tensor.is_inference()]
+        self._versions = self._versions_now()
         self._arrays = [_elements(array).copy() for _, array in self._reached.arrays]
         self._positions = [_position(moving) for _, moving in self._reached.moving]
 
@@ -100,7 +102,7 @@ class PythonState:
                 and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
                 and _are((_content_of(cell) for _, cell in self._reached.cells), self._cells)
                 and _are((getattr(owner, name, _MISSING) for _, owner, name in self._reached.slots), self._slots)
-                and list(map(_version, self._counted)) == self._versions
+                and self._versions_now() == self._versions
                 and all(map(_same_elements, self._reached.arrays, self._arrays))
                 and [_position(moving) for _, moving in self._reached.moving] == self._positions
             )
@@ -116,10 +118,14 @@ class PythonState:
             and _are((_content_of(cell) for _, cell in self._reached.cells), self._cells)
             and _are((getattr(owner, name, _MISSING) for _, owner, name in self._reached.slots), self._slots)
             and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
-            and list(map(_version, self._counted)) == self._versions
+            and self._versions_now() == self._versions
             and all(map(_same_elements, self._reached.arrays, self._arrays))
             and [_position(moving) for _, moving in self._reached.moving] == self._positions
         )
+
+    def _versions_now(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return list(map(_version, self._counted))
 
     def changes(self) -> list[Change]:
         """Return what can change what code computes and is not as it was, in no particular order."""
@@ -245,8 +251,9 @@ _GONE = _Description(_MISSING, "")
 def _describe(value: object, versions: Mapping[int, int], by_form: bool) -> _Description:
     kind = type(value)
     if isinstance(value, Tensor):
-        text = f"a tensor {list(value.shape)}"
-        form = (value.shape, value.dtype, value.device)
+        with torch._C.DisableTorchFunctionSubclass():
+            text = f"a tensor {list(value.shape)}"
+            form = (value.shape, value.dtype, value.device)
         return _Description(form if by_form else (id(value), versions.get(id(value))), text, is_tensor=True)
     if kind is MethodType:
         method = cast(MethodType, value)

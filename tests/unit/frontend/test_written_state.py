@@ -65,7 +65,7 @@ def makes_a_table(m: Any, h: Any) -> Any:  # noqa: ANN401
     if 4 not in m.by_size:
         m.by_size[4] = torch.arange(4.0)
     table = TABLES.setdefault(4, torch.ones(4))
-    return h + m.table + m.by_size[4] + table + m.ramp
+    return h + m.table + m.by_size[4] + table + m.ramp.to(h.dtype)[0]
 
 
 def multiplies_by_its_count(m: Any, h: Any) -> Any:  # noqa: ANN401
