@@ -24,6 +24,7 @@ from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
 from l2c_compile.frontend.restore import left_as_it_was
+from l2c_compile.frontend.stand_in import without_hooks_of
 from l2c_compile.frontend.weights_lock import weights_swapped
 from l2c_compile.graphs.forms import CallSignature, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
@@ -75,6 +76,7 @@ def capture(
             weights_swapped(),
             torch.no_grad(),
             left_as_it_was(denoiser),
+            without_hooks_of(denoiser),
             marking,
             AliasesAsInEagerTorch(),
             warnings.catch_warnings(),
@@ -127,7 +129,7 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self._signature.unflatten(tensors)
-        leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
+        leaves, self.returned.spec = tree_flatten(nn.Module.__call__(self.denoiser, *args, **kwargs))
         # A token stands for each tensor, because export takes a tensor that is kept for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         marks = list(self.returned.marks)
