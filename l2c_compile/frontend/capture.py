@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.jit import ScriptModule
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
@@ -70,7 +71,7 @@ def capture(
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_forms())
     try:
-        marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
+        marking = _marking(denoiser, sites, read_inputs_of, flat.returned)
         with (
             cache_folder_named(),
             weights_swapped(),
@@ -93,14 +94,13 @@ def capture(
     except Exception as error:  # torch.export raises whatever the model's own Python raises
         raise CaptureError(
             f"torch.export cannot capture one evaluation of {type(denoiser).__name__}"
-            f" ({type(error).__name__}: {_first_line(error)}); remove what depends on tensor values or leaves torch"
-            " from its forward, or put that part into the loop"
+            f" ({type(error).__name__}: {_first_line(error)}); {_way_out(denoiser)}"
         ) from error
     if flat.returned.spec is None:
         raise AssertionError("torch.export did not run the denoiser")
     _reject_effects(denoiser, program)
     evaluation = _to_evaluation_graph(flat, program, tuple(sites))
-    _check_all_marked(denoiser, evaluation)
+    _check_all_marked(denoiser, evaluation, flat.returned.calls)
     return evaluation
 
 
@@ -116,6 +116,8 @@ class _ReturnedTree:
     marks: list[Tensor] = field(default_factory=list)
     """The marks, which are returned too: export removes what is unused, but a rule may read an input that its module
     ignores."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each module with a site was called."""
 
 
 class _FlatCall(nn.Module):
@@ -155,10 +157,10 @@ class _MarkedTensor:
 
 @contextmanager
 def _marking(
-    denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], marks_made: list[Tensor]
+    denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], returned: _ReturnedTree
 ) -> Iterator[None]:
     """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
-    calls: Counter[str] = Counter()
+    calls, marks_made = returned.calls, returned.marks
     marked: list[_MarkedTensor] = []
     versions: dict[str, list[int]] = {}
 
@@ -220,7 +222,8 @@ def _marking(
                 )
 
     with ExitStack() as hooks:
-        hooks.callback(denoiser.register_forward_hook(check_marks).remove)
+        if sites:
+            hooks.callback(denoiser.register_forward_hook(check_marks).remove)
         for path in dict.fromkeys(p for site in sites for p in (site.path, site.last or site.path)):
             module = denoiser.get_submodule(path)
             begins = [s for s in sites if s.path == path and (s.kind == "delta" or s in read_inputs_of)]
@@ -297,14 +300,34 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
     return EvaluationGraph(graph=graph, root=root, sites=sites, out_spec=flat.returned.spec, out_leaves=leaves)
 
 
-def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph) -> None:
+def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph, calls: Mapping[str, int]) -> None:
     marked = {mark.site for mark in site_marks(evaluation.graph)}
     for site in evaluation.sites:
+        path = site.last or site.path
+        if str(site) not in marked and calls[path] > site.call:
+            raise UnknownSiteError(
+                f"site '{site}': module '{path}' returns no tensor, so there is nothing to reuse; name another module"
+            )
         if str(site) not in marked:
             raise UnknownSiteError(
                 f"site '{site}': one evaluation of {type(denoiser).__name__} never calls it (call number {site.call} of"
-                f" module '{site.last or site.path}'), or bypasses its __call__; name a module that it calls"
+                f" module '{path}'), or bypasses its __call__; name a module that it calls"
             )
+
+
+def _way_out(denoiser: nn.Module) -> str:
+    """Return what may help where torch.export cannot capture a denoiser."""
+    for path, module in denoiser.named_modules():
+        if isinstance(module, ScriptModule):
+            what = f"module '{path}'" if path else "it"
+            return f"{what} is made by torch.jit, and its Python is lost: give the module that it was made from"
+    for path, weight in denoiser.named_parameters():
+        if weight.is_inference() and weight.requires_grad:
+            return (
+                f"weight '{path}' was made under torch.inference_mode: make the model outside of it, or give"
+                " copy.deepcopy(model), made outside of it"
+            )
+    return "remove what depends on tensor values or leaves torch from its forward, or put that part into the loop"
 
 
 def _first_line(error: Exception) -> str:

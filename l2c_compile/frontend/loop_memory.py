@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -218,8 +219,8 @@ class LoopMemory(TorchFunctionMode):
 
 
 def name_of(func: Callable[..., object]) -> str:
-    """Return the name of a function of torch."""
-    return str(getattr(func, "__name__", ""))
+    """Return the name of a function of torch, without its overload."""
+    return str(getattr(func, "_opname", None) or getattr(func, "__name__", ""))
 
 
 def data_of(func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -241,7 +242,7 @@ def writes_in_place(func: Callable[..., object], kwargs: Mapping[str, object]) -
 
 def written_by(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
     """Return what a call that writes in place writes into."""
-    return kwargs["out"] if kwargs.get("out") is not None else args[0]
+    return kwargs["out"] if kwargs.get("out") is not None else next(iter([*args, *kwargs.values()]))
 
 
 def _is_tensor(value: object) -> bool:
@@ -251,6 +252,8 @@ def _is_tensor(value: object) -> bool:
 def memory_of(value: object) -> int:
     """Return the identity of the memory of a tensor that has some, and 0 for anything else."""
     if not isinstance(value, Tensor) or isinstance(value, LoopTensor) or value.layout != torch.strided:
+        return 0
+    if is_functorch_wrapped_tensor(value):
         return 0
     return int(value.untyped_storage()._cdata)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, is_dataclass
 from types import FunctionType, GeneratorType, ModuleType
 
@@ -55,14 +55,14 @@ def check_holds_no_tensors(tree: object, what: str, error: type[LoopTraceError |
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor) or not _hides_tensors(leaf):
             continue
-        kind = type(leaf)
-        name = kind.__name__
-        way_out = (
-            f"torch.export.register_dataclass({name})"
-            if is_dataclass(leaf)
-            else (f"torch.utils._pytree.register_pytree_node({name}, ...), or use a plain tuple, list or dict")
-        )
-        raise error(f"{what} an object of type {name}, whose tensors torch does not see; call {way_out}")
+        name = type(leaf).__name__
+        if is_dataclass(leaf):
+            way_out = f"call torch.export.register_dataclass({name})"
+        elif isinstance(leaf, Iterator):
+            way_out = "use a list of what it gives"
+        else:
+            way_out = f"call torch.utils._pytree.register_pytree_node({name}, ...), or use a plain tuple, list or dict"
+        raise error(f"{what} an object of type {name}, whose tensors torch does not see; {way_out}")
 
 
 def _hides_tensors(leaf: object) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
+from torch._C import DisableTorchFunction
 from torch.fx.node import Node
 from torch.utils._pytree import tree_leaves
 
 from l2c_compile.errors import LoopTraceError
+from l2c_compile.frontend.array_operands import computed_by_numpy
 
 LATENT = "the latent"
 """The origin of what is made from the noise or from what the denoiser returned."""
@@ -73,9 +76,18 @@ class LoopTensor(Tensor):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        given = loop_tensors_in((args, kwargs))
-        what = f"passes {made_from(given)} to something that wants its values ({func})"
-        raise given[0].tracer.untraceable(what, without_values(given))
+        # What does not pass torch's Python functions, such as torch.func.vmap and scripted code, arrives here.
+        with DisableTorchFunction():
+            return loop_tensors_in((args, kwargs))[0].tracer.call(func, tuple(args), dict(kwargs or {}))
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *operands: object, **options: object) -> object:
+        """Return what a function of numpy, which also computes ``tensor * array``, gives."""
+        result = computed_by_numpy(ufunc, operands) if method == "__call__" and not options else NotImplemented
+        if result is NotImplemented:
+            given = loop_tensors_in(operands)
+            what = f"gives the values of {made_from(given)} to numpy ({ufunc.__name__})"
+            raise given[0].tracer.untraceable(what, "compute with torch; torch.from_numpy takes arrays")
+        return result
 
     def __copy__(self) -> LoopTensor:
         return self
@@ -111,5 +123,5 @@ def without_values(tensors: Iterable[LoopTensor]) -> str:
         return "weights may change between calls: use torch.where, or give the number as a condition"
     return (
         "a tensor that is a condition has no values while the loop is unrolled: use torch.where, or give the condition"
-        " as Python numbers (a tuple), which the program is specialised on"
+        " as Python numbers (a tuple), of which torch.tensor makes a constant"
     )

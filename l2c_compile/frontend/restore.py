@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.jit import ScriptModule
 
 from l2c_compile.errors import CaptureError
 
@@ -30,7 +31,9 @@ def left_as_it_was(denoiser: nn.Module) -> Iterator[None]:
     Raises:
         CaptureError: if the denoiser made a submodule, a weight or a buffer, which its graph would refer to.
     """
-    saved = [_Saved(path, module) for path, module in denoiser.named_modules()]
+    # What torch.jit made keeps nothing in attributes of Python.
+    named = [(path, module) for path, module in denoiser.named_modules() if not isinstance(module, ScriptModule)]
+    saved = [_Saved(path, module) for path, module in named]
     try:
         yield
         for each in saved:

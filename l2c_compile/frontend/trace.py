@@ -37,6 +37,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from l2c_compile.errors import CaptureError, LoopTraceError
+from l2c_compile.frontend.array_operands import INDEXING
+from l2c_compile.frontend.compiled_parts import taken_apart
 from l2c_compile.frontend.loop_memory import (
     IN_PLACE_DRAWS,
     RANDOM_FUNCTIONS,
@@ -88,7 +90,8 @@ def trace_loop(
             " forward, or cast the model"
         )
     tracer = LoopTracer(denoiser, capture_call)
-    recorded = tracer.unroll(loop, noise, conditions)
+    with taken_apart(denoiser):
+        recorded = tracer.unroll(loop, noise, conditions)
     return _lower(recorded, tracer)
 
 
@@ -99,12 +102,15 @@ _WANTS_VALUES: Mapping[str, str] = {
         "reads the values of {origins} into Python ({name})",
     ),
     **dict.fromkeys(
-        ("__float__", "__int__", "__index__", "__complex__", "__array__"),
+        ("__float__", "__int__", "__index__", "__complex__"),
         "turns a value made from {origins} into a Python number ({name})",
     ),
+    "__array__": "gives the values of {origins} to numpy ({name})",
     **dict.fromkeys(("__bool__", "__contains__", "is_nonzero"), "branches on a value made from {origins} ({name})"),
     **dict.fromkeys(("backward", "grad", "register_hook"), "differentiates ({name})"),
 }
+
+_NO_GRADIENTS = "a sampler computes no gradients: differentiate outside of the loop"
 
 _ABOUT_GRADIENTS = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.retain_grad})  # type: ignore[attr-defined]
 """The functions that change no value, since a sampler computes no gradients."""
@@ -113,14 +119,6 @@ _ARGUMENTS = (
     *(int, float, complex, str, type(None), slice, range, tuple, list, dict, type(...)),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
-
-_OF_FAKES_ONLY = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
-"""The errors that torch raises only because there are no values."""
 
 
 class LoopTracer(fx.proxy.TracerBase):
@@ -153,12 +151,17 @@ class LoopTracer(fx.proxy.TracerBase):
         conditions = {name: self._make_inputs(given, f"condition '{name}'") for name, given in conditions.items()}
         random_state = torch.get_rng_state()
         with torch.no_grad(), self.stand_in, _RandomDrawRecorder(self), self.memory:
-            result = consumed(loop(self.denoiser, noise, **conditions))
-        if self._refusal is not None:
-            # The loop caught it and went on, another way than it will with values.
-            raise self._refusal
+            try:
+                result = consumed(loop(self.denoiser, noise, **conditions))
+            finally:
+                if self._refusal is not None:
+                    # The loop may have caught it, and gone another way than it will with values.
+                    raise self._refusal
         if not self.calls:
-            raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
+            raise LoopTraceError(
+                "the loop never calls the denoiser it is given, or only the forward of its class; call the first"
+                " argument of the loop: denoiser(x, ...)"
+            )
         if not torch.equal(random_state, torch.get_rng_state()):
             raise LoopTraceError(
                 "the loop seeds the random number generator, or draws from it what cannot be recorded; draw with"
@@ -192,6 +195,8 @@ class LoopTracer(fx.proxy.TracerBase):
             return iter(self.call(Tensor.unbind, args, kwargs))  # type: ignore[call-overload]
         if name == "__deepcopy__":
             return self.call(Tensor.clone, args[:1], {})
+        if func in RANDOM_FUNCTIONS and isinstance(kwargs.get("out"), LoopTensor):
+            return self._draw_into(func, args, kwargs)
         in_place = writes_in_place(func, kwargs)
         result = self._on_fakes(func, args, kwargs)
         if func in _ABOUT_GRADIENTS:
@@ -201,6 +206,7 @@ class LoopTracer(fx.proxy.TracerBase):
             # Shapes, dtypes and the like are known without the values.
             return result
         node = self.graph.call_function(func, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
+        node.meta["caller"] = _caller()
         origins = self._origins(func, args, kwargs)
         if in_place:
             for written in loop_tensors_in(written_by(args, kwargs)):
@@ -215,6 +221,15 @@ class LoopTracer(fx.proxy.TracerBase):
             wrapped.append(results.get(id(leaf), leaf))
         return tree_unflatten(wrapped, spec)
 
+    def _draw_into(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        # Torch cannot make a functional operator of a draw into something.
+        out = kwargs.pop("out")
+        assert isinstance(out, LoopTensor)
+        drawn: Any = self.call(func, args, {"dtype": out.fake.dtype, "device": out.fake.device, **kwargs})
+        if drawn.shape != out.shape:
+            raise self.untraceable("draws random numbers into a tensor of another shape (out=)", "leave out= away")
+        return self.call(Tensor.copy_, (out, drawn), {})
+
     def _check_allowed(self, func: Callable[..., object], given: Sequence[LoopTensor]) -> None:
         """Raise for a call that wants values, or that is not made by the loop while it is traced."""
         if self._thread is None or any(each.tracer is not self for each in given):
@@ -227,7 +242,8 @@ class LoopTracer(fx.proxy.TracerBase):
         name = name_of(func)
         if name in _WANTS_VALUES:
             what = _WANTS_VALUES[name].format(origins=made_from(given), name=name)
-            raise self.untraceable(what, without_values(given))
+            instead = _NO_GRADIENTS if what.startswith("diff") else without_values(given)
+            raise self.untraceable(what, instead)
         if isinstance(func, HigherOrderOperator):
             raise self.untraceable(
                 f"calls torch.{name}, whose branches are functions of values made from {made_from(given)}",
@@ -383,10 +399,14 @@ class LoopTracer(fx.proxy.TracerBase):
         with self.fake_mode, torch.no_grad():
             try:
                 return func(*fake_args, **fake_kwargs)
-            except _OF_FAKES_ONLY as error:
-                given = loop_tensors_in((args, kwargs))
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                # How many elements x[mask] has depends on the mask only.
+                given = loop_tensors_in((args, kwargs))[int(name_of(func) in INDEXING) :]
                 what = f"asks for a result that depends on values of {made_from(given)} ({error})"
                 raise self.untraceable(what, without_values(given)) from error
+            except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
+                what = f"calls {name_of(func)}, which torch cannot record ({error})"
+                raise self.untraceable(what, "use other operations") from error
 
 
 class _RandomDrawRecorder(TorchFunctionMode):
@@ -431,8 +451,8 @@ def _is_autocast_on() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-# The line that a user wrote is neither in torch nor in the modules between torch and the loop.
-_PASSED_OVER = frozenset({"torch", __name__, *(each.__module__ for each in (StandIn, LoopMemory, LoopTensor))})
+# The line that a user wrote is neither in a library nor in this folder.
+_LIBRARIES = frozenset({"torch", "numpy", "contextlib", "copy", "functools", "pickle"})
 
 
 def _caller() -> str:
@@ -440,7 +460,7 @@ def _caller() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
-        if not (name.startswith(("torch.", "contextlib")) or name in _PASSED_OVER):
+        if not (name.partition(".")[0] in _LIBRARIES or name.startswith(f"{__package__}.")):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown place"
@@ -476,7 +496,7 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
             elif node.op == "output":
                 result = list(args[0])
             else:
-                values[node] = node.target(*args, **kwargs)
+                values[node] = _run(node, args, kwargs)
         return arguments + result
 
     with tracer.fake_mode:
@@ -507,6 +527,17 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
         out_spec=tracer.out_spec,
         num_outputs=tracer.out_spec.num_leaves,
     )
+
+
+def _run(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    function: Any = node.target
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # it ran on fake tensors before, so this is torch's, whatever its type
+        raise LoopTraceError(
+            f"the loop calls {name_of(function)} at {node.meta.get('caller', 'an unknown place')}, and torch cannot put"
+            f" it into a static graph ({type(error).__name__}: {str(error).splitlines()[0]}); use other operations"
+        ) from error
 
 
 def _functional(function: Callable[..., object], inputs: tuple[Any, ...]) -> fx.GraphModule:
