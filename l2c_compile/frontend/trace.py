@@ -50,6 +50,7 @@ from l2c_compile.frontend.loop_memory import (
     written_by,
 )
 from l2c_compile.frontend.loop_result import check_holds_no_tensors, consumed
+from l2c_compile.frontend.loop_state import left_as_found
 from l2c_compile.frontend.loop_tensor import (
     LATENT,
     RANDOM,
@@ -84,14 +85,11 @@ def trace_loop(
     Raises:
         LoopTraceError: if the loop branches on latent values, reads them into Python, or does what cannot be recorded.
     """
-    if _is_autocast_on():
-        raise LoopTraceError(
-            "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's"
-            " forward, or cast the model"
-        )
+    check_no_autocast()
     tracer = LoopTracer(denoiser, capture_call)
-    with taken_apart(denoiser):
+    with left_as_found(loop, conditions, denoiser), taken_apart(denoiser):
         recorded = tracer.unroll(loop, noise, conditions)
+        tracer.close()
     return _lower(recorded, tracer)
 
 
@@ -119,6 +117,15 @@ _ARGUMENTS = (
     *(int, float, complex, str, type(None), slice, range, tuple, list, dict, type(...)),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
+
+
+def check_no_autocast() -> None:
+    """Raise LoopTraceError if autocast is on around a sampler."""
+    if _is_autocast_on():
+        raise LoopTraceError(
+            "autocast is on around the sampler, and a static graph would not be what it makes of the loop; enter it"
+            " inside the denoiser's forward, or cast the model"
+        )
 
 
 class LoopTracer(fx.proxy.TracerBase):
@@ -173,6 +180,10 @@ class LoopTracer(fx.proxy.TracerBase):
             raise LoopTraceError("the loop returns no tensor; return the latent, or tuples, lists or dicts of tensors")
         return self.graph
 
+    def close(self) -> None:
+        """Refuse all that is done from now on with tensors that the loop left behind."""
+        self._thread = None
+
     def untraceable(self, what: str, instead: str) -> LoopTraceError:
         """Return the error for something that the loop does at this moment and that a static program cannot do.
 
@@ -188,9 +199,9 @@ class LoopTracer(fx.proxy.TracerBase):
         """Record one call of torch and return its result: loop tensors, or values that are already known."""
         name = name_of(func)
         given = loop_tensors_in((args, kwargs))
-        self._check_allowed(func, given)
         if name in ("__repr__", "__format__"):
             return "LoopTensor(without values)"
+        self._check_allowed(func, given)
         if name == "__iter__":
             return iter(self.call(Tensor.unbind, args, kwargs))  # type: ignore[call-overload]
         if name == "__deepcopy__":

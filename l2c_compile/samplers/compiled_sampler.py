@@ -21,7 +21,10 @@ from l2c_compile.checking.comparison import VerifyReport, compare_with_reference
 from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
+from l2c_compile.frontend.compiled_parts import run_eagerly
+from l2c_compile.frontend.loop_state import restoring
 from l2c_compile.frontend.stand_in import Loop
+from l2c_compile.frontend.trace import check_no_autocast
 from l2c_compile.frontend.weights_lock import one_capture, weights_in_use
 from l2c_compile.graphs.forms import CallSignature, signature_of, tensors_in
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -117,6 +120,7 @@ class CompiledSampler(nn.Module):
 
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
         """Return the compiled form for these inputs, which is compiled if there is none yet; nothing is sampled."""
+        check_no_autocast()
         inputs = signature_of(noise, dict(conditions))
         with weights_in_use():
             key = self._key_of(inputs)
@@ -246,10 +250,10 @@ class CompiledSampler(nn.Module):
         """
         form = self.capture(noise, **conditions)
         proof = self.prove(noise, **conditions)
-        with weights_in_use():
+        with weights_in_use(), run_eagerly():
             return compare_with_reference(
                 self.model,
-                self.loop,
+                restoring(self.loop, self.model),
                 self.schedule,
                 form.module,
                 form.run,
@@ -372,6 +376,11 @@ class CompiledSampler(nn.Module):
         given = {x.device for x in tensors_in((noise, dict(conditions)))}
         if len(weights) == 1 and not given <= weights:
             (device,) = weights
+            if device.type == "meta":
+                raise ScheduleError(
+                    "the denoiser's weights are on the meta device, so they have no values: load them; where accelerate"
+                    " offloads them, call accelerate.hooks.remove_hook_from_submodules(model) first"
+                )
             stray = ", ".join(sorted(str(d) for d in given - weights))
             raise ScheduleError(
                 f"the denoiser is on {device}, an input on {stray}; move the inputs there with .to('{device}')"
