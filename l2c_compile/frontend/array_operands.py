@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -36,8 +36,10 @@ def with_tensors(func: Callable[..., object], args: tuple[Any, ...]) -> tuple[Ca
     name = getattr(func, "__name__", "")
     if name in INDEXING and len(args) > 1:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return func, (args[0], tuple(part for each in index for part in _parts_of(each)), *args[2:])
-    if name == "masked_select" and len(args) == 2 and _is_mask(args[1]):
+        # Torch reads through masks of integers still, but does not write through them.
+        masks = _MASKS if name == "__getitem__" else {torch.bool}
+        return func, (args[0], tuple(part for each in index for part in _parts_of(each, masks)), *args[2:])
+    if name == "masked_select" and len(args) == 2 and _is_mask(args[1], _MASKS):
         shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
         return Tensor.__getitem__, (args[0].expand(shape), tuple(args[1].expand(shape).nonzero(as_tuple=True)))
     return func, args
@@ -61,13 +63,13 @@ def computed_by_numpy(ufunc: np.ufunc, operands: tuple[Any, ...]) -> Any:  # noq
     return operation(tensor.to(dtype), constant.to(dtype))
 
 
-def _parts_of(index: object) -> list[object]:
+def _parts_of(index: object, masks: Set[torch.dtype]) -> list[object]:
     if isinstance(index, np.ndarray) and index.dtype != object:
         index = torch.from_numpy(np.ascontiguousarray(index))
     elif isinstance(index, list) and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(index)):
         index = torch.as_tensor(np.asarray(index)) if index else torch.empty(0, dtype=torch.long)
-    return list(index.nonzero(as_tuple=True)) if _is_mask(index) else [index]
+    return list(index.nonzero(as_tuple=True)) if _is_mask(index, masks) else [index]
 
 
-def _is_mask(index: object) -> TypeGuard[Tensor]:
-    return type(index) is Tensor and index.dtype in _MASKS and index.ndim > 0
+def _is_mask(index: object, masks: Set[torch.dtype]) -> TypeGuard[Tensor]:
+    return type(index) is Tensor and index.dtype in masks and index.ndim > 0
