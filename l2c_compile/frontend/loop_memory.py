@@ -12,6 +12,7 @@ stands for a part of one recorded tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -169,7 +170,7 @@ class LoopMemory(TorchFunctionMode):
     def _record(self, tensor: Tensor, form: TensorForm | None) -> _Recorded:
         memory = tensor.untyped_storage()
         count = len(memory) // tensor.element_size()
-        if form is None or form.dtype != tensor.dtype:
+        if form is None or form.dtype != tensor.dtype or math.prod(form.shape) != count:
             form = TensorForm((count,), (1,), tensor.dtype, tensor.device)
         whole = torch.empty(0, dtype=form.dtype, device=form.device).set_(memory, 0, form.shape, form.stride)
         octets = torch.empty(0, dtype=torch.uint8, device=form.device).set_(memory, 0, (len(memory),), (1,))

@@ -60,6 +60,7 @@ from l2c_compile.frontend.loop_tensor import (
     made_from,
     without_values,
 )
+from l2c_compile.frontend.overlap import overlaps_in_part
 from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
@@ -106,6 +107,7 @@ _WANTS_VALUES: Mapping[str, str] = {
     "__array__": "gives the values of {origins} to numpy ({name})",
     **dict.fromkeys(("__bool__", "__contains__", "is_nonzero"), "branches on a value made from {origins} ({name})"),
     **dict.fromkeys(("backward", "grad", "register_hook"), "differentiates ({name})"),
+    **dict.fromkeys(("set_", "resize_as_", "swap_"), "exchanges the memory of a tensor made from {origins} ({name})"),
 }
 
 _NO_GRADIENTS = "a sampler computes no gradients: differentiate outside of the loop"
@@ -209,6 +211,8 @@ class LoopTracer(fx.proxy.TracerBase):
         if func in RANDOM_FUNCTIONS and isinstance(kwargs.get("out"), LoopTensor):
             return self._draw_into(func, args, kwargs)
         in_place = writes_in_place(func, kwargs)
+        if in_place:
+            self._check_no_overlap(name, args, kwargs)
         result = self._on_fakes(func, args, kwargs)
         if func in _ABOUT_GRADIENTS:
             return args[0]
@@ -240,6 +244,17 @@ class LoopTracer(fx.proxy.TracerBase):
         if drawn.shape != out.shape:
             raise self.untraceable("draws random numbers into a tensor of another shape (out=)", "leave out= away")
         return self.call(Tensor.copy_, (out, drawn), {})
+
+    def _check_no_overlap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        written = [each.fake for each in loop_tensors_in(written_by(args, kwargs))]
+        read = [each.fake for each in loop_tensors_in((args[1:], {**kwargs, "out": None}))]
+        if name == "__setitem__" and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args[1])):
+            with self.fake_mode:
+                written = [each[args[1]] for each in written]
+        if any(overlaps_in_part(each, read) for each in written):
+            raise self.untraceable(
+                f"writes a part of a tensor into an overlapping part of it ({name})", "clone what is read first"
+            )
 
     def _check_allowed(self, func: Callable[..., object], given: Sequence[LoopTensor]) -> None:
         """Raise for a call that wants values, or that is not made by the loop while it is traced."""
