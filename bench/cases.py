@@ -49,6 +49,7 @@ CASES: dict[str, str] = {
     "fuzz": "bench.trust.fuzz:run",
     "golden": "bench.trust.golden:run",
     "gpu-all": "bench.speed.gpu_all:run",
+    "guards": "bench.speed.guards:run",
     "kernel-compile": "bench.speed.kernel_compile:run",
     "kernels": "bench.speed.kernels:run",
     "latency": "bench.speed.latency:run",

@@ -13,7 +13,7 @@ from l2c_compile.frontend.capture import check_sites_exist
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.progress import Progress
-from l2c_compile.samplers.compiled_sampler import MAX_FORMS, CompiledSampler
+from l2c_compile.samplers.compiled_sampler import MAX_FORMS, Check, CompiledSampler
 from l2c_compile.schedules.router import Router, schedule_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
@@ -29,6 +29,7 @@ def l2c_compile(
     without: Collection[str] = (),
     caches: Literal["int8", "fp8"] | None = None,
     mode: Literal["reduce-overhead"] | None = None,
+    check: Check = "first",
     max_forms: int = MAX_FORMS,
     progress: Progress | None = None,
 ) -> CompiledSampler:
@@ -53,6 +54,11 @@ def l2c_compile(
             values as they are.
         mode: "reduce-overhead" records the whole loop as one CUDA graph in the first call of each form and replays it,
             so that nothing is launched from Python. Inputs are copied in and results copied out. CUDA only.
+        check: what is checked at run time. "first" runs the user's loop eagerly in the first call of each form, on the
+            same inputs and random numbers, and compares: bit for bit, or within what rounding explains if passes or
+            backend round. "first" and "structure" compare, before each call, what the form was captured from (modules,
+            attributes, hooks, closures, globals) with what is there now, and capture anew if it changed. None checks
+            only weights. ``summary()`` says what each costs, docs/trust.md what none of them can see.
         max_forms: how many forms of input are kept compiled; beyond that the least recently used one is forgotten, with
             a warning.
         progress: a function that is told each stage of a capture before it begins.
@@ -76,7 +82,9 @@ def l2c_compile(
         loop = loop_from_dict(schedule.loop)
     if type(max_forms) is not int or max_forms < 1:
         raise ValueError(f"max_forms wants a whole number from 1, got {max_forms!r}")
+    if check not in ("first", "structure", None):
+        raise ValueError(f"check wants 'first', 'structure' or None, got {check!r}")
     options = Options(backend, numerics, without, caches, mode)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
-    return CompiledSampler(model, schedule, loop, options, progress, max_forms)
+    return CompiledSampler(model, schedule, loop, options, progress, max_forms, check)

@@ -13,8 +13,8 @@ from torch import nn
 from l2c_compile.analyses.cost import prices_of
 from l2c_compile.errors import ScheduleError
 from l2c_compile.frontend.capture import capture
+from l2c_compile.frontend.loop_effects import trace_without_effects
 from l2c_compile.frontend.stand_in import Loop
-from l2c_compile.frontend.trace import trace_loop
 from l2c_compile.frontend.unroll import unroll
 from l2c_compile.frontend.weights_lock import weights_swapped
 from l2c_compile.graphs.forms import CallSignature
@@ -67,7 +67,7 @@ def trace_and_capture(
     progress("trace the loop")
     # Torch's flag for tracing is one for all threads, and code that torch.compile made refuses to run while it is set.
     with weights_swapped():
-        trace = trace_loop(loop, denoiser, noise, conditions, capture_call)
+        trace = trace_without_effects(loop, denoiser, noise, conditions, capture_call)
     _check_num_evaluations(schedule, len(trace.calls))
     return trace
 

@@ -73,6 +73,10 @@ class PassFailed(L2CError, RuntimeError):
     """A compiler pass broke an invariant. This is a bug of l2c_compile, not of the caller."""
 
 
+class FirstCallError(L2CError, RuntimeError):
+    """The first call of a compiled form gave something else than the eager loop on the same inputs."""
+
+
 class VerificationError(L2CError, RuntimeError):
     """A loop graph violates its specification, or a compiled sampler differs from the reference."""
 

@@ -144,7 +144,7 @@ def compare_with_reference(
 
     def reference(record: Recorder | None = None) -> object:
         # A loop may write into its inputs.
-        own_noise, own_conditions = _copy_of((noise, dict(conditions)))
+        own_noise, own_conditions = own_copy((noise, dict(conditions)))
         return run_reference(denoiser, loop, schedule, own_noise, own_conditions, record=record)
 
     with torch.no_grad():
@@ -172,6 +172,16 @@ def compare_with_reference(
     )
 
 
+def differing_sites(
+    module: fx.GraphModule, expected: Mapping[tuple[int, str, int], Tensor], inputs: Sequence[Tensor]
+) -> list[Difference]:
+    """Run a static graph and return the sites that differ from the expected values, in execution order."""
+    watcher = _ComparingInterpreter(module, expected)
+    with torch.no_grad():
+        watcher.run(*inputs)
+    return watcher.differences
+
+
 class _ComparingInterpreter(fx.Interpreter):
     """Runs the static graph and compares each site that it computes with the reference's."""
 
@@ -193,8 +203,8 @@ class _ComparingInterpreter(fx.Interpreter):
         return value
 
 
-def _copy_of(tree: object) -> Any:  # noqa: ANN401 - a tree of the same structure
-    """Return a copy in which a tensor that stands in several places is one tensor still."""
+def own_copy(tree: object) -> Any:  # noqa: ANN401 - a tree of the same structure
+    """Return a copy of a tree of tensors in which a tensor that stands in several places is one tensor still."""
     copies: dict[int, Tensor] = {}
     return tree_map(lambda x: copies.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x, tree)
 

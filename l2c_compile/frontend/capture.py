@@ -19,19 +19,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.jit import ScriptModule
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
-from l2c_compile.frontend.restore import left_as_it_was
+from l2c_compile.frontend.restore import left_as_it_was, no_part_is_made
 from l2c_compile.frontend.stand_in import without_hooks_of
 from l2c_compile.frontend.weights_lock import weights_swapped
+from l2c_compile.frontend.written_state import Run, StateEffect, check_later_calls_are_alike
 from l2c_compile.graphs.forms import CallSignature, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, SITE, site_marks
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list
 from l2c_compile.schedules.sites import Site
+from l2c_compile.state.python_state import PythonState
+from l2c_compile.state.random_state import GeneratorStates, random_state_kept
 
 
 def check_sites_exist(denoiser: nn.Module, sites: Sequence[Site]) -> None:
@@ -67,24 +71,38 @@ def capture(
             inputs or the value of a site in place.
         BackendError: if torch cannot make its cache folder.
     """
-    flat = _FlatCall(denoiser, signature)
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_forms())
-    try:
+
+    def export() -> tuple[_FlatCall, ExportedProgram]:
+        flat = _FlatCall(denoiser, signature)
         marking = _marking(denoiser, sites, read_inputs_of, flat.returned)
+        reads = _ValueReads()
+        with marking, AliasesAsInEagerTorch(), reads, warnings.catch_warnings():
+            # Torch asks for buffers in place of attributes that a call assigns; they are put back.
+            warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
+            program = torch.export.export(flat, example_inputs, strict=False)
+        reads.check(denoiser)
+        return flat, program
+
+    def export_again() -> Run:
+        flat, program = export()
+        return flat.run(program)
+
+    try:
         with (
             cache_folder_named(),
             weights_swapped(),
             torch.no_grad(),
-            left_as_it_was(denoiser),
+            random_state_kept(),
+            left_as_it_was({"denoiser": denoiser}),
             without_hooks_of(denoiser),
-            marking,
-            AliasesAsInEagerTorch(),
-            warnings.catch_warnings(),
         ):
-            # Torch asks for buffers in place of attributes that a call assigns; they are put back.
-            warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
-            program = torch.export.export(flat, example_inputs, strict=False)
+            drawn = GeneratorStates()
+            with no_part_is_made(denoiser):
+                flat, program = export()
+            _reject_draws(denoiser, drawn)
+            check_later_calls_are_alike(denoiser, flat.run(program), export_again)
         with warnings.catch_warnings():
             # torch warns of its own copying of specs.
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
@@ -118,6 +136,8 @@ class _ReturnedTree:
     ignores."""
     calls: Counter[str] = field(default_factory=Counter)
     """How often each module with a site was called."""
+    effect: StateEffect | None = None
+    """What the call changed in the denoiser's state; the tensors that it stored there are returned last."""
 
 
 class _FlatCall(nn.Module):
@@ -131,12 +151,54 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self._signature.unflatten(tensors)
+        before = PythonState({"denoiser": self.denoiser})
         leaves, self.returned.spec = tree_flatten(nn.Module.__call__(self.denoiser, *args, **kwargs))
+        self.returned.effect = effect = StateEffect.since(before)
         # A token stands for each tensor, because export takes a tensor that is kept for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         marks = list(self.returned.marks)
         self.returned.marks.clear()
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + marks
+        stored = [] if effect is None else list(effect.stored.values())
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)] + marks + stored
+
+    def run(self, program: ExportedProgram) -> Run:
+        """Return the latest call: what it gave, and what it changed."""
+        values = tuple(leaf for leaf in self.returned.leaves if leaf is not _TENSOR)
+        return Run(program, self.returned.effect, values)
+
+
+class _ValueReads(TorchFunctionMode):
+    """Notes where code asks for a value of a tensor that has none, so that an error of torch which it catches shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_error: Exception | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception as error:
+            if getattr(func, "__name__", "") in _VALUE_READS:
+                self.first_error = self.first_error or error
+            raise
+
+    def check(self, denoiser: nn.Module) -> None:
+        """Raise CaptureError if there was such an error, although the denoiser went on."""
+        if self.first_error is not None:
+            raise CaptureError(
+                f"{type(denoiser).__name__} asks for a value of a tensor and catches the error that it gets while it is"
+                f" captured ({_first_line(self.first_error)}), so the capture would be another way through its forward;"
+                " use torch.where, or put that part into the loop"
+            ) from self.first_error
+
+
+_VALUE_READS = frozenset({"__bool__", "__float__", "__int__", "__index__", "__complex__", "item", "tolist", "numpy"})
 
 
 @dataclass(frozen=True)
@@ -239,6 +301,14 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _reject_draws(denoiser: nn.Module, drawn: GeneratorStates) -> None:
+    for generator in drawn.moved():
+        raise CaptureError(
+            f"{type(denoiser).__name__} draws from the random number generator of {generator}, or seeds it, in a call;"
+            " draw in the loop with torch.randn, and pass the numbers in"
+        )
+
+
 def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:
     name = type(denoiser).__name__
     for output in program.graph_signature.output_specs:
@@ -297,7 +367,8 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
         copies[node].meta = dict(node.meta)
     tensors = iter(n.meta["val"] for n in output_list(graph) if isinstance(n, fx.Node))
     leaves = tuple(next(tensors) if leaf is _TENSOR else leaf for leaf in flat.returned.leaves)
-    return EvaluationGraph(graph=graph, root=root, sites=sites, out_spec=flat.returned.spec, out_leaves=leaves)
+    stored = tuple(flat.returned.effect.stored) if flat.returned.effect is not None else ()
+    return EvaluationGraph(graph, root, sites, flat.returned.spec, leaves, stored)
 
 
 def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph, calls: Mapping[str, int]) -> None:

@@ -15,6 +15,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,9 +37,9 @@ from torch.fx.node import Argument, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from l2c_compile.errors import CaptureError, LoopTraceError
+from l2c_compile.errors import CaptureError, L2CError, LoopTraceError
 from l2c_compile.frontend.array_operands import INDEXING
-from l2c_compile.frontend.compiled_parts import taken_apart
+from l2c_compile.frontend.compiled_parts import run_eagerly
 from l2c_compile.frontend.loop_memory import (
     IN_PLACE_DRAWS,
     RANDOM_FUNCTIONS,
@@ -50,7 +51,6 @@ from l2c_compile.frontend.loop_memory import (
     written_by,
 )
 from l2c_compile.frontend.loop_result import check_holds_no_tensors, consumed
-from l2c_compile.frontend.loop_state import left_as_found
 from l2c_compile.frontend.loop_tensor import (
     LATENT,
     RANDOM,
@@ -65,6 +65,7 @@ from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
+from l2c_compile.state.random_state import GeneratorStates, random_state_kept, seed_unlike_any_loop
 
 
 def trace_loop(
@@ -88,7 +89,7 @@ def trace_loop(
     """
     check_no_autocast()
     tracer = LoopTracer(denoiser, capture_call)
-    with left_as_found(loop, conditions, denoiser), taken_apart(denoiser):
+    with run_eagerly():
         recorded = tracer.unroll(loop, noise, conditions)
         tracer.close()
     return _lower(recorded, tracer)
@@ -111,6 +112,8 @@ _WANTS_VALUES: Mapping[str, str] = {
 }
 
 _NO_GRADIENTS = "a sampler computes no gradients: differentiate outside of the loop"
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 _ABOUT_GRADIENTS = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.retain_grad})  # type: ignore[attr-defined]
 """The functions that change no value, since a sampler computes no gradients."""
@@ -150,31 +153,41 @@ class LoopTracer(fx.proxy.TracerBase):
         self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
         self._weight_memory = {memory_of(weight): path for path, weight in _named_weights(denoiser)}
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
+        self.read: dict[int, Tensor] = {}
+        """The weights whose values the loop read itself, by identity."""
         self._thread: int | None = threading.get_ident()
-        self._refusal: LoopTraceError | None = None
+        self._refusal: L2CError | None = None
 
     def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
         """Run ``loop`` and return the recorded graph of torch calls."""
         noise = self._make_inputs(noise, LATENT)
         self.num_noise = self.num_inputs
         conditions = {name: self._make_inputs(given, f"condition '{name}'") for name, given in conditions.items()}
-        random_state = torch.get_rng_state()
-        with torch.no_grad(), self.stand_in, _RandomDrawRecorder(self), self.memory:
-            try:
-                result = consumed(loop(self.denoiser, noise, **conditions))
-            finally:
-                if self._refusal is not None:
-                    # The loop may have caught it, and gone another way than it will with values.
-                    raise self._refusal
+        given, structure = tree_flatten((noise, conditions))
+        recorded = _RandomDrawRecorder(self)
+        with random_state_kept(), _generator_guarded(self), torch.no_grad(), self.stand_in, recorded, self.memory:
+            seed_unlike_any_loop()
+            states = GeneratorStates()
+            result = self._run(loop, noise, conditions)
+            touched = states.moved()
+        if self._refusal is not None:
+            # The loop caught it and went on, another way than it will with values.
+            raise self._refusal
         if not self.calls:
             raise LoopTraceError(
                 "the loop never calls the denoiser it is given, or only the forward of its class; call the first"
                 " argument of the loop: denoiser(x, ...)"
             )
-        if not torch.equal(random_state, torch.get_rng_state()):
+        if touched:
             raise LoopTraceError(
-                "the loop seeds the random number generator, or draws from it what cannot be recorded; draw with"
-                " torch.randn or randn_like, and seed before calling the sampler"
+                f"the loop seeds the random number generator of {touched[0]}, or draws from it what cannot be recorded;"
+                " draw with torch.randn or randn_like, and seed before calling the sampler"
+            )
+        left, structure_left = tree_flatten((noise, conditions))
+        if structure != structure_left or any(a is not b for a, b in zip(given, left, strict=True)):
+            raise LoopTraceError(
+                "the loop changes a list or a dict that it is given as an argument, which a static graph would not;"
+                " copy it first, or let the loop return it"
             )
         leaves, self.out_spec = tree_flatten(result)
         self.graph.output([self._result(leaf) for leaf in leaves])
@@ -185,6 +198,27 @@ class LoopTracer(fx.proxy.TracerBase):
     def close(self) -> None:
         """Refuse all that is done from now on with tensors that the loop left behind."""
         self._thread = None
+
+    def _run(self, loop: Loop, noise: object, conditions: Mapping[str, Any]) -> object:
+        try:
+            return consumed(loop(self.denoiser, noise, **conditions))
+        except Exception as error:
+            if self._refusal is not None and error is not self._refusal:
+                # Code between the loop and its user made another error of it.
+                raise self._refusal from error
+            stored = sorted({path for call in self.calls for path in call.graph.stored})
+            if not stored or not isinstance(error, (LookupError, TypeError, AttributeError)):
+                raise
+            raise LoopTraceError(
+                f"the loop fails while it is traced ({type(error).__name__}: {error!s:.100}); it may look for what the"
+                f" denoiser stored during its call in '{stored[0]}', which is put back after each capture; let forward"
+                " return it"
+            ) from error
+
+    @property
+    def is_in_loop(self) -> bool:
+        """Whether it is the loop that runs now, not a capture and not another thread."""
+        return not self.capturing and threading.get_ident() == self._thread
 
     def untraceable(self, what: str, instead: str) -> LoopTraceError:
         """Return the error for something that the loop does at this moment and that a static program cannot do.
@@ -288,7 +322,8 @@ class LoopTracer(fx.proxy.TracerBase):
 
     def weight_in(self, tensor: Tensor) -> str | None:
         """Return the path of the weight whose memory a tensor shares, or None."""
-        path = self._weight_memory.get(memory_of(tensor))
+        memory = memory_of(tensor)
+        path = self._weight_memory.get(memory) if memory else None
         return None if path is None else path.removeprefix("denoiser.")
 
     def uses_fake(self, tensor: Tensor) -> LoopTraceError:
@@ -297,6 +332,30 @@ class LoopTracer(fx.proxy.TracerBase):
             "uses a tensor that the denoiser, or a hook in it, has stored during its call",
             "let the denoiser's forward return it",
         )
+
+    def check_no_weight_is_written(
+        self, func: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> None:
+        """Raise LoopTraceError before the loop writes into the memory of a weight of the denoiser, or moves it."""
+        if not writes_in_place(func, kwargs):
+            return
+        for leaf in tree_leaves(written_by(args, kwargs)):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, LoopTensor):
+                path = self.weight_in(leaf)
+                if path is not None:
+                    raise self.untraceable(
+                        f"changes the weight '{path}' of the denoiser",
+                        "a static graph reads weights where they are, so swap them in before the sampler is called",
+                    )
+
+    def note_weights_read(self, func: Callable[..., object], args: object, kwargs: object) -> None:
+        """Note the weights among the arguments of a call of torch that is not recorded, unless it asks for a form."""
+        leaves = tree_leaves((args, kwargs))
+        if (name_of(func) == "__get__" and func != _DATA) or any(isinstance(leaf, LoopTensor) for leaf in leaves):
+            return
+        for leaf in leaves:
+            if isinstance(leaf, nn.Parameter) or id(leaf) in self.weight_paths:
+                self.read[id(leaf)] = leaf
 
     def create_arg(self, a: object) -> Argument:
         """Return what stands for a value among the arguments of a node."""
@@ -333,6 +392,9 @@ class LoopTracer(fx.proxy.TracerBase):
         self.capturing = True
         try:
             return self._evaluate(args, kwargs)
+        except L2CError as error:
+            self._refusal = self._refusal or error
+            raise
         finally:
             self.capturing = False
 
@@ -409,13 +471,15 @@ class LoopTracer(fx.proxy.TracerBase):
         weight = self.weight_paths.get(id(tensor))
         # A loop may go on writing into its own tensors, so the graph holds a copy: one for each state it has seen.
         # Keeping the original keeps its id from being used again.
-        version = len(self._snapshots) if tensor.is_inference() else tensor._version
-        state = weight or (id(tensor), version)
-        if state not in self._snapshots:
+        if isinstance(tensor, nn.Parameter) and not weight:
+            self.read[id(tensor)] = tensor
+        state = weight or id(tensor)
+        name, _ = self._snapshots.get(state, ("", tensor))
+        # A write through numpy or .data leaves the version, so the elements are compared.
+        if not name or not (weight or _is_equal(tensor, self.constants[name])):
             name = weight or f"_loop_constant_{len(self.constants)}"
             self.constants[name] = tensor if weight else tensor.detach().clone()
             self._snapshots[state] = name, tensor
-        name, _ = self._snapshots[state]
         return self.graph.create_node("get_attr", name)
 
     def _on_fakes(self, func: Callable[..., object], args: object, kwargs: object) -> object:
@@ -452,6 +516,8 @@ class _RandomDrawRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.tracer.capturing:
             return func(*args, **kwargs)
+        self.tracer.check_no_weight_is_written(func, args, kwargs)
+        self.tracer.note_weights_read(func, args, kwargs)
         if func in RANDOM_FUNCTIONS:
             return self.tracer.call(func, args, kwargs)
         if name_of(func) in IN_PLACE_DRAWS and not any(
@@ -463,10 +529,41 @@ class _RandomDrawRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _GuardedGenerator:
+    """Stands for torch's generator in ``torch.random``: while a loop is traced, it may not ask it anything."""
+
+    def __init__(self, tracer: LoopTracer, generator: torch.Generator) -> None:
+        self._tracer = tracer
+        self._generator = generator
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the generator has
+        if self._tracer.is_in_loop:
+            raise self._tracer.untraceable(
+                f"seeds the random number generator of torch, or reads its state ({name})",
+                "seed it before the sampler is called; the sampler draws the same numbers as the loop",
+            )
+        return getattr(self._generator, name)
+
+
+@contextmanager
+def _generator_guarded(tracer: LoopTracer) -> Iterator[None]:
+    functions = vars(torch.random)
+    generator = functions["default_generator"]
+    functions["default_generator"] = _GuardedGenerator(tracer, generator)
+    try:
+        yield
+    finally:
+        functions["default_generator"] = generator
+
+
 def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for named in (denoiser.named_parameters(), denoiser.named_buffers()):
         for path, tensor in named:
             yield f"denoiser.{path}", tensor
+
+
+def _is_equal(tensor: Tensor, snapshot: Tensor) -> bool:
+    return tensor.shape == snapshot.shape and bool(tensor.is_meta or torch.equal(tensor, snapshot))
 
 
 def _leaf_of(result: object, position: int) -> object:
@@ -552,6 +649,7 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
         constants=tracer.constants,
         out_spec=tracer.out_spec,
         num_outputs=tracer.out_spec.num_leaves,
+        read=tuple(tracer.read.values()),
     )
 
 

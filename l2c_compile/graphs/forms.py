@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -54,12 +58,42 @@ class StaticValue:
 
     value: object = field(compare=False)
     key: object
-    """The type and a representation of the value: 1, 1.0 and True are three keys, and 0.0 and -0.0 are two."""
+    """The type and the exact value: 1, 1.0 and True are three keys, 0.0 and -0.0 are two, in containers, too."""
 
     @classmethod
     def of(cls, value: object) -> StaticValue:
         """Return the description of ``value``, which is hashable."""
-        return cls(value, (type(value), value.hex() if type(value) is float else value))
+        return cls(value, _exact(value))
+
+
+def _exact(value: object) -> object:
+    """Return a key that is equal for two values only if no code can tell them apart by their contents."""
+    kind = type(value)
+    if isinstance(value, float):
+        return kind, value.hex()
+    if isinstance(value, complex):
+        return kind, value.real.hex(), value.imag.hex()
+    if isinstance(value, np.generic):
+        return kind, value.tobytes()
+    if isinstance(value, (Decimal, Fraction)):
+        return kind, str(value)
+    if isinstance(value, tuple):
+        return kind, tuple(map(_exact, value))
+    if isinstance(value, frozenset):
+        return kind, frozenset(map(_exact, value))
+    compares_content = kind.__eq__ is not object.__eq__ and not isinstance(value, (Enum, str, bytes, int))
+    if compares_content and hasattr(value, "__dict__") and not isinstance(value, type):
+        # Such an object may be equal to one that differs in what its __eq__ leaves out.
+        return kind, value, frozenset((name, _exact(held)) for name, held in vars(value).items() if _has_hash(held))
+    return kind, value
+
+
+def _has_hash(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class EvaluationGraph(ProgramGraph):
     """The structure that the denoiser returns."""
     out_leaves: tuple[object, ...] = ()
     """The leaves of that structure: a fake tensor for each output of the graph, anything else as it is."""
+    stored: tuple[str, ...] = ()
+    """Where the denoiser stored tensors during the call: "denoiser.features", "global TABLES[4]"."""
 
     def copy(self) -> EvaluationGraph:
         """Return a copy that can be rewritten without changing this graph; tensors and submodules are shared."""

@@ -39,6 +39,8 @@ class LoopSkeleton(ProgramGraph):
     """The loop's constants by name; a name that begins with ``denoiser.`` is the path of a weight."""
     out_spec: TreeSpec
     num_outputs: int
+    read: tuple[Tensor, ...] = ()
+    """The weights whose values the loop read itself, so that the graph holds what they were."""
 
     def input_nodes(self) -> list[Node]:
         """Return the placeholders of the loop's tensor inputs."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import fx, nn
@@ -14,15 +16,19 @@ from torch.utils._pytree import tree_unflatten
 
 from l2c_compile.analyses.cost import NodeTimes
 from l2c_compile.analyses.prediction import Prediction, predict
-from l2c_compile.analyses.summary import Summary, summarize
+from l2c_compile.analyses.summary import summarize
 from l2c_compile.backends.lower import lower_to_backend
 from l2c_compile.backends.options import Options
 from l2c_compile.checking.comparison import VerifyReport, compare_with_reference
+from l2c_compile.checking.first_call import FirstCall
 from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
+from l2c_compile.frontend.capture import check_sites_exist
 from l2c_compile.frontend.compiled_parts import run_eagerly
-from l2c_compile.frontend.loop_state import restoring
+from l2c_compile.frontend.loop_effects import state_roots
+from l2c_compile.frontend.loop_result import consumed
+from l2c_compile.frontend.restore import left_as_it_was
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.frontend.trace import check_no_autocast
 from l2c_compile.frontend.weights_lock import one_capture, weights_in_use
@@ -33,11 +39,21 @@ from l2c_compile.graphs.skeleton import LoopSkeleton
 from l2c_compile.loops import BuiltInLoop
 from l2c_compile.passes.base import PassRun, Pipeline
 from l2c_compile.passes.fold_constants import make_constants
+from l2c_compile.passes.pipeline import BITWISE
 from l2c_compile.progress import Progress, silent
 from l2c_compile.sampler_file.write import save_sampler
-from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh, weight_versions
+from l2c_compile.samplers.compiled_form import CompiledForm, check_fresh
 from l2c_compile.samplers.explanation import Explanation
+from l2c_compile.samplers.guards import Guards
+from l2c_compile.samplers.sampler_summary import SamplerSummary
 from l2c_compile.schedules.schedule import CacheSchedule
+from l2c_compile.state.random_state import RandomState
+
+Check = Literal["first", "structure"] | None
+"""What a sampler checks at run time; ``l2c_compile`` says what each word means."""
+
+_MANY_STATES = 8
+"""The number of captures for one form of input from which on each further one is warned of."""
 
 MAX_FORMS = 64
 """How many forms of input a sampler keeps compiled by default."""
@@ -67,20 +83,34 @@ class CompiledSampler(nn.Module):
         options: Options | None = None,
         progress: Progress | None = None,
         max_forms: int = MAX_FORMS,
+        check: Check = "first",
     ) -> None:
         super().__init__()
         self.model = model
-        self.schedule = schedule
+        self._schedule = schedule
         self.loop = loop
         self.options = options or Options()
         self.max_forms = max_forms
         """How many forms of input are kept compiled; beyond that the one that was used least recently is forgotten."""
+        self.check: Check = check
+        """What is checked at run time; ``l2c_compile`` says what."""
         self.training = model.training
         self._progress = progress or silent
         self._begin_empty()
 
+    @property
+    def schedule(self) -> CacheSchedule:
+        """The schedule, its patterns resolved; after another one is assigned, the next call captures anew."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: CacheSchedule) -> None:
+        schedule = schedule.resolve([path for path, _ in self.model.named_modules()])
+        check_sites_exist(self.model, schedule.sites)
+        self._schedule = schedule
+
     def _begin_empty(self) -> None:
-        self._forms: dict[object, CompiledForm] = {}
+        self._forms: list[CompiledForm] = []
         self._known: list[CompiledForm] = []
         self._latest: CompiledForm | None = None
 
@@ -113,9 +143,7 @@ class CompiledSampler(nn.Module):
                 leaves = form.module_to_trace(*tensors_in((noise, conditions)))
         else:
             form = self.capture(noise, **conditions)
-            with weights_in_use(), torch.no_grad():
-                check_fresh(form)
-                leaves = form.run(*tensors_in((noise, conditions)))
+            leaves = self._run(form, noise, conditions) if form.is_checked else self._first_run(form, noise, conditions)
         return tree_unflatten(list(leaves), form.graph.out_spec)
 
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
@@ -123,27 +151,56 @@ class CompiledSampler(nn.Module):
         check_no_autocast()
         inputs = signature_of(noise, dict(conditions))
         with weights_in_use():
-            key = self._key_of(inputs)
-        form = self._forms.get(key)
+            form = self._form_for(inputs)
         if form is None:
             with one_capture():
                 # Another thread may have built it meanwhile.
-                form = self._forms.get(key)
+                form = self._form_for(inputs)
                 if form is None:
                     form = self._build(inputs, noise, conditions)
-                    self._remember(key, form)
+                    self._remember(form)
         form.last_use = next(_USES)
         self._latest = form
         return form
 
-    def _remember(self, key: object, form: CompiledForm) -> None:
+    def _form_for(self, inputs: CallSignature) -> CompiledForm | None:
+        """Return the compiled form for these inputs, None if there is none, or none of what is there now."""
+        _check_hashable(inputs)
+        reasons = []
+        for form in self._forms:
+            if form.inputs == inputs:
+                reason = self._why_not(form)
+                if reason is None:
+                    return form
+                reasons.append(reason)
+        if reasons:
+            self._progress(f"capture anew: {reasons[0]}")
+        if len(reasons) >= _MANY_STATES:
+            warnings.warn(
+                f"the sampler is captured for the {len(reasons) + 1}th time for one form of input, because what it is"
+                f" made from changes between calls ({reasons[0]}); each capture takes seconds, so keep what changes"
+                " out of the model and the loop, or pass it as a condition",
+                stacklevel=4,
+            )
+        return None
+
+    def _why_not(self, form: CompiledForm) -> str | None:
+        """Return what changed since a form was compiled, None if it may run."""
+        for name, made_from, now in (
+            ("model", form.guards.roots["denoiser"], self.model),
+            ("loop", form.guards.roots["loop"], self.loop),
+            ("schedule", form.schedule, self.schedule),
+        ):
+            if made_from is not now:
+                return f"the sampler has another {name}"
+        return form.guards.why_not()
+
+    def _remember(self, form: CompiledForm) -> None:
         """Keep a new form, and forget those that were used least recently where that is too many."""
-        by_use = sorted(self._forms, key=lambda each: self._forms[each].last_use)
+        by_use = sorted(self._forms, key=lambda each: each.last_use)
         forgotten = by_use[: max(0, len(by_use) + 1 - self.max_forms)]
-        for each in forgotten:
-            del self._forms[each]
-        self._forms[key] = form
-        self._known = list(reversed(self._forms.values()))
+        # The latest is asked first.
+        self._forms = [form, *(each for each in self._forms if each not in forgotten)]
         if forgotten:
             warnings.warn(
                 f"the sampler was compiled for more than {self.max_forms} forms of input, so the one used least"
@@ -151,6 +208,45 @@ class CompiledSampler(nn.Module):
                 f" l2c_compile(..., max_forms={2 * self.max_forms})",
                 stacklevel=5,
             )
+
+    def _run(self, form: CompiledForm, noise: object, conditions: Mapping[str, object]) -> Sequence[object]:
+        with weights_in_use(), torch.no_grad():
+            check_fresh(form)
+            return form.run(*tensors_in((noise, conditions)))
+
+    def _first_run(self, form: CompiledForm, noise: object, conditions: Mapping[str, object]) -> Sequence[object]:
+        """Run a form for the first time, and compare it with the eager loop if that is asked for."""
+        # The reference wraps modules of the denoiser, which must not happen while another thread captures it.
+        with one_capture(), weights_in_use():
+            drawn_from = RandomState()
+            results = self._run(form, noise, conditions)
+            start_s = time.perf_counter()
+            call = FirstCall(
+                denoiser=self.model,
+                loop=self.loop,
+                schedule=self.schedule,
+                roots=form.guards.roots,
+                inputs=(noise, dict(conditions)),
+                results=results,
+                drawn_from=drawn_from,
+                graph=lambda: self._bitwise_module(form),
+                is_bitwise=self.options.is_bitwise,
+            )
+            if self.check == "first" and call.has_values():
+                self._progress("compare the first call with the eager loop")
+                with run_eagerly():
+                    call.check()
+                form.checked_in_s = time.perf_counter() - start_s
+            form.is_checked = True
+        return results
+
+    def _bitwise_module(self, form: CompiledForm) -> fx.GraphModule:
+        """Return the static graph of a form with the passes that change no bit."""
+        if self.options.is_bitwise:
+            return form.module
+        with torch.inference_mode(False):
+            graph, _ = graph_of(form.trace, self.model, self.schedule, BITWISE)
+        return graph.module()
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -161,9 +257,9 @@ class CompiledSampler(nn.Module):
         """Print the code of the latest static graph and return it."""
         return self.graph_module.print_readable()
 
-    def summary(self) -> Summary:
+    def summary(self) -> SamplerSummary:
         """Return what each evaluation of the latest static graph computes, reads and keeps; ``print`` shows it."""
-        return summarize(self._current().graph)
+        return SamplerSummary.of(self._current())
 
     def explain(self) -> Explanation:
         """Return what each pass did to the latest static graph, and why it left the rest alone; printable."""
@@ -218,7 +314,7 @@ class CompiledSampler(nn.Module):
         """
         self._check_devices(noise, conditions)
         with weights_in_use():
-            form = self._forms.get(self._key_of(signature_of(noise, dict(conditions))))
+            form = self._form_for(signature_of(noise, dict(conditions)))
             if form is not None:
                 check_fresh(form)
         trace = form.trace if form is not None else self._trace(noise, conditions)
@@ -250,10 +346,15 @@ class CompiledSampler(nn.Module):
         """
         form = self.capture(noise, **conditions)
         proof = self.prove(noise, **conditions)
+
+        def loop(denoiser: nn.Module, noise: object, **conditions: object) -> object:
+            with left_as_it_was(form.guards.roots):
+                return consumed(self.loop(denoiser, noise, **conditions))
+
         with weights_in_use(), run_eagerly():
             return compare_with_reference(
                 self.model,
-                restoring(self.loop, self.model),
+                loop,
                 self.schedule,
                 form.module,
                 form.run,
@@ -271,13 +372,12 @@ class CompiledSampler(nn.Module):
         # A write through ``weight.data`` leaves the version of the weight, by which others know that it changed.
         torch.autograd.graph.increment_version(list(self.model.parameters()))
         weights = self._weights()
-        self._forms = {key: form for key, form in self._forms.items() if form.weights == weights}
-        self._known = list(reversed(self._forms.values()))
-        for form in self._forms.values():
+        self._forms = [form for form in self._forms if form.guards.weights == weights]
+        for form in self._forms:
             for folded in form.graph.folded:
                 for name, value in zip(folded.names, make_constants(form.graph, folded.recipe), strict=True):
                     write_into(form.graph.root.get_buffer(name), value)
-            form.versions = weight_versions(form.graph)
+            form.note_weights()
 
     def save(
         self,
@@ -311,10 +411,11 @@ class CompiledSampler(nn.Module):
         if noise is None and conditions:
             raise L2CError("save wants the noise with the conditions: save(path, noise, **conditions)")
         form = self._current() if noise is None else self.capture(noise, **conditions)
-        if form.weights != self._weights():
+        reason = form.guards.why_not()
+        if reason is not None:
             raise StaleConstantsError(
-                "since the latest form was compiled, weights moved, changed their dtype or were untied; give save"
-                " the inputs: save(path, noise, **conditions)"
+                f"since the latest form was compiled, what it is made from changed ({reason}); give save the inputs:"
+                " save(path, noise, **conditions)"
             )
         check_fresh(form)
         save_sampler(
@@ -329,19 +430,15 @@ class CompiledSampler(nn.Module):
 
     def _build(self, inputs: CallSignature, noise: object, conditions: Mapping[str, object]) -> CompiledForm:
         self._check_devices(noise, conditions)
+        check_sites_exist(self.model, self.schedule.sites)
         trace = self._trace(noise, conditions)
         graph, passes = self._graph(trace)
         run = lower_to_backend(graph, self.options, self._progress)
-        return CompiledForm(trace, graph, passes, run, inputs, self._weights(), weight_versions(graph))
-
-    def _key_of(self, inputs: CallSignature) -> object:
-        """Return all that a compiled form is specialised on: the form of the inputs and of the weights."""
-        key = (inputs, self._weights(), self.model.training)
-        try:
-            hash(key)
-        except TypeError as error:
-            raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
-        return key
+        roots = state_roots(self.model, self.loop, noise, conditions)
+        guards = Guards(roots, trace.read, self._weights, is_deep=self.check is not None)
+        form = CompiledForm(trace, graph, passes, run, inputs, self.schedule, guards, bool(self.options.kernels.passes))
+        form.note_weights()
+        return form
 
     def _captured(self, inputs: CallSignature) -> CompiledForm:
         """Return the latest compiled form for these inputs; Dynamo can trace this, because nothing is hashed."""
@@ -357,8 +454,7 @@ class CompiledSampler(nn.Module):
     # This runs when Dynamo traces, not in every call of the code that it traced.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _check_all_fresh(self) -> None:
-        weights = self._weights()
-        self._known = [form for form in self._known if form.weights == weights]
+        self._known = [form for form in self._forms if self._why_not(form) is None]
         for form in self._known:
             check_fresh(form)
             _ = form.module_to_trace  # made here, because Dynamo cannot trace how it is made
@@ -390,6 +486,13 @@ class CompiledSampler(nn.Module):
         if self._latest is None:
             raise L2CError("nothing is compiled yet; call the sampler, or sampler.capture(noise, **conditions), first")
         return self._latest
+
+
+def _check_hashable(inputs: CallSignature) -> None:
+    try:
+        hash(inputs)
+    except TypeError as error:
+        raise L2CError(f"conditions must be tensors or hashable Python values: {error}") from error
 
 
 _USES = itertools.count(1)
