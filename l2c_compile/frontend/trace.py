@@ -155,7 +155,8 @@ class LoopTracer(fx.proxy.TracerBase):
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
         self.read: dict[int, Tensor] = {}
         """The weights whose values the loop read itself, by identity."""
-        self._thread: int | None = threading.get_ident()
+        self._thread = threading.get_ident()
+        self._is_closed = False
         self._refusal: L2CError | None = None
 
     def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
@@ -197,7 +198,12 @@ class LoopTracer(fx.proxy.TracerBase):
 
     def close(self) -> None:
         """Refuse all that is done from now on with tensors that the loop left behind."""
-        self._thread = None
+        self._is_closed = True
+
+    def _uses_kept_tensor(self) -> LoopTraceError:
+        return self.untraceable(
+            "uses a tensor that was kept when a loop was traced before", "keep no tensor beyond the call of a loop"
+        )
 
     def _run(self, loop: Loop, noise: object, conditions: Mapping[str, Any]) -> object:
         try:
@@ -254,6 +260,8 @@ class LoopTracer(fx.proxy.TracerBase):
         if not in_place and not any(isinstance(leaf, Tensor) for leaf in leaves):
             # Shapes, dtypes and the like are known without the values.
             return result
+        if self._is_closed:
+            raise self._uses_kept_tensor()
         node = self.graph.call_function(func, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
         node.meta["caller"] = _caller()
         origins = self._origins(func, args, kwargs)
@@ -292,10 +300,8 @@ class LoopTracer(fx.proxy.TracerBase):
 
     def _check_allowed(self, func: Callable[..., object], given: Sequence[LoopTensor]) -> None:
         """Raise for a call that wants values, or that is not made by the loop while it is traced."""
-        if self._thread is None or any(each.tracer is not self for each in given):
-            raise self.untraceable(
-                "uses a tensor that was kept when a loop was traced before", "keep no tensor beyond the call of a loop"
-            )
+        if any(each.tracer is not self for each in given):
+            raise self._uses_kept_tensor()
         if threading.get_ident() != self._thread:
             raise self.untraceable("computes in another thread", "compute in the thread that runs the loop")
         self._reject_autocast()
