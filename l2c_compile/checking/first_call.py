@@ -108,9 +108,7 @@ class FirstCall:
         _, relative = largest_errors(got, expected)
         difference, changes = self._first_difference()
         allowed = f" (allowed {bound:.1g})" if bound else ""
-        where = (
-            f"the first site that differs is {difference}" if difference else "no site differs, so what follows does"
-        )
+        where = f"first, {difference}" if difference else "no site differs, so what follows them does"
         changed = (
             "; what changed in Python during the loop: " + "; ".join(map(str, changes[:3]))
             if changes

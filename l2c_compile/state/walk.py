@@ -48,7 +48,8 @@ _MOVING = (
 TORCHS_OWN = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 _HOOKS = tuple(f"_forward{when}_hooks{kind}" for when in ("", "_pre") for kind in ("", "_with_kwargs"))
-_TORCHS_THAT_COUNT = frozenset({"training", "_parameters", "_buffers", "_modules", *_HOOKS})
+_TORCHS_DICTS = frozenset({"_parameters", "_buffers", "_modules", *_HOOKS})
+_TORCHS_THAT_COUNT = _TORCHS_DICTS | {"training"}
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ class _Walk:
         self.reached.objects.append((path, module))
         self.reached.containers.append(Held(path, own, "attributes", _is_entered(type(module))))
         for name, value in list(own.items()):
+            if name in _TORCHS_DICTS and not isinstance(value, dict):
+                # A module of torch.jit keeps its parts elsewhere.
+                continue
             if name in _HOOKS:
                 self._container(f"{path}.{name}", value, "hooks")
             elif name in ("_parameters", "_buffers"):
