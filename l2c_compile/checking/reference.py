@@ -7,7 +7,7 @@ compiled sampler is judged against it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -46,6 +46,9 @@ def run_reference(
         conditions: the keyword arguments of the loop.
         record: a function that is told every computed value, to find where two runs begin to differ.
 
+    Returns:
+        The result of the loop; of a generator, the list of all that it yields and what it returns.
+
     Raises:
         UnknownSiteError: if a pattern fits no module.
         ScheduleError: if the loop does not perform as many evaluations as the schedule has.
@@ -54,6 +57,8 @@ def run_reference(
     run = _ReferenceRun(denoiser, schedule, record)
     with run.installed():
         result = loop(denoiser, noise, **conditions)
+        if isinstance(result, Generator):
+            result = _yielded(result)
     if run.evaluation + 1 != schedule.num_evaluations:
         raise ScheduleError(
             f"the schedule is for {schedule.num_evaluations} evaluations, the loop performed {run.evaluation + 1}"
@@ -89,9 +94,12 @@ class _ReferenceRun:
                 wrappers[path] = partial(self._wrap, path)
             for path, wrap in wrappers.items():
                 module = self.denoiser.get_submodule(path)
-                had_own, original = "forward" in module.__dict__, module.forward
-                module.forward = wrap(original)
-                undo.callback(setattr if had_own else _delete, module, "forward", original)
+                own, original = vars(module), module.forward
+                if "forward" in own:
+                    undo.callback(own.update, forward=original)
+                else:
+                    undo.callback(own.pop, "forward", None)
+                own["forward"] = _Wrapped(original, wrap(original))
             yield
 
     def _wrap_denoiser(self, original: Callable[..., object]) -> Callable[..., object]:
@@ -158,6 +166,30 @@ class _ReferenceRun:
                 self.record(self.evaluation, site, port, tensor)
 
 
+class _Wrapped:
+    """A method that is called elsewhere; all that a loop asks of it otherwise, such as its signature, it answers."""
+
+    def __init__(self, method: Callable[..., object], call: Callable[..., object]) -> None:
+        self._method, self._call = method, call
+
+    def __getattribute__(self, name: str) -> object:
+        return getattr(object.__getattribute__(self, "_method"), name)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        call: Callable[..., object] = object.__getattribute__(self, "_call")
+        return call(*args, **kwargs)
+
+
+def _yielded(loop: Generator[object, None, object]) -> tuple[list[object], object]:
+    """Return all that a loop yields, and what it returns in the end."""
+    values: list[object] = []
+    while True:
+        try:
+            values.append(next(loop))
+        except StopIteration as end:
+            return values, end.value
+
+
 def _copy(value: object) -> object:
     return _copy_of(value) if isinstance(value, Tensor) else value
 
@@ -174,7 +206,3 @@ def _copy_of(tensor: Tensor) -> Tensor:
         .copy_(once)
         .expand(tensor.shape)
     )
-
-
-def _delete(module: nn.Module, name: str, original: object) -> None:
-    delattr(module, name)

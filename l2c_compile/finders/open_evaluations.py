@@ -157,11 +157,14 @@ class OpenDenoiser:
 
         def evaluate(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             nonlocal count
-            evaluation, tensors = self.call(args, kwargs)
+            with stand_in.put_away():
+                evaluation, tensors = self.call(args, kwargs)
             count += 1
             return evaluation.result(on_evaluation(count - 1, evaluation, tensors))
 
-        result = loop(StandIn(self.model, evaluate), noise, **conditions)
+        stand_in = StandIn(self.model, evaluate)
+        with stand_in:
+            result = loop(self.model, noise, **conditions)
         if not count:
             raise LoopError("the loop never calls the denoiser it is given; call the first argument of the loop")
         return result

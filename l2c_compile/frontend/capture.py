@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -25,6 +26,7 @@ from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
 from l2c_compile.frontend.restore import left_as_it_was, no_part_is_made
+from l2c_compile.frontend.stand_in import without_hooks_of
 from l2c_compile.frontend.weights_lock import weights_swapped
 from l2c_compile.frontend.written_state import Run, StateEffect, check_later_calls_are_alike
 from l2c_compile.graphs.forms import CallSignature, tensors_in
@@ -74,7 +76,7 @@ def capture(
 
     def export() -> tuple[_FlatCall, ExportedProgram]:
         flat = _FlatCall(denoiser, signature)
-        marking = _marking(denoiser, sites, read_inputs_of, flat.returned.marks)
+        marking = _marking(denoiser, sites, read_inputs_of, flat.returned)
         reads = _ValueReads()
         with marking, AliasesAsInEagerTorch(), reads, warnings.catch_warnings():
             # Torch asks for buffers in place of attributes that a call assigns; they are put back.
@@ -94,6 +96,7 @@ def capture(
             torch.no_grad(),
             random_state_kept(),
             left_as_it_was({"denoiser": denoiser}),
+            without_hooks_of(denoiser),
         ):
             drawn = GeneratorStates()
             with no_part_is_made(denoiser):
@@ -109,14 +112,13 @@ def capture(
     except Exception as error:  # torch.export raises whatever the model's own Python raises
         raise CaptureError(
             f"torch.export cannot capture one evaluation of {type(denoiser).__name__}"
-            f" ({type(error).__name__}: {_first_line(error)}); remove what depends on tensor values or leaves torch"
-            " from its forward, or put that part into the loop"
+            f" ({type(error).__name__}: {_first_line(error)}); {_way_out(denoiser)}"
         ) from error
     if flat.returned.spec is None:
         raise AssertionError("torch.export did not run the denoiser")
     _reject_effects(denoiser, program)
     evaluation = _to_evaluation_graph(flat, program, tuple(sites))
-    _check_all_marked(denoiser, evaluation)
+    _check_all_marked(denoiser, evaluation, flat.returned.calls)
     return evaluation
 
 
@@ -132,6 +134,8 @@ class _ReturnedTree:
     marks: list[Tensor] = field(default_factory=list)
     """The marks, which are returned too: export removes what is unused, but a rule may read an input that its module
     ignores."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each module with a site was called."""
     effect: StateEffect | None = None
     """What the call changed in the denoiser's state; the tensors that it stored there are returned last."""
 
@@ -148,7 +152,7 @@ class _FlatCall(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = self._signature.unflatten(tensors)
         before = PythonState({"denoiser": self.denoiser})
-        leaves, self.returned.spec = tree_flatten(self.denoiser(*args, **kwargs))
+        leaves, self.returned.spec = tree_flatten(nn.Module.__call__(self.denoiser, *args, **kwargs))
         self.returned.effect = effect = StateEffect.since(before)
         # A token stands for each tensor, because export takes a tensor that is kept for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -215,10 +219,10 @@ class _MarkedTensor:
 
 @contextmanager
 def _marking(
-    denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], marks_made: list[Tensor]
+    denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], returned: _ReturnedTree
 ) -> Iterator[None]:
     """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
-    calls: Counter[str] = Counter()
+    calls, marks_made = returned.calls, returned.marks
     marked: list[_MarkedTensor] = []
     versions: dict[str, list[int]] = {}
 
@@ -280,7 +284,8 @@ def _marking(
                 )
 
     with ExitStack() as hooks:
-        hooks.callback(denoiser.register_forward_hook(check_marks).remove)
+        if sites:
+            hooks.callback(denoiser.register_forward_hook(check_marks).remove)
         for path in dict.fromkeys(p for site in sites for p in (site.path, site.last or site.path)):
             module = denoiser.get_submodule(path)
             begins = [s for s in sites if s.path == path and (s.kind == "delta" or s in read_inputs_of)]
@@ -366,14 +371,34 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
     return EvaluationGraph(graph, root, sites, flat.returned.spec, leaves, stored)
 
 
-def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph) -> None:
+def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph, calls: Mapping[str, int]) -> None:
     marked = {mark.site for mark in site_marks(evaluation.graph)}
     for site in evaluation.sites:
+        path = site.last or site.path
+        if str(site) not in marked and calls[path] > site.call:
+            raise UnknownSiteError(
+                f"site '{site}': module '{path}' returns no tensor, so there is nothing to reuse; name another module"
+            )
         if str(site) not in marked:
             raise UnknownSiteError(
                 f"site '{site}': one evaluation of {type(denoiser).__name__} never calls it (call number {site.call} of"
-                f" module '{site.last or site.path}'), or bypasses its __call__; name a module that it calls"
+                f" module '{path}'), or bypasses its __call__; name a module that it calls"
             )
+
+
+def _way_out(denoiser: nn.Module) -> str:
+    """Return what may help where torch.export cannot capture a denoiser."""
+    for path, module in denoiser.named_modules():
+        if isinstance(module, ScriptModule):
+            what = f"module '{path}'" if path else "it"
+            return f"{what} is made by torch.jit, and its Python is lost: give the module that it was made from"
+    for path, weight in denoiser.named_parameters():
+        if weight.is_inference() and weight.requires_grad:
+            return (
+                f"weight '{path}' was made under torch.inference_mode: make the model outside of it, or give"
+                " copy.deepcopy(model), made outside of it"
+            )
+    return "remove what depends on tensor values or leaves torch from its forward, or put that part into the loop"
 
 
 def _first_line(error: Exception) -> str:

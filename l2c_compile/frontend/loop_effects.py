@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from l2c_compile.errors import LoopTraceError
+from l2c_compile.frontend.compiled_parts import taken_apart
+from l2c_compile.frontend.loop_tensor import LoopTensor
 from l2c_compile.frontend.restore import left_as_it_was
 from l2c_compile.frontend.stand_in import Loop
-from l2c_compile.frontend.trace import LoopTensor, trace_loop
+from l2c_compile.frontend.trace import trace_loop
 from l2c_compile.frontend.written_state import FromEarlierRun, Run, StateEffect, check_later_runs_are_alike
 from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import EvaluationGraph
@@ -61,7 +63,7 @@ def trace_without_effects(
         watch.end()
         return Run(skeleton, StateEffect.since(before))
 
-    with left_as_it_was(roots):
+    with taken_apart(denoiser), left_as_it_was(roots):
         first = trace()
         check_later_runs_are_alike("the loop", first, trace, _replaced, _are_alike, LoopTraceError)
     return cast(LoopSkeleton, first.result)

@@ -16,34 +16,56 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from l2c_compile.errors import L2CError, LoopTraceError
+from l2c_compile.errors import CaptureError, L2CError, LoopTraceError
+from l2c_compile.frontend.array_operands import INDEXING
+from l2c_compile.frontend.compiled_parts import run_eagerly
+from l2c_compile.frontend.loop_memory import (
+    IN_PLACE_DRAWS,
+    RANDOM_FUNCTIONS,
+    LoopMemory,
+    data_of,
+    memory_of,
+    name_of,
+    writes_in_place,
+    written_by,
+)
+from l2c_compile.frontend.loop_result import check_holds_no_tensors, consumed
+from l2c_compile.frontend.loop_tensor import (
+    LATENT,
+    RANDOM,
+    WEIGHTS,
+    LoopTensor,
+    loop_tensors_in,
+    made_from,
+    without_values,
+)
+from l2c_compile.frontend.overlap import overlaps_in_part
 from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
 from l2c_compile.state.random_state import GeneratorStates, random_state_kept, seed_unlike_any_loop
-
-_NO_VALUES = (
-    "the latent has no values while the loop is unrolled: use torch.where, clamp or another tensor operation, or"
-    " compute it from the timesteps"
-)
 
 
 def trace_loop(
@@ -65,98 +87,50 @@ def trace_loop(
     Raises:
         LoopTraceError: if the loop branches on latent values, reads them into Python, or does what cannot be recorded.
     """
-    if _is_autocast_on():
-        raise LoopTraceError(
-            "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's"
-            " forward, or cast the model"
-        )
+    check_no_autocast()
     tracer = LoopTracer(denoiser, capture_call)
-    recorded = tracer.unroll(loop, noise, conditions)
+    with run_eagerly():
+        recorded = tracer.unroll(loop, noise, conditions)
+        tracer.close()
     return _lower(recorded, tracer)
-
-
-class LoopTensor(Tensor):
-    """A tensor of the loop that knows its shape, strides, dtype and device, but not its values.
-
-    It is a subclass, so that torch itself takes it for a tensor everywhere, and every operation on it arrives in one
-    place.
-    """
-
-    tracer: LoopTracer
-    node: Node
-    fake: Tensor
-    """The fake tensor that torch returns here: the right form, without values."""
-
-    @staticmethod
-    def wrap(tracer: LoopTracer, node: Node, fake: Tensor) -> LoopTensor:
-        """Return the tensor that ``node`` stands for."""
-        self: LoopTensor = Tensor._make_wrapper_subclass(
-            LoopTensor, fake.shape, fake.stride(), dtype=fake.dtype, layout=fake.layout, device=fake.device
-        )
-        self.tracer, self.node, self.fake = tracer, node, fake
-        return self
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., object],
-        types: object,
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        return _tracer_of((args, kwargs)).call(func, tuple(args), dict(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., object],
-        types: object,
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        raise _tracer_of((args, kwargs)).untraceable(f"passes the latent to something that wants its values ({func})")
-
-    def __copy__(self) -> LoopTensor:
-        return self
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def _tracer_of(tree: object) -> LoopTracer:
-    return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, LoopTensor)).tracer
 
 
 # The methods and functions that need values, by name, with the words for what the loop does there.
 _WANTS_VALUES: Mapping[str, str] = {
     **dict.fromkeys(
         ("item", "tolist", "numpy", "data_ptr", "untyped_storage", "storage", "__dlpack__", "__reduce_ex__", "cdata"),
-        "reads the values of the latent into Python ({})",
+        "reads the values of {origins} into Python ({name})",
     ),
     **dict.fromkeys(
-        ("__float__", "__int__", "__index__", "__complex__", "__array__"),
-        "turns a value made from the latent into a Python number ({})",
+        ("__float__", "__int__", "__index__", "__complex__"),
+        "turns a value made from {origins} into a Python number ({name})",
     ),
-    **dict.fromkeys(("__bool__", "__contains__", "is_nonzero"), "branches on a value made from the latent ({})"),
-    **dict.fromkeys(("backward", "grad", "register_hook"), "differentiates ({})"),
+    "__array__": "gives the values of {origins} to numpy ({name})",
+    **dict.fromkeys(("__bool__", "__contains__", "is_nonzero"), "branches on a value made from {origins} ({name})"),
+    **dict.fromkeys(("backward", "grad", "register_hook"), "differentiates ({name})"),
+    **dict.fromkeys(("set_", "resize_as_", "swap_"), "exchanges the memory of a tensor made from {origins} ({name})"),
 }
 
-_RANDOM_FUNCTIONS = frozenset(
-    {torch.randn, torch.rand, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.poisson}
-    | {torch.multinomial, torch.randn_like, torch.rand_like, torch.randint_like}
-)
-_IN_PLACE_DRAWS = frozenset(
-    {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_"}
-)
-_ASK_FOR_FORM = frozenset(
-    {"__get__", "__len__", "__hash__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"}
-    | {"element_size", "get_device", "is_floating_point", "is_complex", "is_contiguous", "is_inference", "data_ptr"}
-)
+_NO_GRADIENTS = "a sampler computes no gradients: differentiate outside of the loop"
+
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_IN_PLACE_OPERATORS = frozenset(
-    {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift"}
-    | {"irshift", "setitem"}
+
+_ABOUT_GRADIENTS = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.retain_grad})  # type: ignore[attr-defined]
+"""The functions that change no value, since a sampler computes no gradients."""
+
+_ARGUMENTS = (
+    *(int, float, complex, str, type(None), slice, range, tuple, list, dict, type(...)),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
+
+
+def check_no_autocast() -> None:
+    """Raise LoopTraceError if autocast is on around a sampler."""
+    if _is_autocast_on():
+        raise LoopTraceError(
+            "autocast is on around the sampler, and a static graph would not be what it makes of the loop; enter it"
+            " inside the denoiser's forward, or cast the model"
+        )
 
 
 class LoopTracer(fx.proxy.TracerBase):
@@ -174,21 +148,25 @@ class LoopTracer(fx.proxy.TracerBase):
         self.out_spec: TreeSpec | None = None
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.capturing = False
+        self.stand_in = StandIn(denoiser, self.evaluate, self._refuse_copy)
+        self.memory = LoopMemory(self)
         self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
-        self._weight_memory = {_storage(weight): path for path, weight in _named_weights(denoiser)}
+        self._weight_memory = {memory_of(weight): path for path, weight in _named_weights(denoiser)}
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
         self.read: dict[int, Tensor] = {}
         """The weights whose values the loop read itself, by identity."""
         self._thread = threading.get_ident()
+        self._is_closed = False
         self._refusal: L2CError | None = None
 
     def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
         """Run ``loop`` and return the recorded graph of torch calls."""
-        noise = tree_map(self._make_input, noise)
+        noise = self._make_inputs(noise, LATENT)
         self.num_noise = self.num_inputs
-        conditions = tree_map(self._make_input, dict(conditions))
+        conditions = {name: self._make_inputs(given, f"condition '{name}'") for name, given in conditions.items()}
         given, structure = tree_flatten((noise, conditions))
-        with random_state_kept(), _generator_guarded(self), torch.no_grad(), _RandomDrawRecorder(self):
+        recorded = _RandomDrawRecorder(self)
+        with random_state_kept(), _generator_guarded(self), torch.no_grad(), self.stand_in, recorded, self.memory:
             seed_unlike_any_loop()
             states = GeneratorStates()
             result = self._run(loop, noise, conditions)
@@ -197,7 +175,10 @@ class LoopTracer(fx.proxy.TracerBase):
             # The loop caught it and went on, another way than it will with values.
             raise self._refusal
         if not self.calls:
-            raise LoopTraceError("the loop never calls the denoiser it is given; call the first argument of the loop")
+            raise LoopTraceError(
+                "the loop never calls the denoiser it is given, or only the forward of its class; call the first"
+                " argument of the loop: denoiser(x, ...)"
+            )
         if touched:
             raise LoopTraceError(
                 f"the loop seeds the random number generator of {touched[0]}, or draws from it what cannot be recorded;"
@@ -211,11 +192,22 @@ class LoopTracer(fx.proxy.TracerBase):
             )
         leaves, self.out_spec = tree_flatten(result)
         self.graph.output([self._result(leaf) for leaf in leaves])
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise LoopTraceError("the loop returns no tensor; return the latent, or tuples, lists or dicts of tensors")
         return self.graph
+
+    def close(self) -> None:
+        """Refuse all that is done from now on with tensors that the loop left behind."""
+        self._is_closed = True
+
+    def _uses_kept_tensor(self) -> LoopTraceError:
+        return self.untraceable(
+            "uses a tensor that was kept when a loop was traced before", "keep no tensor beyond the call of a loop"
+        )
 
     def _run(self, loop: Loop, noise: object, conditions: Mapping[str, Any]) -> object:
         try:
-            return loop(StandIn(self.denoiser, self.evaluate), noise, **conditions)
+            return consumed(loop(self.denoiser, noise, **conditions))
         except Exception as error:
             if self._refusal is not None and error is not self._refusal:
                 # Code between the loop and its user made another error of it.
@@ -234,7 +226,7 @@ class LoopTracer(fx.proxy.TracerBase):
         """Whether it is the loop that runs now, not a capture and not another thread."""
         return not self.capturing and threading.get_ident() == self._thread
 
-    def untraceable(self, what: str, instead: str = _NO_VALUES) -> LoopTraceError:
+    def untraceable(self, what: str, instead: str) -> LoopTraceError:
         """Return the error for something that the loop does at this moment and that a static program cannot do.
 
         The first one is also kept, and raised when the loop returns, so that a loop which catches it does not pass.
@@ -247,56 +239,125 @@ class LoopTracer(fx.proxy.TracerBase):
 
     def call(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Record one call of torch and return its result: loop tensors, or values that are already known."""
-        name = _name_of(func)
-        self._reject_autocast()
-        if name in _WANTS_VALUES:
-            raise self.untraceable(_WANTS_VALUES[name].format(name))
+        name = name_of(func)
+        given = loop_tensors_in((args, kwargs))
         if name in ("__repr__", "__format__"):
             return "LoopTensor(without values)"
+        self._check_allowed(func, given)
         if name == "__iter__":
             return iter(self.call(Tensor.unbind, args, kwargs))  # type: ignore[call-overload]
         if name == "__deepcopy__":
             return self.call(Tensor.clone, args[:1], {})
-        in_place = _writes_in_place(func, kwargs)
-        if in_place and not isinstance(next(iter(tree_leaves(_written(args, kwargs)))), LoopTensor):
-            raise self.untraceable(
-                "writes a value made from the latent into a tensor that it created itself",
-                "create it with zeros_like of the latent, or use stack or cat",
-            )
+        if func in RANDOM_FUNCTIONS and isinstance(kwargs.get("out"), LoopTensor):
+            return self._draw_into(func, args, kwargs)
+        in_place = writes_in_place(func, kwargs)
+        if in_place:
+            self._check_no_overlap(name, args, kwargs)
         result = self._on_fakes(func, args, kwargs)
+        if func in _ABOUT_GRADIENTS:
+            return args[0]
         leaves, spec = tree_flatten(result)
         if not in_place and not any(isinstance(leaf, Tensor) for leaf in leaves):
             # Shapes, dtypes and the like are known without the values.
             return result
+        if self._is_closed:
+            raise self._uses_kept_tensor()
         node = self.graph.call_function(func, self.create_arg(args), self.create_arg(kwargs))  # type: ignore[arg-type]
-        given = {id(leaf.fake): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LoopTensor)}
+        node.meta["caller"] = _caller()
+        origins = self._origins(func, args, kwargs)
+        if in_place:
+            for written in loop_tensors_in(written_by(args, kwargs)):
+                written.origins.update(origins)
+        of_memory = {memory_of(each.fake): each.origins for each in given}
+        results = {id(each.fake): each for each in given}
         wrapped: list[object] = []
         for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and id(leaf) not in given:
+            if isinstance(leaf, Tensor) and id(leaf) not in results:
                 own = node if spec.is_leaf() else self.graph.call_function(_leaf_of, (node, position))
-                given[id(leaf)] = LoopTensor.wrap(self, own, leaf)
-            wrapped.append(given.get(id(leaf), leaf))
+                results[id(leaf)] = LoopTensor.wrap(self, own, leaf, of_memory.get(memory_of(leaf), set(origins)))
+            wrapped.append(results.get(id(leaf), leaf))
         return tree_unflatten(wrapped, spec)
+
+    def _draw_into(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        # Torch cannot make a functional operator of a draw into something.
+        out = kwargs.pop("out")
+        assert isinstance(out, LoopTensor)
+        drawn: Any = self.call(func, args, {"dtype": out.fake.dtype, "device": out.fake.device, **kwargs})
+        if drawn.shape != out.shape:
+            raise self.untraceable("draws random numbers into a tensor of another shape (out=)", "leave out= away")
+        return self.call(Tensor.copy_, (out, drawn), {})
+
+    def _check_no_overlap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        written = [each.fake for each in loop_tensors_in(written_by(args, kwargs))]
+        read = [each.fake for each in loop_tensors_in((args[1:], {**kwargs, "out": None}))]
+        if name == "__setitem__" and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args[1])):
+            with self.fake_mode:
+                written = [each[args[1]] for each in written]
+        if any(overlaps_in_part(each, read) for each in written):
+            raise self.untraceable(
+                f"writes a part of a tensor into an overlapping part of it ({name})", "clone what is read first"
+            )
+
+    def _check_allowed(self, func: Callable[..., object], given: Sequence[LoopTensor]) -> None:
+        """Raise for a call that wants values, or that is not made by the loop while it is traced."""
+        if any(each.tracer is not self for each in given):
+            raise self._uses_kept_tensor()
+        if threading.get_ident() != self._thread:
+            raise self.untraceable("computes in another thread", "compute in the thread that runs the loop")
+        self._reject_autocast()
+        name = name_of(func)
+        if name in _WANTS_VALUES:
+            what = _WANTS_VALUES[name].format(origins=made_from(given), name=name)
+            instead = _NO_GRADIENTS if what.startswith("diff") else without_values(given)
+            raise self.untraceable(what, instead)
+        if isinstance(func, HigherOrderOperator):
+            raise self.untraceable(
+                f"calls torch.{name}, whose branches are functions of values made from {made_from(given)}",
+                "use torch.where, or a Python if or for over what does not depend on tensors that the sampler is given",
+            )
+
+    def _origins(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> set[str]:
+        """Return what the values of a call's result are made from."""
+        data = data_of(func, args, kwargs)
+        origins = {origin for each in loop_tensors_in(data) for origin in each.origins}
+        if func in RANDOM_FUNCTIONS or name_of(func) in IN_PLACE_DRAWS:
+            origins.add(RANDOM)
+        if any(isinstance(leaf, Tensor) and self.weight_in(leaf) for leaf in tree_leaves(data)):
+            origins.add(WEIGHTS)
+        return origins
+
+    def weight_in(self, tensor: Tensor) -> str | None:
+        """Return the path of the weight whose memory a tensor shares, or None."""
+        memory = memory_of(tensor)
+        path = self._weight_memory.get(memory) if memory else None
+        return None if path is None else path.removeprefix("denoiser.")
+
+    def uses_fake(self, tensor: Tensor) -> LoopTraceError:
+        """Return the error for a tensor of a capture that the loop uses."""
+        return self.untraceable(
+            "uses a tensor that the denoiser, or a hook in it, has stored during its call",
+            "let the denoiser's forward return it",
+        )
 
     def check_no_weight_is_written(
         self, func: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
         """Raise LoopTraceError before the loop writes into the memory of a weight of the denoiser, or moves it."""
-        if not _writes_in_place(func, kwargs):
+        if not writes_in_place(func, kwargs):
             return
-        for leaf in tree_leaves(_written(args, kwargs)):
+        for leaf in tree_leaves(written_by(args, kwargs)):
             if isinstance(leaf, Tensor) and not isinstance(leaf, LoopTensor):
-                path = self._weight_memory.get(_storage(leaf))
+                path = self.weight_in(leaf)
                 if path is not None:
                     raise self.untraceable(
-                        f"changes the weight '{path.removeprefix('denoiser.')}' of the denoiser",
+                        f"changes the weight '{path}' of the denoiser",
                         "a static graph reads weights where they are, so swap them in before the sampler is called",
                     )
 
     def note_weights_read(self, func: Callable[..., object], args: object, kwargs: object) -> None:
         """Note the weights among the arguments of a call of torch that is not recorded, unless it asks for a form."""
         leaves = tree_leaves((args, kwargs))
-        if (_name_of(func) == "__get__" and func != _DATA) or any(isinstance(leaf, LoopTensor) for leaf in leaves):
+        if (name_of(func) == "__get__" and func != _DATA) or any(isinstance(leaf, LoopTensor) for leaf in leaves):
             return
         for leaf in leaves:
             if isinstance(leaf, nn.Parameter) or id(leaf) in self.weight_paths:
@@ -306,38 +367,48 @@ class LoopTracer(fx.proxy.TracerBase):
         """Return what stands for a value among the arguments of a node."""
         if isinstance(a, LoopTensor):
             return a.node
+        if isinstance(a, FakeTensor):
+            raise self.uses_fake(a)
         if isinstance(a, torch.Generator):
             raise self.untraceable(
                 "passes a torch.Generator", "draw from the default generator, or pass the noise as a condition"
             )
         if isinstance(a, Tensor):
-            return self._constant(a)
+            factory = self.memory.factory_of(a)
+            return self._constant(a) if factory is None else self.create_arg(self.call(*factory))
         if isinstance(a, np.generic):
             return super().create_arg(a.item())
-        try:
-            return super().create_arg(a)
-        except NotImplementedError as error:
+        if is_dataclass(a) or not isinstance(a, _ARGUMENTS):
             raise self.untraceable(
-                f"passes a {type(a).__name__} to a tensor operation", "pass tensors and Python numbers"
-            ) from error
+                f"passes a {type(a).__name__} to a tensor operation",
+                "pass tensors and Python numbers (torch.from_numpy makes a tensor of an array)",
+            )
+        return super().create_arg(a)
 
     def evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Record one call of the denoiser and return tensors for its results."""
         if threading.get_ident() != self._thread:
+            if not loop_tensors_in((args, kwargs)):
+                # Somebody else uses the module meanwhile.
+                return self.stand_in.forward(*args, **kwargs)
             raise self.untraceable(
                 "calls the denoiser from another thread", "call it in the thread that runs the loop, in order"
             )
         self._reject_autocast()
-        leaves, spec = tree_flatten((args, kwargs))
-        signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
         self.capturing = True
         try:
-            graph = self.capture_call(signature)
+            return self._evaluate(args, kwargs)
         except L2CError as error:
             self._refusal = self._refusal or error
             raise
         finally:
             self.capturing = False
+
+    def _evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        leaves, spec = tree_flatten(tree_map(self.memory.now, (args, kwargs)))
+        signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
+        with self.stand_in.put_away(), torch.inference_mode(False):
+            graph = self.capture_call(signature)
         index = len(self.calls)
         self.calls.append(EvaluationCall(signature, graph))
         tensors = [self.create_arg(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -346,7 +417,9 @@ class LoopTracer(fx.proxy.TracerBase):
         for leaf in graph.out_leaves:
             if isinstance(leaf, Tensor):
                 getitem = self.graph.call_function(operator.getitem, (node, len(outputs)))
-                outputs.append(self._known_form(getitem, leaf))
+                outputs.append(self._known_form(getitem, leaf, LATENT))
+            else:
+                check_holds_no_tensors(leaf, f"{type(self.denoiser).__name__} returns", CaptureError)
         remaining = iter(outputs)
         results = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in graph.out_leaves]
         if graph.out_spec is None:
@@ -357,6 +430,7 @@ class LoopTracer(fx.proxy.TracerBase):
         if isinstance(leaf, Tensor):
             # The lowered loop passes a copy, so that no later write reaches it.
             return TensorForm.of(leaf.fake if isinstance(leaf, LoopTensor) else leaf).of_copy()
+        check_holds_no_tensors(leaf, "the loop gives the denoiser", LoopTraceError)
         try:
             hash(leaf)
         except TypeError:
@@ -366,8 +440,11 @@ class LoopTracer(fx.proxy.TracerBase):
         return StaticValue.of(leaf)
 
     def _result(self, leaf: object) -> Argument:
+        if isinstance(leaf, FakeTensor):
+            raise self.uses_fake(leaf)
+        check_holds_no_tensors(leaf, "the loop returns", LoopTraceError)
         try:
-            return self.create_arg(leaf)
+            return self.create_arg(self.memory.now(leaf))
         except LoopTraceError as error:
             raise LoopTraceError(
                 f"the loop returns a {type(leaf).__name__}; return tensors, or tuples, lists or dicts of them"
@@ -379,17 +456,21 @@ class LoopTracer(fx.proxy.TracerBase):
                 "uses autocast", "a static graph would ignore it: enter it inside the denoiser's forward, or cast"
             )
 
-    def _make_input(self, leaf: object) -> object:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def _refuse_copy(self) -> NoReturn:
+        raise self.untraceable("copies the denoiser", "make the copy before the loop, or give the copy to the sampler")
+
+    def _make_inputs(self, given: object, origin: str) -> object:
+        return tree_map(lambda leaf: self._make_input(leaf, origin) if isinstance(leaf, Tensor) else leaf, given)
+
+    def _make_input(self, leaf: Tensor, origin: str) -> LoopTensor:
         node = self.graph.placeholder(f"input_{self.num_inputs}")
         self.num_inputs += 1
-        return self._known_form(node, leaf)
+        return self._known_form(node, leaf, origin)
 
-    def _known_form(self, node: Node, like: Tensor) -> LoopTensor:
+    def _known_form(self, node: Node, like: Tensor, origin: str) -> LoopTensor:
         node.meta["form"] = TensorForm.of(like)
         with self.fake_mode:
-            return LoopTensor.wrap(self, node, node.meta["form"].empty())
+            return LoopTensor.wrap(self, node, node.meta["form"].empty(), {origin})
 
     def _constant(self, tensor: Tensor) -> Node:
         """Return a node for a concrete tensor of the loop, as it is at this moment."""
@@ -415,7 +496,13 @@ class LoopTracer(fx.proxy.TracerBase):
             try:
                 return func(*fake_args, **fake_kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise self.untraceable(f"asks for a result that depends on values of the latent ({error})") from error
+                # How many elements x[mask] has depends on the mask only.
+                given = loop_tensors_in((args, kwargs))[int(name_of(func) in INDEXING) :]
+                what = f"asks for a result that depends on values of {made_from(given)} ({error})"
+                raise self.untraceable(what, without_values(given)) from error
+            except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
+                what = f"calls {name_of(func)}, which torch cannot record ({error})"
+                raise self.untraceable(what, "use other operations") from error
 
 
 class _RandomDrawRecorder(TorchFunctionMode):
@@ -437,9 +524,9 @@ class _RandomDrawRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         self.tracer.check_no_weight_is_written(func, args, kwargs)
         self.tracer.note_weights_read(func, args, kwargs)
-        if func in _RANDOM_FUNCTIONS:
+        if func in RANDOM_FUNCTIONS:
             return self.tracer.call(func, args, kwargs)
-        if _name_of(func) in _IN_PLACE_DRAWS and not any(
+        if name_of(func) in IN_PLACE_DRAWS and not any(
             isinstance(leaf, LoopTensor) for leaf in tree_leaves((args, kwargs))
         ):
             raise self.tracer.untraceable(
@@ -481,14 +568,6 @@ def _named_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"denoiser.{path}", tensor
 
 
-def _name_of(func: Callable[..., object]) -> str:
-    return str(getattr(func, "__name__", ""))
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
-
-
 def _is_equal(tensor: Tensor, snapshot: Tensor) -> bool:
     return tensor.shape == snapshot.shape and bool(tensor.is_meta or torch.equal(tensor, snapshot))
 
@@ -497,22 +576,12 @@ def _leaf_of(result: object, position: int) -> object:
     return tree_leaves(result)[position]
 
 
-def _writes_in_place(func: Callable[..., object], kwargs: Mapping[str, object]) -> bool:
-    name = _name_of(func)
-    in_place = name.strip("_") in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return in_place or name == "__set__" or kwargs.get("out") is not None
-
-
-def _written(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-    return kwargs["out"] if kwargs.get("out") is not None else args[0]
-
-
 def _is_autocast_on() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-# The line that a user wrote is neither in torch nor in the modules between torch and the loop.
-_PASSED_OVER = frozenset({"torch", __name__, StandIn.__module__})
+# The line that a user wrote is neither in a library nor in this folder.
+_LIBRARIES = frozenset({"torch", "numpy", "contextlib", "copy", "functools", "pickle"})
 
 
 def _caller() -> str:
@@ -520,7 +589,7 @@ def _caller() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
-        if not (name.startswith(("torch.", "contextlib")) or name in _PASSED_OVER):
+        if not (name.partition(".")[0] in _LIBRARIES or name.startswith(f"{__package__}.")):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown place"
@@ -556,7 +625,7 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
             elif node.op == "output":
                 result = list(args[0])
             else:
-                values[node] = node.target(*args, **kwargs)
+                values[node] = _run(node, args, kwargs)
         return arguments + result
 
     with tracer.fake_mode:
@@ -566,8 +635,10 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
             [node.meta["form"].empty() for node in outputs],
         )
     with torch.no_grad(), tracer.fake_mode:
-        functional = torch.func.functionalize(loop_arithmetic, remove="mutations")
-        module = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        module = _functional(loop_arithmetic, fakes)
+        if any(n.op == "call_function" and _is_mutable(n.target) for n in module.graph.nodes):
+            # Some operators are made of others that write in place, and appear only when those of the loop are gone.
+            module = _functional(module, fakes)
     if tracer.out_spec is None:
         raise AssertionError("the loop was not run")
     root = nn.Module()
@@ -586,6 +657,26 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
         num_outputs=tracer.out_spec.num_leaves,
         read=tuple(tracer.read.values()),
     )
+
+
+def _run(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    function: Any = node.target
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # it ran on fake tensors before, so this is torch's, whatever its type
+        raise LoopTraceError(
+            f"the loop calls {name_of(function)} at {node.meta.get('caller', 'an unknown place')}, and torch cannot put"
+            f" it into a static graph ({type(error).__name__}: {str(error).splitlines()[0]}); use other operations"
+        ) from error
+
+
+def _functional(function: Callable[..., object], inputs: tuple[Any, ...]) -> fx.GraphModule:
+    functional = torch.func.functionalize(function, remove="mutations")
+    return make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+
+
+def _is_mutable(target: object) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def _is_leaf_call(node: object) -> bool:

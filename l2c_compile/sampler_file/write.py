@@ -86,7 +86,7 @@ def save_sampler(
         "result": encode_tree(
             tree_unflatten(list(range(num_results)), graph.out_spec),
             "the loop's result",
-            lambda leaf, _: {"leaf": leaf},
+            _result_leaf,
         ),
         "summary": dataclasses.asdict(summary),
     }
@@ -119,6 +119,16 @@ def save_sampler(
     if aot_inductor:
         with replaced_at_once(target.with_suffix(".aoti.pt2")) as temporary:
             compile_ahead_of_time(graph, temporary)
+
+
+def _result_leaf(leaf: object, what: str) -> dict[str, object]:
+    if not isinstance(leaf, int):
+        # The leaves are numbers here, so this is a container that is registered with torch, or a generator.
+        raise SaveError(
+            f"{what} is a {type(leaf).__name__}, which a file does not hold; let the loop return tensors, or tuples,"
+            " lists or dicts of tensors"
+        )
+    return {"leaf": leaf}
 
 
 class _DeferredErrorFile(io.FileIO):

@@ -25,8 +25,12 @@ from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
 from l2c_compile.frontend.capture import check_sites_exist
+from l2c_compile.frontend.compiled_parts import run_eagerly
 from l2c_compile.frontend.loop_effects import state_roots
+from l2c_compile.frontend.loop_result import consumed
+from l2c_compile.frontend.restore import left_as_it_was
 from l2c_compile.frontend.stand_in import Loop
+from l2c_compile.frontend.trace import check_no_autocast
 from l2c_compile.frontend.weights_lock import one_capture, weights_in_use
 from l2c_compile.graphs.forms import CallSignature, signature_of, tensors_in
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -144,6 +148,7 @@ class CompiledSampler(nn.Module):
 
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
         """Return the compiled form for these inputs, which is compiled if there is none yet; nothing is sampled."""
+        check_no_autocast()
         inputs = signature_of(noise, dict(conditions))
         with weights_in_use():
             form = self._form_for(inputs)
@@ -229,7 +234,8 @@ class CompiledSampler(nn.Module):
             )
             if self.check == "first" and call.has_values():
                 self._progress("compare the first call with the eager loop")
-                call.check()
+                with run_eagerly():
+                    call.check()
                 form.checked_in_s = time.perf_counter() - start_s
             form.is_checked = True
         return results
@@ -340,10 +346,15 @@ class CompiledSampler(nn.Module):
         """
         form = self.capture(noise, **conditions)
         proof = self.prove(noise, **conditions)
-        with weights_in_use():
+
+        def loop(denoiser: nn.Module, noise: object, **conditions: object) -> object:
+            with left_as_it_was(form.guards.roots):
+                return consumed(self.loop(denoiser, noise, **conditions))
+
+        with weights_in_use(), run_eagerly():
             return compare_with_reference(
                 self.model,
-                self.loop,
+                loop,
                 self.schedule,
                 form.module,
                 form.run,
@@ -461,6 +472,11 @@ class CompiledSampler(nn.Module):
         given = {x.device for x in tensors_in((noise, dict(conditions)))}
         if len(weights) == 1 and not given <= weights:
             (device,) = weights
+            if device.type == "meta":
+                raise ScheduleError(
+                    "the denoiser's weights are on the meta device, so they have no values: load them; where accelerate"
+                    " offloads them, call accelerate.hooks.remove_hook_from_submodules(model) first"
+                )
             stray = ", ".join(sorted(str(d) for d in given - weights))
             raise ScheduleError(
                 f"the denoiser is on {device}, an input on {stray}; move the inputs there with .to('{device}')"

@@ -203,9 +203,10 @@ class CacheSchedule:
         for site in self.sites:
             missing = next((path for path in site.modules() if not site.is_pattern and path not in known), None)
             if missing is not None:
-                raise UnknownSiteError(
-                    f"site {site}: the denoiser has no module {missing!r}. {nearest(missing, known)}"
-                )
+                hint = nearest(missing, known)
+                if f"{missing}@{site.call}" in known:
+                    hint = f"'@{site.call}' stands for a call of the module; rename the module that has it in its name"
+                raise UnknownSiteError(f"site {site}: the denoiser has no module {missing!r}. {hint}")
         if not any(site.is_pattern for site in self.sites):
             return self
         origin = expand_patterns(self.sites, paths)

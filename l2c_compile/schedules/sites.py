@@ -24,12 +24,17 @@ def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, S
     for pattern in (site for site in sites if site.is_pattern):
         stars = pattern.path.count("*")
         rank = (-stars, len(pattern.path) - stars)
-        matching = [path for path in paths if pattern.matches(path)]
+        matching = [path for path in paths if path and pattern.matches(path)]
         if not matching:
             raise UnknownSiteError(
                 f"site {pattern}: the denoiser has no module of that form. {nearest(pattern.path, paths)}"
             )
         for path in matching:
+            if not _is_path(path):
+                raise ScheduleError(
+                    f"site {pattern} stands for module {path!r} too, whose name cannot be a site; rename the module, or"
+                    " name the sites one by one"
+                )
             site = Site(path, None, pattern.kind, pattern.call)
             if origin.get(site) == site:
                 continue
@@ -47,7 +52,8 @@ MAX_RUN_MODULES = 4096
 """The most modules that a run may name; no network has as many siblings, and a hostile file may not ask for more."""
 
 _MAX_TEXT_CHARS = 1024
-_NAME = r"[^\s.@()]+"
+_WORD = r"(?:[^\s.@()]|\([^.@()]*\))+"
+_NAME = rf"{_WORD}(?: +{_WORD})*"
 _PATH = rf"{_NAME}(?:\.{_NAME})*"
 _TEXT = re.compile(
     rf"(?P<delta>delta\()?(?P<path>{_PATH})(?:\.\.(?P<last>{_PATH}))?(?:@(?P<call>[0-9]{{1,6}}))?(?(delta)\))"
@@ -204,6 +210,9 @@ def as_site(site: Site | str) -> Site:
 
 def _is_path(text: object) -> bool:
     if not isinstance(text, str) or len(text) > _MAX_TEXT_CHARS or not text.isprintable():
+        return False
+    if text.startswith("delta(") and text.endswith(")"):
+        # As a site it would be read as the change that a module makes.
         return False
     return re.fullmatch(_PATH, text) is not None and all(name.count("*") <= 1 for name in text.split("."))
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 Container = dict[Any, Any] | list[Any] | deque[Any] | set[Any] | MappingProxyType[str, Any]
 """What has a content that can change: a dict, a list, a set, or the attributes of a class."""
@@ -177,6 +178,9 @@ class _Walk:
 
     def _module(self, path: str, module: nn.Module) -> None:
         if not _is_entered(type(module)) and type(module).__module__.startswith(_OURS):
+            return
+        if isinstance(module, ScriptModule):
+            # What torch.jit made keeps its state out of Python.
             return
         own = vars(module)
         self.reached.objects.append((path, module))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,10 +76,6 @@ def compares(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
     return x if torch.allclose(x, denoiser(x, at(x, 1))) else -x
 
 
-def copies_to_constant(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
-    return torch.tensor(denoiser(x, at(x, 1)))
-
-
 def fills_with_value(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
     return denoiser(x, torch.full((3,), x[0, 0]))  # type: ignore[call-overload]
 
@@ -90,25 +88,97 @@ def passes_a_generator(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
     return denoiser(x + torch.randn(x.shape, generator=torch.Generator()), at(x, 1))
 
 
-def draws_into_its_own(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
-    return denoiser(x + torch.empty(3, 4).normal_(), at(x, 1))
-
-
 def seeds(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
     torch.manual_seed(3)
     return denoiser(x + torch.randn_like(x), at(x, 1))
 
 
-def writes_into_its_own(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
-    out = torch.zeros(2, 3, 4)
-    out[0] = denoiser(x, at(x, 1))
-    return out
+SHARED = torch.zeros(3, 4)
 
 
-def adds_onto_its_own(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
-    total = torch.zeros(3, 4)
-    total += denoiser(x, at(x, 1))
-    return total
+def writes_into_what_was_there(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    SHARED.copy_(x)
+    return denoiser(SHARED, at(x, 1))
+
+
+def writes_into_an_array(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    out = torch.zeros(3, 4)
+    array = out.numpy()
+    out += denoiser(x, at(x, 1))
+    return x * float(array.sum())
+
+
+def writes_into_a_weight(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    denoiser.a.weight[:1] = x[:1]
+    return denoiser(x, at(x, 1))
+
+
+def has_its_memory_as_another_dtype(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    out = torch.zeros(3, 4)
+    integers = out.view(torch.int32)
+    out.copy_(denoiser(x, at(x, 1)))
+    return integers + 1
+
+
+def copies_the_denoiser(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return copy.deepcopy(denoiser)(x, at(x, 1))
+
+
+def copies_the_denoiser_flatly(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return copy.copy(denoiser)(x, at(x, 1))
+
+
+def calls_the_forward_of_the_class(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return type(denoiser).forward(denoiser, x, at(x, 1))
+
+
+def branches_in_torch(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return torch.cond(x.sum() > 0, torch.sin, torch.cos, (denoiser(x, at(x, 1)),))
+
+
+def gives_values_to_numpy(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return denoiser(x, at(x, 1)) + np.sin(x)
+
+
+def reads_a_random_number(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return denoiser(x, at(x, torch.randint(0, 5, (1,)).item()))
+
+
+def reads_a_weight(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return denoiser(x, at(x, 1)) if denoiser.a.bias.to(x)[0] > 0 else x
+
+
+async def is_asynchronous(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return denoiser(x, at(x, 1))
+
+
+def returns_nothing(denoiser: Any, x: Tensor) -> None:  # noqa: ANN401
+    denoiser(x, at(x, 1))
+
+
+@dataclass
+class Sample:
+    latent: Tensor
+
+
+class Latents(dict[str, Tensor]):
+    pass
+
+
+def returns_a_dataclass(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return Sample(denoiser(x, at(x, 1)))
+
+
+def returns_a_kind_of_dict(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return x, Latents(latent=denoiser(x, at(x, 1)))
+
+
+def returns_an_iterator(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return map(torch.sin, [denoiser(x, at(x, 1))])
+
+
+def passes_a_dataclass(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+    return denoiser(Sample(x), at(x, 1))
 
 
 def enters_autocast(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
@@ -129,26 +199,42 @@ def passes_a_list_of_sets(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
     return denoiser(x, at(x, 1), {1, 2})
 
 
-@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+@pytest.mark.filterwarnings("ignore:coroutine 'is_asynchronous' was never awaited")
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
         (branches, r"branches on a value .*test_errors\.py:\d+, after 1 evaluation; .* use torch\.where"),
         (asks_item, r"reads the values .*\(item\) at .*test_errors\.py:\d+, after 0 evaluations"),
         (asks_numpy, r"reads the values .*\(numpy\)"),
-        (asks_array, r"turns a value .* Python number \(__array__\)"),
+        (asks_array, r"gives the values of the latent to numpy \(__array__\)"),
         (asks_float, r"turns a value made from the latent into a Python number \(__float__\).*test_errors\.py"),
         (asks_list, r"reads the values .*\(tolist\)"),
         (indexes_by_mask, r"result that depends on values of the latent \(aten\.nonzero"),
         (compares, r"result that depends on values of the latent \(aten\.allclose"),
-        (copies_to_constant, r"passes the latent to something that wants its values"),
-        (fills_with_value, r"passes the latent to something that wants its values"),
-        (differentiates, r"differentiates \(grad\)"),
+        (fills_with_value, r"result that depends on values of the latent \(aten\._local_scalar_dense"),
+        (differentiates, r"differentiates \(grad\) .*; a sampler computes no gradients"),
         (passes_a_generator, r"passes a torch\.Generator at .*draw from the default generator"),
-        (draws_into_its_own, r"draws random numbers into a tensor that it created itself .*torch\.randn"),
-        (seeds, r"seeds the random number generator.*seed before calling the sampler"),
-        (writes_into_its_own, r"writes .* into a tensor that it created itself .*zeros_like of the latent"),
-        (adds_onto_its_own, r"writes .* into a tensor that it created itself"),
+        (seeds, r"seeds the random number generator.*seed it before the sampler is called"),
+        (writes_into_what_was_there, r"made from the latent into a tensor that was made before the loop ran.*; clone"),
+        (writes_into_an_array, r"shares its memory with numpy at .*; clone it in the loop first"),
+        (writes_into_a_weight, r"into the denoiser's weight or buffer 'a\.weight' at .*; clone it first"),
+        (has_its_memory_as_another_dtype, r"into memory that it also has as int32.*; make views .* after the write"),
+        (copies_the_denoiser, r"copies the denoiser at .*test_errors\.py:\d+, .*; make the copy before the loop"),
+        (copies_the_denoiser_flatly, r"copies the denoiser at .*test_errors\.py"),
+        (calls_the_forward_of_the_class, r"never calls .*, or only the forward of its class; call .*denoiser\(x"),
+        (branches_in_torch, r"calls torch\.cond, whose branches .* made from the latent .*; use torch\.where"),
+        (gives_values_to_numpy, r"gives the values of the latent to numpy \(sin\) .*; compute with torch"),
+        (reads_a_random_number, r"reads the values of random numbers into Python \(item\)"),
+        (reads_a_weight, r"branches on a value made from the denoiser's weights .*; weights may change"),
+        (is_asynchronous, r"is asynchronous, .*; give a plain function"),
+        (returns_nothing, r"returns no tensor; return the latent"),
+        (returns_a_dataclass, r"returns an object of type Sample, .*; call torch\.export\.register_dataclass\(Sample"),
+        (
+            returns_a_kind_of_dict,
+            r"of type Latents, .*register_pytree_node\(Latents, \.\.\.\), or use a plain",
+        ),
+        (returns_an_iterator, r"returns an object of type map, .*; use a list of what it gives"),
+        (passes_a_dataclass, r"gives the denoiser an object of type Sample, whose tensors torch does not see"),
         (enters_autocast, r"uses autocast at .*forward, or cast"),
         (never_calls, r"never calls the denoiser"),
         (returns_an_object, r"returns a object; return tensors"),
@@ -159,6 +245,78 @@ def test_a_loop_that_cannot_be_unrolled_is_told_where_and_what_else(loop: Callab
     with pytest.raises(LoopTraceError, match=message) as caught:
         compiled(loop)(draw(3, 4))
     assert isinstance(caught.value, ValueError)
+
+
+def by_condition(denoiser: Any, x: Tensor, mask: Tensor) -> Any:  # noqa: ANN401
+    return denoiser(x, at(x, 1)) if mask.any() else x
+
+
+def by_indices_of_a_condition(denoiser: Any, x: Tensor, mask: Tensor) -> Any:  # noqa: ANN401
+    x[mask] = denoiser(x, at(x, 1))[mask]
+    return x
+
+
+@pytest.mark.parametrize("loop", [by_condition, by_indices_of_a_condition])
+def test_values_of_a_condition_are_told_apart_from_those_of_the_latent(loop: Callable[..., object]) -> None:
+    message = r"condition 'mask' .*test_errors\.py.*or give the condition as Python numbers"
+    with pytest.raises(LoopTraceError, match=message) as caught:
+        compiled(loop)(draw(3, 4), mask=torch.ones(3, 4).bool())
+    assert "the latent" not in str(caught.value)
+
+
+def test_an_error_of_torchs_own_passes_through() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        return denoiser(x, at(x, 1))[9]
+
+    with pytest.raises(IndexError, match="out of bounds"):
+        compiled(loop)(draw(3, 4))
+
+
+def test_autocast_is_refused_in_later_calls_too() -> None:
+    sampler = compiled(steps(1))
+    sampler(draw(3, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(LoopTraceError, match="autocast is on around"):
+        sampler(draw(3, 4))
+
+
+def test_weights_without_values_are_named() -> None:
+    with pytest.raises(ScheduleError, match=r"weights are on the meta device, .*load them; where accelerate"):
+        compiled(steps(1), model=residual().to("meta"))(draw(3, 4))
+
+
+def test_a_weight_made_in_inference_mode_is_named(captured_anew: None) -> None:
+    with torch.inference_mode():
+        model = residual()
+    with pytest.raises(CaptureError, match=r"weight 'time\.weight' was made under torch\.inference_mode: .*deepcopy"):
+        compiled(steps(1), model=model)(draw(3, 4))
+    noise, own = draw(3, 4), copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(compiled(steps(1), model=own)(noise), steps(1)(model, noise))  # type: ignore[arg-type]
+
+
+def test_a_scripted_denoiser_is_named(captured_anew: None) -> None:
+    model = residual()
+    model.a = torch.jit.script(model.a)  # type: ignore[assignment]
+    with pytest.raises(CaptureError, match=r"module 'a' is made by torch\.jit, .*: give the module that it was made"):
+        compiled(steps(1), model=model)(draw(3, 4))
+
+
+class Wraps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        result: Tensor = self.a(x)
+        return Sample(result) if t.ndim == 2 else result
+
+
+def test_a_denoiser_that_returns_an_unknown_object_is_told_how_to_register_it() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        return denoiser(x, at(x, 1)[:, None]).latent
+
+    with pytest.raises(CaptureError, match=r"Wraps returns an object of type Sample, .*register_dataclass\(Sample\)"):
+        compiled(loop, model=seeded(Wraps()))(draw(3, 4))
 
 
 def test_an_error_of_the_loops_own_passes_through() -> None:

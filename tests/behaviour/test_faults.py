@@ -238,8 +238,9 @@ class TestRun:
 
 
 def assert_no_internals(error: Exception) -> None:
-    """Check that a traceback does not go through torch."""
-    assert "torch/" not in "".join(traceback.format_exception(error)).replace(os.sep, "/")
+    """Check that a traceback does not go through torch, but for the call of the denoiser as a module."""
+    text = "".join(traceback.format_exception(error)).replace(os.sep, "/")
+    assert "torch/" not in text.replace("torch/nn/modules/module.py", "")
 
 
 WAY_OUT = r"cannot write what it compiles to the folder '.*': {}; set TORCHINDUCTOR_CACHE_DIR"

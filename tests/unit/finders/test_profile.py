@@ -136,7 +136,7 @@ def test_a_loop_may_write_into_what_it_gets_and_ask_the_denoiser_for_its_attribu
     model, noise = residual(), draw(2, 4)
     # Holds the latent itself, which the loop goes on to write into.
     model.first = nn.Identity()
-    model.register_forward_pre_hook(lambda module, args: (module.first(args[0]), args[1]))
+    model.norm.register_forward_pre_hook(lambda module, args: (model.first(args[0]),))
     profile = take_profile(model, loop, ["b", "first"], [(noise, {})], lags=2)
     check_against_hooks(profile, 0, hooked_values(model, ["b", "first"], loop, noise))
     assert profile.loop is None

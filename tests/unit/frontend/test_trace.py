@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import handle_torch_function
 
 from l2c_compile import CacheSchedule, l2c_compile
 from l2c_compile.errors import LoopTraceError
 from l2c_compile.frontend.capture import capture
+from l2c_compile.frontend.loop_tensor import LoopTensor
 from l2c_compile.frontend.trace import trace_loop
 from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import EvaluationGraph
@@ -114,6 +117,76 @@ def test_a_refusal_that_the_loop_catches_is_raised_when_it_returns() -> None:
 
     with pytest.raises(LoopTraceError, match=r"branches on a value .* at .*test_trace\.py:\d+, after 0 evaluations"):
         traced(loop, draw(3, 4))
+
+
+def test_a_tensor_of_a_capture_is_no_value_of_the_loop() -> None:
+    with FakeTensorMode():
+        stored = torch.ones(3, 4)
+
+    def computes(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        return denoiser(x, at(x, 1)) + stored
+
+    def returns(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        return denoiser(x, at(x, 1)), stored
+
+    for loop in (computes, returns):
+        with pytest.raises(LoopTraceError, match=r"a tensor that the denoiser, or a hook in it, has stored.*return it"):
+            traced(loop)
+
+
+def test_a_tensor_of_an_earlier_trace_is_refused_and_can_be_looked_at() -> None:
+    kept: list[Tensor] = []
+
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        kept.append(x)
+        return denoiser(kept[0], at(x, 1))
+
+    traced(loop)
+    assert kept[0].shape == (3, 4)
+    assert "without values" in repr(kept[0])
+    with pytest.raises(LoopTraceError, match="was kept when a loop was traced before"):
+        _ = kept[0] + 1
+
+
+def test_writes_between_overlapping_parts_are_refused() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        x[:, 2:] = x[:, :2]
+        x[0] = x[1]
+        x[:, 1:] = x[:, :-1]
+        return denoiser(x, at(x, 1))
+
+    with pytest.raises(LoopTraceError, match=r"an overlapping part of it \(__setitem__\) at .*; clone what is read"):
+        traced(loop)
+
+
+def test_a_call_that_cannot_be_lowered_is_named_with_its_place() -> None:
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        _NOT_LOWERED(x)
+        return denoiser(x, at(x, 1))
+
+    with pytest.raises(LoopTraceError, match=r"calls stops_later at .*test_trace\.py:\d+, .*KeyError: 'later'"):
+        traced(loop)
+
+
+class _StopsLater:
+    """A function that runs on the tensors of a trace once, and then no more."""
+
+    __name__ = "stops_later"
+    __module__ = "torch"
+
+    def __init__(self) -> None:
+        self.was_called = False
+
+    def __call__(self, x: Tensor) -> object:
+        if isinstance(x, LoopTensor):
+            return handle_torch_function(self, (x,), x)
+        if self.was_called:
+            raise KeyError("later")
+        self.was_called = True
+        return torch.sin(x)
+
+
+_NOT_LOWERED = _StopsLater()
 
 
 def test_a_denoiser_called_from_another_thread_is_an_error_and_no_deadlock() -> None:
