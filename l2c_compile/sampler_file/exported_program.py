@@ -40,7 +40,7 @@ def to_exported_program(
 
     Args:
         program: the graph, whose nodes are operators, ``getitem`` and ``get_attr`` of tensors.
-        before: a function that is told each node before it is run; see ``infer_values``.
+        before: a function that is told each different operation of ``program`` before it is tried on fake tensors.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -68,7 +68,7 @@ def to_exported_program(
     graph.output(tuple(results))
     # The parts of a loop graph were captured under different fake modes, and torch takes one.
     originals = {copy: node for node, copy in copies.items()}
-    infer_values(graph, lambda copy: _form(program, originals[copy]), before)
+    infer_values(graph, lambda copy: _form(program, originals[copy]), lambda copy: before(originals[copy]))
     outputs = [
         OutputSpec(
             OutputKind.USER_OUTPUT,
