@@ -191,6 +191,8 @@ def why_refused(target: object) -> str | None:
         return "writes into an argument"
     if any(argument.name == "filename" for argument in schema.arguments):
         return "touches files"
+    if any(each.name == "dtype" and "ScalarType" not in str(each.real_type) for each in schema.arguments):
+        return "takes any number for a dtype"
     types = {str(result.type) for result in schema.returns}
     if types != {"Tensor"} and not (types == {"List[Tensor]"} and target.overloadpacket in CUTS):
         return "returns something else than a fixed number of tensors"

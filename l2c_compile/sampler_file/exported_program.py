@@ -7,9 +7,11 @@ order, and the result is the flat list of the loop's results.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,7 +147,7 @@ def infer_values(
     def shared(value: Any) -> Any:  # noqa: ANN401 - whatever an operator returns
         return by_form.setdefault(TensorForm.of(value), value) if isinstance(value, Tensor) else value
 
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _without_log():
         for node in graph.nodes:
             if node.op == "output":
                 continue
@@ -159,6 +161,17 @@ def infer_values(
             else:
                 values[node] = shared(known(node).empty())
             node.meta["val"] = values[node]
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep torch from logging a traceback of an error that is raised inside."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _operation(node: fx.Node, rename: Callable[[fx.Node], object]) -> object:

@@ -64,6 +64,7 @@ class OperationChecker:
         if not isinstance(node.target, OpOverload):
             return
         given: Given = fx.node.map_arg(arguments_of(node), lambda argument: argument.meta["val"])
+        self._raise_first(node, [_has_numbers_for_names(node, node.target)])
         asked = [_asks_for_pinned_memory, *_QUESTIONS.get(node.target._schema.name, ())]
         if node.target.overloadpacket in CUTS:
             asked.append(_makes_many_pieces)
@@ -112,6 +113,17 @@ def _tensors(given: Given, *names: str) -> list[tuple[str, Tensor]]:
 
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
+
+
+def _has_numbers_for_names(node: Node, target: OpOverload) -> str | None:
+    # Torch takes a number for a dtype, and does not compare it with those that it has.
+    schema = target._schema.arguments
+    given = {**dict(zip((argument.name for argument in schema), node.args, strict=False)), **node.kwargs}
+    for argument in schema:
+        value, kind = given.get(argument.name), str(argument.real_type).removeprefix("Optional[").removesuffix("]")
+        if value is not None and not isinstance(value, _NAMED_KINDS.get(kind, object)):
+            return f"wants a {kind} for {argument.name}, got {value!r:.80}"
+    return None
 
 
 def _asks_for_pinned_memory(given: Given) -> str | None:
@@ -310,6 +322,13 @@ def extent_bytes(form: TensorForm) -> int:
     steps = zip(form.shape, form.stride, strict=True)
     return (sum((size - 1) * step for size, step in steps) + 1) * form.dtype.itemsize
 
+
+_NAMED_KINDS: Mapping[str, type] = {
+    "ScalarType": torch.dtype,
+    "Layout": torch.layout,
+    "MemoryFormat": torch.memory_format,
+    "Device": torch.device,
+}
 
 _QUESTIONS: dict[str, tuple[Callable[[Given], str | None], ...]] = {
     f"aten::{name}": questions
