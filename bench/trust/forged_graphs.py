@@ -6,8 +6,8 @@ Options: ``--count N`` (default 2000), ``--seed N`` (default 0), ``--first N`` (
 ``mutate/forgeries.py`` draws the graphs, with checksums that are right, and ``forged_worker.py`` runs them in processes
 of their own. Allowed are an ``L2CError`` when a file is loaded or the sampler called, or results that do not depend on
 memory that nobody wrote. Where there is a C compiler, the processes run on ``guard_pages.c``: whatever reads or writes
-outside a tensor, or in one that was freed, ends the process. It sees torch's tensors, to 16 bytes, and the workspaces of
-oneDNN; it does not see what operators keep in other memory of the C library. Without it the C library fills memory.
+outside a tensor, or in one that was freed, ends the process. It sees torch's tensors, to 16 bytes, and the workspaces
+of oneDNN; it does not see what operators keep in other memory of the C library. Without it the C library fills memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
         raise BenchError(f"forged-graphs wants a count of at least 1, got {options.count} from {options.first}")
     task = progress.add_task("forged graphs", total=options.count)
     done = []
-    with _guard(not options.without_guard) as library:
+    with guard(not options.without_guard) as library:
         environment = {} if library is None else {"LD_PRELOAD": str(library)}
         stop = options.first + options.count
         for outcome in outcomes(options.seed, options.first, stop, "forged_worker", environment):
@@ -52,7 +52,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
 
 
 @contextmanager
-def _guard(wanted: bool) -> Iterator[Path | None]:
+def guard(wanted: bool) -> Iterator[Path | None]:
     """Yield the compiled allocator; None where it is not wanted, or there is no C compiler."""
     compiler = shutil.which("cc") if wanted else None
     if compiler is None:

@@ -33,7 +33,7 @@ from l2c_compile import LoadedSampler, load
 GRAPH_BYTES = 64 * 2**20
 """The memory that a graph may take by what ``load`` is told."""
 MEMORY_BYTES = 2**30
-"""The address space that loading and calling may take; torch's libraries take memory of their own for some operators."""
+"""The address space that loading and calling may take; torch's libraries take memory of their own for some calls."""
 
 _LOAD_SECONDS = 1.0
 # What glibc's malloc.h calls M_PERTURB.
@@ -104,15 +104,16 @@ class _ForgedGraphRunner:
             self.fill(0, 0)
 
     def _operators(self) -> str:
-        lines = map(json.loads, records_of(self.path.read_bytes())["archive/data/extra/l2c_compile/graph.jsonl"].splitlines())
+        records = records_of(self.path.read_bytes())
+        lines = map(json.loads, records["archive/data/extra/l2c_compile/graph.jsonl"].splitlines())
         return " ".join(str(line["op"]) for line in lines if line.get("op", "getitem") != "getitem")
 
 
 def _bits(tensor: Tensor) -> bytes:
     if tensor.is_meta:
         return b""
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    return bytes(plain.contiguous().flatten().view(torch.uint8).numpy()) if plain.numel() else b""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten())
+    return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
 def _main(seed: int, start: int, stop: int) -> None:

@@ -55,7 +55,7 @@ _COPIES = """
     lift_fresh_copy masked_scatter narrow_copy native_channel_shuffle pad _pad_circular _pad_enum permute_copy
     pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d
     replication_pad2d replication_pad3d roll rot90 row_stack select_copy select_scatter slice_copy slice_scatter
-    split_copy squeeze_copy stack t_copy tile to _to_copy transpose_copy tril triu type_as unfold_copy
+    squeeze_copy stack t_copy tile to _to_copy transpose_copy tril triu type_as unfold_copy
     unsqueeze_copy view_as_complex_copy view_as_real_copy view_copy vstack zero
 """
 

@@ -184,6 +184,7 @@ class _GraphBuilder:
             check(self.program, (Fact.SITES_LOWERED, Fact.READS_LOWERED, Fact.NO_DEAD_NODES))
             infer_values(graph, forms.__getitem__, checker.check)
             checker.check_whole(self.program)
+            check_memory(graph, max_bytes)
         except FileFormatError:
             raise
         except VerificationError as error:
@@ -192,7 +193,6 @@ class _GraphBuilder:
             raise FileFormatError(f"an operator of the graph does not take what it is given: {error!s:.300}") from error
         if not all(isinstance(n.meta["val"], Tensor) for n in graph.output_node().all_input_nodes):
             raise FileFormatError("the graph returns something else than tensors")
-        check_memory(graph, max_bytes)
         return self.program
 
     def _tensor(self, line: dict[str, object]) -> Node:

@@ -183,6 +183,11 @@ def _has_another_norm(given: Given) -> str | None:
     return None if _shape(g) == wanted else f"wants norms of shape {wanted}, got {_shape(g)}"
 
 
+def _has_a_norm_with_gaps(given: Given) -> str | None:
+    is_plain = given["v"].is_contiguous() and given["g"].is_contiguous()
+    return None if is_plain else "wants a weight and norms that are contiguous"
+
+
 def _grows_by_another_scale(given: Given) -> str | None:
     sizes = given.get("output_size")
     scales = [given.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w") if name in given]
@@ -210,6 +215,19 @@ def _transforms_another_size(given: Given) -> str | None:
     if size is not None and (size < 1 or size // 2 + 1 != x.shape[dims[-1]]):
         return f"wants {size // 2 + 1} frequencies for a result of size {size}, got {x.shape[dims[-1]]}"
     return None
+
+
+def _leaves_gaps_between_rows(given: Given) -> str | None:
+    """Attention: torch gives its result the strides of a copy of the queries, and writes rows without gaps."""
+    query = given["query"]
+    gap = TensorForm.of(query).of_copy().stride[-1] if query.dim() == 4 and query.shape[-1] > 1 else 1
+    return f"wants queries whose rows do not overlap, got strides {list(query.stride())}" if gap != 1 else None
+
+
+def _overlaps_in_rows(given: Given) -> str | None:
+    query = given["query"]
+    # With other queries torch takes a kernel that reads any strides.
+    return _leaves_gaps_between_rows(given) if query.dim() and query.stride(-1) == 1 else None
 
 
 def _attends_elsewhere(given: Given) -> str | None:
@@ -337,13 +355,15 @@ _QUESTIONS: dict[str, tuple[Callable[[Given], str | None], ...]] = {
         ("_native_batch_norm_legit_no_training _batch_norm_no_update", (_has_other_statistics,)),
         ("native_group_norm", (_has_other_groups,)),
         ("layer_norm native_layer_norm rms_norm _fused_rms_norm", (_has_other_normalized_shape,)),
-        ("_weight_norm _weight_norm_interface", (_has_another_norm,)),
+        ("_weight_norm", (_has_another_norm,)),
+        ("_weight_norm_interface", (_has_another_norm, _has_a_norm_with_gaps)),
         ("upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d", (_grows_by_another_scale,)),
         ("upsample_nearest1d upsample_nearest2d upsample_nearest3d", (_grows_by_another_scale,)),
         ("_upsample_nearest_exact1d _upsample_nearest_exact2d", (_grows_by_another_scale,)),
         ("_upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa", (_grows_by_another_scale,)),
         ("_fft_c2c _fft_c2r _fft_r2c", (_transforms_another_size,)),
-        ("_scaled_dot_product_flash_attention_for_cpu", (_attends_elsewhere,)),
+        ("_scaled_dot_product_flash_attention_for_cpu", (_attends_elsewhere, _leaves_gaps_between_rows)),
+        ("scaled_dot_product_attention", (_overlaps_in_rows,)),
         ("lstm", (_has_other_gates(4),)),
         ("gru", (_has_other_gates(3),)),
         ("rnn_tanh rnn_relu", (_has_other_gates(1),)),
