@@ -29,6 +29,8 @@ from bench.trust.mutate.raw import Draw
 from bench.trust.mutate.valid import valid_files
 from bench.trust.mutate.zips import records_of
 from l2c_compile import LoadedSampler, load
+from l2c_compile.graphs.forms import TensorForm
+from l2c_compile.sampler_file.operands import extent_bytes
 
 GRAPH_BYTES = 64 * 2**20
 """The memory that a graph may take by what ``load`` is told."""
@@ -57,9 +59,8 @@ class _ForgedGraphRunner:
         self.records = records_of(content)
         self.recorder = ForbiddenActionRecorder()
         self.fill = _fill_function()
-        self.noise, self.y = torch.ones(2, 4), torch.rand(2, 4)
         self.path.write_bytes(content)
-        self._called(load(self.path), 0, 1)
+        self._called(load(self.path), 0, 0, 1)
         gc.freeze()
 
     def outcome(self, index: int, seed: int) -> Outcome:
@@ -76,7 +77,7 @@ class _ForgedGraphRunner:
                     sampler = load(self.path, max_bytes=GRAPH_BYTES)
                 finally:
                     seconds = time.process_time() - start
-                result = self._judged(sampler)
+                result = self._judged(sampler, index)
         except Exception as error:
             kind, detail = judge_error(error)
             result = ("refused when called" if kind == "refused" and sampler is not None else kind), detail
@@ -87,17 +88,18 @@ class _ForgedGraphRunner:
         gc.collect()
         return Outcome(index, "forged", self._operators(), *result, seconds)
 
-    def _judged(self, sampler: LoadedSampler) -> tuple[str, str]:
-        first, second, _ = (self._called(sampler, *layout) for layout in ((0, 0x11), (0, 0xEE), (1, 0x11)))
+    def _judged(self, sampler: LoadedSampler, index: int) -> tuple[str, str]:
+        first, second, _ = (self._called(sampler, index, *layout) for layout in ((0, 0x11), (0, 0xEE), (1, 0x11)))
         if first != second:
             return "UNWRITTEN MEMORY", "two calls gave other bits where only unwritten memory differed"
         return "ran", ""
 
-    def _called(self, sampler: LoadedSampler, begins_at_page: int, byte: int) -> list[bytes]:
+    def _called(self, sampler: LoadedSampler, index: int, begins_at_page: int, byte: int) -> list[bytes]:
         torch.manual_seed(0)
         self.fill(begins_at_page, byte)
         try:
-            result = sampler(self.noise.clone(), y=self.y.clone(), scale=0.5)
+            noise, y = (_input(form, exact=index % 2 == 0) for form in sampler.inputs.tensor_forms())
+            result = sampler(noise, y=y, scale=0.5)
             leaves = result.values() if isinstance(result, dict) else result
             return [_bits(leaf) for leaf in leaves]
         finally:
@@ -107,6 +109,14 @@ class _ForgedGraphRunner:
         records = records_of(self.path.read_bytes())
         lines = map(json.loads, records["archive/data/extra/l2c_compile/graph.jsonl"].splitlines())
         return " ".join(str(line["op"]) for line in lines if line.get("op", "getitem") != "getitem")
+
+
+def _input(form: TensorForm, *, exact: bool) -> Tensor:
+    """Return an input of a form, with its strides if ``exact``; otherwise it is for the sampler to make these."""
+    if not exact:
+        return torch.ones(form.shape, dtype=form.dtype)
+    memory = torch.ones(extent_bytes(form) // form.dtype.itemsize, dtype=form.dtype)
+    return memory.as_strided(form.shape, form.stride)
 
 
 def _bits(tensor: Tensor) -> bytes:

@@ -289,6 +289,10 @@ def _is_far_from_the_diagonal(given: Given) -> str | None:
     return None if is_near else f"wants a diagonal of at most {_MAX_DIAGONAL}, got {numbers}"
 
 
+def _negates_no_float(given: Given) -> str | None:
+    return None if given["self"].is_floating_point() else f"wants floats to negate, got {given['self'].dtype}"
+
+
 def _is_sorted_elsewhere(given: Given) -> str | None:
     return "takes positions from a sorter" if given.get("sorter") is not None else None
 
@@ -369,6 +373,7 @@ _QUESTIONS: dict[str, tuple[Callable[[Given], str | None], ...]] = {
         ("rnn_tanh rnn_relu", (_has_other_gates(1),)),
         ("grid_sampler grid_sampler_2d grid_sampler_3d", (_samples_in_another_mode,)),
         ("tril triu tril_indices triu_indices", (_is_far_from_the_diagonal,)),
+        ("_neg_view", (_negates_no_float,)),
         ("searchsorted", (_is_sorted_elsewhere,)),
         ("empty", (_has_unwritten_strides,)),
     )

@@ -19,6 +19,7 @@ from l2c_compile import CacheSchedule, CompiledSampler, l2c_compile, load
 from l2c_compile.errors import BackendError, OperandError
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.passes.pipeline import REGIONS
+from tests.command_line import l2c
 from tests.root import ROOT
 from tests.saved_samplers import (
     GRAPH,
@@ -29,6 +30,7 @@ from tests.saved_samplers import (
     inputs,
     rewritten,
     saved_in,
+    with_lines,
 )
 
 
@@ -147,7 +149,8 @@ assert not any("test_saved" in name for name in sys.modules)
                 self.frozen.requires_grad_(False)
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return self.frozen(self.mix(x.transpose(1, 2)).transpose(1, 2).transpose(1, 2)).transpose(1, 2)
+                rows: torch.Tensor = self.frozen(self.mix(x.transpose(1, 2)))
+                return rows.transpose(1, 2)
 
         torch.manual_seed(0)
         mixer = Mixer()
@@ -185,3 +188,12 @@ class TestOperands:
             loaded(noise, y=y + 9, scale=0.5)
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(loaded(noise, y=y, scale=0.5)["latent"].isfinite().all(), torch.tensor(True))
+
+
+def test_the_commands_refuse_a_forged_file_in_one_line(saved: Path, tmp_path: Path) -> None:
+    line = {"op": "aten::adaptive_max_pool2d_backward", "args": ["%0", "%0", "%1"]}
+    forged = with_lines(saved, tmp_path / "forged.pt2", line)
+    for command in ("verify", "inspect"):
+        done = l2c(command, forged)
+        assert done.code == 2
+        assert "Traceback" not in done.out + done.err

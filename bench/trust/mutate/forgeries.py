@@ -246,11 +246,29 @@ def forged(draw: Draw, valid: Records) -> bytes:
         graph.call()
     lines = [*graph.lines, {"output": [*graph.results, *graph.unread()]}]
     content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    if draw.random() < 0.15:
+        _change_input(draw, manifest)
     manifest["result"] = {"list": [{"leaf": number} for number in range(len(lines[-1]["output"]))]}
     hashed = {"graph": content, "schedule": schedule}
     manifest["sha256"] = {name: hashlib.sha256(each).hexdigest() for name, each in hashed.items()}
     ours = {"manifest.json": json.dumps(manifest).encode(), "graph.jsonl": content, "schedule.json": schedule}
     return zipped({**graph.records, **{_OURS + name: each for name, each in ours.items()}})
+
+
+def _change_input(draw: Draw, manifest: dict[str, _Json]) -> None:
+    """Give one of the inputs another form, or the summary another number."""
+    if draw.random() < 0.2:
+        key = draw.choice(sorted(manifest["summary"]))
+        manifest["summary"][key] = draw.choice((-1, 2**63, [2**40], [], None))
+        return
+    form = draw.choice((manifest["noise"], manifest["conditions"]["y"]))["tensor"]
+    change = draw.choice(("shape", "stride", "dtype", "both"))
+    if change == "dtype":
+        form["dtype"] = draw.choice(_OTHER_DTYPES)
+    if change in ("shape", "both"):
+        form["shape"] = draw.choice(([2, 5], [0, 4], [3, 4], [1, 4], [2, 2**20], [2**30, 4]))
+    if change in ("stride", "both"):
+        form["stride"] = draw.choice(([1, 2], [0, 1], [0, 0], [1, 1], [5, 1], [8, 2], [2**40, 1]))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 
 from l2c_compile import load
 from l2c_compile.errors import FileFormatError
-from l2c_compile.sampler_file import memory
 from tests.saved_samplers import refused, with_lines
 
 MIB = 2**20
@@ -63,7 +63,7 @@ def test_the_results_of_one_operator_are_counted_once(saved: Path, tmp_path: Pat
 def test_a_system_that_does_not_say_has_a_limit_all_the_same(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory.os, "sysconf_names", {})
+    monkeypatch.setattr(os, "sysconf_names", {})
     path = with_lines(saved, tmp_path / "x.pt2", zeros(2**35))
     with pytest.raises(FileFormatError, match=str(64 * 2**30)):
         load(path)

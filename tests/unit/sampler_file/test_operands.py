@@ -22,10 +22,13 @@ def call(name: str, *args: object, **kwargs: object) -> dict[str, object]:
 
 
 N1, N2, N3, N4, N5 = (f"%next-{back}" for back in range(1, 6))
-FIRST = {"op": "getitem", "args": ["%next-1", 0]}
+FIRST: dict[str, object] = {"op": "getitem", "args": ["%next-1", 0]}
 IMAGE = zeros(2, 4, 6, 6)
 NORM = (N2, N1, N1, N1, N1)
-ONES = [1, 1]
+OVERLAPPING = (zeros(2, 2, 5, 4), call("as_strided", N1, [2, 2, 5, 4], [40, 1, 4, 1]))
+RECURRENT = (zeros(3, 2, 4), zeros(1, 2, 5), zeros(5, 4), zeros(5, 5))
+PLAIN = (False, 1, 0.0, False, False, False)
+"""A recurrent layer without biases: number of layers, dropout, training, both directions, batch first."""
 
 REFUSED = {
     "short statistics": ([IMAGE, zeros(2), call("native_batch_norm", *NORM, False, 0.1, 1e-5)], "one number a channel"),
@@ -57,22 +60,20 @@ REFUSED = {
         "a mask that broadcasts",
     ),
     "rows that overlap": (
-        [zeros(2, 2, 5, 4), call("as_strided", N1, [2, 2, 5, 4], [40, 1, 4, 1])]
-        + [call("scaled_dot_product_attention", N1, N2, N2)],
+        [*OVERLAPPING, call("scaled_dot_product_attention", N1, N2, N2)],
         "queries whose rows do not overlap",
     ),
     "recurrent weights": (
-        [zeros(3, 2, 4), zeros(1, 2, 5), zeros(5, 4), zeros(5, 5)]
-        + [call("rnn_tanh.input", N4, N3, [N1, N2], False, 1, 0.0, False, False, False)],
+        [*RECURRENT, call("rnn_tanh.input", N4, N3, [N1, N2], *PLAIN)],
         "wants weight 0 of shape",
     ),
     "a state": (
-        [zeros(3, 2, 4), zeros(1, 1, 5), zeros(5, 4), zeros(5, 5)]
-        + [call("rnn_tanh.input", N4, N3, [N2, N1], False, 1, 0.0, False, False, False)],
+        [*RECURRENT[:1], zeros(1, 1, 5), *RECURRENT[2:], call("rnn_tanh.input", N4, N3, [N2, N1], *PLAIN)],
         "wants states of shape",
     ),
     "modes": ([IMAGE, zeros(2, 5, 5, 2), call("grid_sampler_2d", N2, N1, 7, 0, False)], "modes of 0 to 2"),
     "diagonal": ([zeros(4, 4), call("triu", N1, 2**62)], "a diagonal of at most"),
+    "a negative view of integers": ([call("_neg_view", "%1")], "wants floats to negate"),
     "sorter": ([zeros(4), call("searchsorted.Tensor", N1, N1, sorter="%1")], "takes positions from a sorter"),
     "division by a number": ([call("remainder.Scalar", "%1", 0)], "divides integers by 0"),
     "division by what is computed": ([call("floor_divide", "%1", "%1")], "a tensor that is computed"),
@@ -103,8 +104,7 @@ def test_operands_that_a_kernel_would_believe_are_refused(saved: Path, tmp_path:
         [IMAGE, call("upsample_nearest2d.vec", N1, None, [2.0, 2.0])],
         [IMAGE, call("upsample_nearest2d", N1, [9, 13], 1.5, 2.2)],
         [zeros(3, 5, dtype="complex64"), call("_fft_c2r", N1, [1], 0, 9)],
-        [zeros(3, 2, 4), zeros(1, 2, 5), zeros(5, 4), zeros(5, 5)]
-        + [call("rnn_tanh.input", N4, N3, [N2, N1], False, 1, 0.0, False, False, False), FIRST],
+        [*RECURRENT, call("rnn_tanh.input", N4, N3, [N2, N1], *PLAIN), FIRST],
         [zeros(3, 4), call("as_strided", N1, [2, 3], [5, 1], 2)],
         [zeros(2, 2, 4, 5), call("transpose.int", N1, 2, 3), call("scaled_dot_product_attention", N1, N1, N1)],
         [zeros(3, 4), call("select.int", N1, 0, 1), call("as_strided", N1, [2, 3], [5, 1], 2)],
