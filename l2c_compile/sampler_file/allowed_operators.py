@@ -55,8 +55,8 @@ _COPIES = """
     lift_fresh_copy masked_scatter narrow_copy native_channel_shuffle pad _pad_circular _pad_enum permute_copy
     pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d
     replication_pad2d replication_pad3d roll rot90 row_stack select_copy select_scatter slice_copy slice_scatter
-    squeeze_copy stack t_copy tile to _to_copy transpose_copy tril triu type_as unfold_copy
-    unsqueeze_copy view_as_complex_copy view_as_real_copy view_copy vstack zero
+    squeeze_copy stack t_copy tile to _to_copy transpose_copy tril triu type_as unfold_copy unsqueeze_copy
+    view_as_complex_copy view_as_real_copy view_copy vstack zero
 """
 
 _NEW = """
@@ -100,11 +100,11 @@ _LAYERS = """
     _fused_rms_norm grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gru_cell huber_loss im2col
     instance_norm kl_div l1_loss layer_norm lstm lstm_cell max_pool1d max_pool1d_with_indices max_pool2d
     max_pool2d_with_indices max_pool3d max_pool3d_with_indices mse_loss native_batch_norm _native_batch_norm_legit
-    _native_batch_norm_legit_no_training native_group_norm native_layer_norm rms_norm rnn_relu rnn_relu_cell
-    rnn_tanh rnn_tanh_cell smooth_l1_loss upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d
-    _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_trilinear3d _weight_norm
-    _weight_norm_interface
+    _native_batch_norm_legit_no_training native_group_norm native_layer_norm _native_multi_head_attention rms_norm
+    rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell smooth_l1_loss _transformer_encoder_layer_fwd upsample_bicubic2d
+    _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_trilinear3d _weight_norm _weight_norm_interface
 """
 
 _LINEAR_ALGEBRA = """

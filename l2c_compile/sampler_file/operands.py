@@ -249,6 +249,33 @@ def _attends_elsewhere(given: Given) -> str | None:
     return None if fits else f"wants a mask that broadcasts to {[b, h, length, s]}, got {_shape(mask)}"
 
 
+def _has_other_heads(given: Given) -> str | None:
+    """Attention in one operator, and a whole encoder layer: a stream (B, T, D), and weights of its width."""
+    x = given.get("src", given.get("query"))
+    assert isinstance(x, Tensor)
+    dim, heads = given["embed_dim"], given.get("num_head", given.get("num_heads"))
+    if x.dim() != 3 or x.shape[2] != dim or heads < 1 or dim % heads:
+        return f"wants a stream (B, T, {dim}) that {heads} heads divide, got {_shape(x)}"
+    batch, tokens = x.shape[:2]
+    hidden = given["ffn_weight_1"].shape[0] if "ffn_weight_1" in given else 0
+    wanted = {
+        **{name: [batch, tokens, dim] for name in ("query", "key", "value")},
+        **{"qkv_weight": [3 * dim, dim], "qkv_bias": [3 * dim], "proj_weight": [dim, dim], "proj_bias": [dim]},
+        **{f"norm_{kind}_{number}": [dim] for kind in ("weight", "bias") for number in (1, 2)},
+        **{"ffn_weight_1": [hidden, dim], "ffn_bias_1": [hidden]},
+        **{"ffn_weight_2": [dim, hidden], "ffn_bias_2": [dim]},
+    }
+    for name, tensor in _tensors(given, *wanted):
+        if _shape(tensor) != wanted[name]:
+            return f"wants {name} of shape {wanted[name]}, got {_shape(tensor)}"
+    shapes = {0: [tokens, tokens], 1: [batch, tokens], 2: [batch, heads, tokens, tokens]}
+    for _, mask in _tensors(given, "mask"):
+        shape = shapes.get(given["mask_type"])
+        if _shape(mask) != shape:
+            return f"wants a mask of shape {shape}, got {_shape(mask)}"
+    return None
+
+
 def _has_other_gates(num_gates: int) -> Callable[[Given], str | None]:
     """Recurrent layers: weights and states of the sizes that the input and the number of layers say."""
 
@@ -368,6 +395,7 @@ _QUESTIONS: dict[str, tuple[Callable[[Given], str | None], ...]] = {
         ("_fft_c2c _fft_c2r _fft_r2c", (_transforms_another_size,)),
         ("_scaled_dot_product_flash_attention_for_cpu", (_attends_elsewhere, _leaves_gaps_between_rows)),
         ("scaled_dot_product_attention", (_overlaps_in_rows,)),
+        ("_native_multi_head_attention _transformer_encoder_layer_fwd", (_has_other_heads,)),
         ("lstm", (_has_other_gates(4),)),
         ("gru", (_has_other_gates(3),)),
         ("rnn_tanh rnn_relu", (_has_other_gates(1),)),

@@ -13,6 +13,8 @@ _ONE = [1, 1]
 _NORM = ["f2,4,6", "f4", "f4", "f4", "f4"]
 _POOLED = ["f1,2,2,2", "f1,2,4,4"]
 _IMAGE = "f2,4,6,6"
+_ATTENTION = ["f12,4", "f12", "f4,4", "f4"]
+_FEED_FORWARD = [*["f4"] * 4, "f8,4", "f8", "f4,8", "f4", "b3,3", 0]
 _LSTM = ["f3,2,4", ["f1,2,5", "f1,2,5"], ["f20,4", "f20,5", "f20", "f20"], True, 1, 0.0, False, False, False]
 
 CALLS: tuple[tuple[str, list[Any]], ...] = (
@@ -162,6 +164,9 @@ CALLS: tuple[tuple[str, list[Any]], ...] = (
     ("l2c::cached_residual", ["f2,3,4", ["f2,3,4"], ["f2,4"], [], [], _HALF, []]),
     ("l2c::cached_residual_norm", ["f2,3,4", ["f2,3,4"], ["f2,4"], [], [], _HALF, [], {"str": "layer"}, 1e-6]),
     ("l2c::pack_cache", ["f2,3,4", {"dtype": "int8"}]),
+    ("aten::_native_multi_head_attention", [*["f2,3,4"] * 3, 4, 2, *_ATTENTION, None, True, True, None]),
+    ("aten::_native_multi_head_attention", [*["f2,3,4"] * 3, 4, 2, *_ATTENTION, "b2,3", False, True, 1]),
+    ("aten::_transformer_encoder_layer_fwd", ["f2,3,4", 4, 2, *_ATTENTION, True, False, 1e-5, *_FEED_FORWARD]),
     ("aten::linear", ["f3,4", "f5,4", "f5"]),
     ("aten::matmul", ["f2,3,4", "f4,5"]),
     ("aten::bmm", ["f2,3,4", "f2,4,5"]),

@@ -27,6 +27,7 @@ IMAGE = zeros(2, 4, 6, 6)
 NORM = (N2, N1, N1, N1, N1)
 OVERLAPPING = (zeros(2, 2, 5, 4), call("as_strided", N1, [2, 2, 5, 4], [40, 1, 4, 1]))
 RECURRENT = (zeros(3, 2, 4), zeros(1, 2, 5), zeros(5, 4), zeros(5, 5))
+HEADS = (zeros(2, 3, 4), zeros(12, 4), zeros(12), zeros(4, 4), zeros(4))
 PLAIN = (False, 1, 0.0, False, False, False)
 """A recurrent layer without biases: number of layers, dropout, training, both directions, batch first."""
 
@@ -62,6 +63,15 @@ REFUSED = {
     "rows that overlap": (
         [*OVERLAPPING, call("scaled_dot_product_attention", N1, N2, N2)],
         "queries whose rows do not overlap",
+    ),
+    "heads": ([*HEADS, call("_native_multi_head_attention", N5, N5, N5, 4, 3, N4, N3, N2, N1)], "3 heads divide"),
+    "weights of heads": (
+        [*HEADS, call("_native_multi_head_attention", N5, N5, N5, 4, 2, N3, N4, N2, N1)],
+        "wants qkv_weight of shape",
+    ),
+    "mask of heads": (
+        [*HEADS, call("_native_multi_head_attention", N5, N5, N5, 4, 2, N4, N3, N2, N1, N2, True, True, 1)],
+        "wants a mask of shape",
     ),
     "recurrent weights": (
         [*RECURRENT, call("rnn_tanh.input", N4, N3, [N1, N2], *PLAIN)],
@@ -106,6 +116,7 @@ def test_operands_that_a_kernel_would_believe_are_refused(saved: Path, tmp_path:
         [zeros(3, 5, dtype="complex64"), call("_fft_c2r", N1, [1], 0, 9)],
         [*RECURRENT, call("rnn_tanh.input", N4, N3, [N2, N1], *PLAIN), FIRST],
         [zeros(3, 4), call("as_strided", N1, [2, 3], [5, 1], 2)],
+        [*HEADS, call("_native_multi_head_attention", N5, N5, N5, 4, 2, N4, N3, N2, N1), FIRST],
         [zeros(2, 2, 4, 5), call("transpose.int", N1, 2, 3), call("scaled_dot_product_attention", N1, N1, N1)],
         [zeros(3, 4), call("select.int", N1, 0, 1), call("as_strided", N1, [2, 3], [5, 1], 2)],
         [call("floor_divide.Scalar", "%1", 2)],
