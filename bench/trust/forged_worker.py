@@ -119,8 +119,9 @@ def _input(form: TensorForm, *, exact: bool) -> Tensor:
     return memory.as_strided(form.shape, form.stride)
 
 
-def _bits(tensor: Tensor) -> bytes:
-    if tensor.is_meta:
+def _bits(tensor: Tensor | None) -> bytes:
+    # Attention in one operator has None for its weights, where they are not asked for.
+    if tensor is None or tensor.is_meta:
         return b""
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten())
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
