@@ -38,6 +38,7 @@ _OTHER_DTYPES = (
 )
 _INTEGERS = (0, 1, 2, 3, 4, 5, 7, 16, 100, 4096, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1)
 _FLOATS = (0.0, -1.0, 0.5, 3.0, 1e-300, 1e300, 1e30, {"float": "nan"}, {"float": "inf"}, {"float": "-inf"})
+_HOSTILE_FLOATS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e10, -1e10, 1e-40)
 _TEXTS = ("none", "sum", "mean", "max", "constant", "reflect", "floor", "trunc", "tanh", "same", "right", "x" * 30)
 _SPECS = ("f2,4", "f3,4", "f4", "f2,3,4", "f4,4", "f2,4,6,6", "f1", "i3,4<4", "i4<3", "b3,4", "c3,4", "f0,4", "f")
 
@@ -75,6 +76,8 @@ class _Graph:
             values = torch.rand(numel, generator=generator) < 0.5
         else:
             values = torch.randn(numel, generator=generator, dtype=dtype)
+            if self.draw.random() < 0.15:
+                values[self.draw.randrange(numel)] = self.draw.choice(_HOSTILE_FLOATS)
         content = values.view(torch.uint8).numpy().tobytes()
         record = f"data/constants/tensor_{len(self.records)}"
         self.records["archive/" + record] = content
