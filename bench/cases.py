@@ -46,6 +46,7 @@ Run: TypeAlias = Callable[[Sequence[str], Progress], list[Row]]
 CASES: dict[str, str] = {
     "compile-time": "bench.speed.compile_time:run",
     "equality": "bench.trust.equality:run",
+    "forged-graphs": "bench.trust.forged_graphs:run",
     "fuzz": "bench.trust.fuzz:run",
     "golden": "bench.trust.golden:run",
     "gpu-all": "bench.speed.gpu_all:run",
@@ -65,7 +66,9 @@ CASES: dict[str, str] = {
 }
 
 
-ALWAYS_CHECKED = frozenset({"equality", "fuzz", "golden", "malformed-files", "mutations", "removed-shares"})
+ALWAYS_CHECKED = frozenset(
+    {"equality", "forged-graphs", "fuzz", "golden", "malformed-files", "mutations", "removed-shares"}
+)
 """The cases that measure correctness, not speed; they exit with 1 when they fall short, also without ``--check``."""
 
 

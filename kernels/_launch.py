@@ -189,6 +189,9 @@ class Terms:
             if token_scale is not None and token_scale.shape != x.shape[:-1]:
                 wanted = tuple(x.shape[:-1])
                 raise KernelError(f"{op} wants token_scales[{index}] of shape {wanted}, got {_shape(token_scale)}")
+            if token_scale is not None and token_scale.device != x.device:
+                got = token_scale.device
+                raise KernelError(f"{op} wants token_scales[{index}] on {x.device}, where x is, got {got}")
             for name in ("gate", "scale", "shift"):
                 check_operand(op, f"{name}s[{index}]", getattr(term, name), x)
         # torch.library does not look for tensors that require gradients in a list that also has a None.

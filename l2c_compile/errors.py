@@ -61,6 +61,10 @@ class InputFormError(L2CError, ValueError):
     """A loaded sampler is given inputs of another form than it was saved for."""
 
 
+class OperandError(L2CError, ValueError):
+    """An operator of a loaded sampler does not take the values that it is given, such as a label that is too large."""
+
+
 class StaleConstantsError(L2CError, RuntimeError):
     """Weights changed after constants were folded from them; call ``refresh()``."""
 

@@ -121,6 +121,31 @@ def rewritten(
     return target
 
 
+def with_lines(source: Path, target: Path, *added: object) -> Path:
+    """Copy an archive with lines added to its graph; what the last of them computes is returned as well.
+
+    In an added line "%next" stands for the line itself, "%next-1" for the one before, and so on.
+    """
+
+    def insert(graph: bytes) -> bytes:
+        *lines, last = map(json.loads, graph.splitlines())
+        for line in added:
+            text = json.dumps(line)
+            for back in range(9, 0, -1):
+                text = text.replace(f"%next-{back}", f"%{len(lines) - back}")
+            lines.append(json.loads(text))
+        # What nobody uses is refused for that alone.
+        last["output"].append(f"%{len(lines) - 1}")
+        return b"".join(json.dumps(each).encode() + b"\n" for each in (*lines, last))
+
+    def one_result_more(manifest: bytes) -> bytes:
+        document = json.loads(manifest)
+        document["result"]["dict"]["added"] = {"leaf": 3}
+        return json.dumps(document).encode()
+
+    return rewritten(source, target, {GRAPH: insert, MANIFEST: one_result_more})
+
+
 MAX_CALLS = 100_000
 """Python functions that are called until a file is refused: 19000 at most in these tests, a million in a second."""
 

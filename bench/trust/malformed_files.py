@@ -27,7 +27,7 @@ from bench.options import Options
 from bench.report import ROOT, Condition, Row
 from bench.trust.malformed_worker import Outcome
 
-ALLOWED = ("refused", "not readable", "read as before", "read as another")
+ALLOWED = ("refused", "not readable", "read as before", "read as another", "ran", "refused when called")
 """The outcomes that are not failures."""
 
 _CHUNK = 1000
@@ -49,10 +49,11 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     for outcome in outcomes(options.seed, options.first, options.first + options.count):
         done.append(outcome)
         progress.advance(task)
-    return _rows(done, {"seed": options.seed, "first": options.first, "count": len(done)})
+    return summed_up(done, {"seed": options.seed, "first": options.first, "count": len(done)})
 
 
-def _rows(done: Sequence[Outcome], of_run: Mapping[str, Condition]) -> list[Row]:
+def summed_up(done: Sequence[Outcome], of_run: Mapping[str, Condition]) -> list[Row]:
+    """Return the rows that say what came of the files of a run."""
     counts = Counter((each.kind, each.outcome) for each in done)
     rows = [Row("files", n, "", {**of_run, "kind": kind, "outcome": how}) for (kind, how), n in sorted(counts.items())]
     failures = [each for each in done if each.outcome not in ALLOWED]
@@ -71,19 +72,28 @@ def _which(one: Outcome, of_run: Mapping[str, Condition]) -> dict[str, Condition
     return {**of_run, "file": one.index, **about}
 
 
-def outcomes(seed: int, start: int, stop: int) -> Iterator[Outcome]:
+def outcomes(
+    seed: int, start: int, stop: int, worker: str = "malformed_worker", environment: Mapping[str, str] = {}
+) -> Iterator[Outcome]:
     """Yield the outcomes of the files ``start`` to ``stop``. That a file ends or stops its process is one, too.
+
+    Args:
+        seed: the seed of the run.
+        start: the number of the first file.
+        stop: the number behind the last.
+        worker: the module in this folder that reads the files.
+        environment: what the process gets besides the environment of this one.
 
     Raises:
         BenchError: if the process cannot read even the valid files.
     """
     while start < stop:
         end = min(stop, start + _CHUNK)
-        command = [sys.executable, "-m", "bench.trust.malformed_worker", *map(str, (seed, start, end))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env=environment) as worker:
-            assert worker.stdout is not None
-            lines = _lines(worker.stdout.fileno())
+        command = [sys.executable, "-m", f"bench.trust.{worker}", *map(str, (seed, start, end))]
+        surroundings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env=surroundings) as process:
+            assert process.stdout is not None
+            lines = _lines(process.stdout.fileno())
             try:
                 if next(lines, None) != "ready":
                     raise BenchError("the process that reads malformed files did not start; its error is above")
@@ -91,13 +101,13 @@ def outcomes(seed: int, start: int, stop: int) -> Iterator[Outcome]:
                     yield Outcome(**json.loads(line))
                     start += 1
                 if start < end:
-                    yield Outcome(start, "?", "?", "CRASHED", f"the process ended with {worker.wait()}", 0.0)
+                    yield Outcome(start, "?", "?", "CRASHED", f"the process ended with {process.wait()}", 0.0)
                     start += 1
             except TimeoutError:
                 yield Outcome(start, "?", "?", "HUNG", f"nothing came for {_HANG_SECONDS} s", _HANG_SECONDS)
                 start += 1
             finally:
-                worker.kill()
+                process.kill()
 
 
 def _lines(descriptor: int) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Outcome:
     """The processor time of reading."""
 
 
-class _ForbiddenActionRecorder:
+class ForbiddenActionRecorder:
     """Records which forbidden things Python does while a file is read: processes, network, changes of files."""
 
     _FORBIDDEN = (
@@ -87,15 +87,17 @@ class _ForbiddenActionRecorder:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        """What was done that is forbidden."""
         self._active = False
         self._vanishing: Path | None = None
         self._num_opened = 0
         sys.addaudithook(self._hook)
 
     @contextmanager
-    def recording(self, file: Malformed) -> Iterator[None]:
+    def recording(self, vanishing: Path | None = None) -> Iterator[None]:
+        """Record what is done in this context; ``vanishing`` is a file to remove when it is opened a second time."""
         self.seen, self._num_opened = [], 0
-        self._vanishing = file.path if file.vanishes else None
+        self._vanishing = vanishing
         self._active = True
         try:
             yield
@@ -123,10 +125,11 @@ def _reader(kind: str) -> Callable[[Path], _Read]:
 
 
 @contextmanager
-def _bounded_memory() -> Iterator[None]:
+def bounded_memory(more_bytes: int) -> Iterator[None]:
+    """Give the process no more address space than it has, and so many bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, hard))
     try:
         yield
     finally:
@@ -175,7 +178,7 @@ class _MalformedFileReader:
         self.canary = folder / "canary"
         (folder / "valid").mkdir()
         self.valid = valid_files(folder / "valid")
-        self.recorder = _ForbiddenActionRecorder()
+        self.recorder = ForbiddenActionRecorder()
         self.wanted: dict[str, object] = {}
         for kind, content in self.valid.items():
             path = folder / "valid" / f"valid-{kind}"
@@ -212,7 +215,7 @@ class _MalformedFileReader:
         error: BaseException | None = None
         start = time.process_time()
         try:
-            with self.recorder.recording(file), _bounded_memory():
+            with self.recorder.recording(file.path if file.vanishes else None), bounded_memory(MEMORY_BYTES):
                 result = _reader(file.kind)(file.path)
         except Exception as raised:
             error = raised
@@ -220,7 +223,7 @@ class _MalformedFileReader:
         if result is not None:
             return *self._judge_result(file, result), seconds
         assert error is not None
-        return *_judge_error(error), seconds
+        return *judge_error(error), seconds
 
     def _judge_result(self, file: Malformed, result: _Read) -> tuple[str, str]:
         same = file.kind != "sampler" and result == self.wanted[file.kind]
@@ -235,7 +238,8 @@ class _MalformedFileReader:
         return ("read as before" if same else "read as another"), ""
 
 
-def _judge_error(error: BaseException) -> tuple[str, str]:
+def judge_error(error: BaseException) -> tuple[str, str]:
+    """Return the outcome of an error, and the words for it."""
     message = f"{type(error).__name__}: {error!s:.300}"
     if isinstance(error, MemoryError):
         return "OUT OF MEMORY", message

@@ -54,6 +54,9 @@ class Storages:
         value = source.meta.get("val")
         if not isinstance(value, Tensor):
             return source
+        result = node.meta.get("val")
+        if isinstance(result, Tensor) and result.device != value.device:
+            return None
         key = (target, tuple(value.shape), value.stride(), value.dtype, repr(node.args[1:]), repr(node.kwargs))
         if key not in self._is_view:
             self._is_view[key] = _shares_memory(node, value)
@@ -63,8 +66,9 @@ class Storages:
 def _shares_memory(node: Node, value: Tensor) -> bool:
     """Return whether the result is a view: ``reshape`` and ``contiguous`` return one or a copy, as strides permit."""
     source = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    rest, kwargs = torch.fx.node.map_arg((node.args[1:], dict(node.kwargs)), _on_meta)
-    result = node.target(source, *rest, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})  # type: ignore[operator]
+    given = torch.fx.node.map_arg((node.args[1:], dict(node.kwargs)), _on_meta)
+    rest, kwargs = torch.fx.node.map_aggregate(given, lambda a: source.device if isinstance(a, torch.device) else a)
+    result = node.target(source, *rest, **kwargs)  # type: ignore[operator]
     first = result[0] if isinstance(result, (tuple, list)) else result
     return bool(first.untyped_storage()._cdata == source.untyped_storage()._cdata)
 

@@ -102,7 +102,9 @@ class LoopGraph(ProgramGraph):
         root = nn.Module()
         for name, child in self.root.named_children():
             root.add_module(name, child)
-        for name, tensor in self.root.named_buffers(recurse=False):
+        for name, weight in self.root.named_parameters(recurse=False, remove_duplicate=False):
+            root.register_parameter(name, weight)
+        for name, tensor in self.root.named_buffers(recurse=False, remove_duplicate=False):
             root.register_buffer(name, tensor, persistent=False)
         return replace(self, graph=copy_of(self.graph), root=root, folded=list(self.folded))
 

@@ -7,9 +7,11 @@ order, and the result is the flat list of the loop's results.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ def to_exported_program(
 
     Args:
         program: the graph, whose nodes are operators, ``getitem`` and ``get_attr`` of tensors.
-        before: a function that is told each node before it is run; see ``infer_values``.
+        before: a function that is told each different operation of ``program`` before it is tried on fake tensors.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -68,7 +70,7 @@ def to_exported_program(
     graph.output(tuple(results))
     # The parts of a loop graph were captured under different fake modes, and torch takes one.
     originals = {copy: node for node, copy in copies.items()}
-    infer_values(graph, lambda copy: _form(program, originals[copy]), before)
+    infer_values(graph, lambda copy: _form(program, originals[copy]), lambda copy: before(originals[copy]))
     outputs = [
         OutputSpec(
             OutputKind.USER_OUTPUT,
@@ -145,7 +147,7 @@ def infer_values(
     def shared(value: Any) -> Any:  # noqa: ANN401 - whatever an operator returns
         return by_form.setdefault(TensorForm.of(value), value) if isinstance(value, Tensor) else value
 
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _without_log():
         for node in graph.nodes:
             if node.op == "output":
                 continue
@@ -159,6 +161,17 @@ def infer_values(
             else:
                 values[node] = shared(known(node).empty())
             node.meta["val"] = values[node]
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep torch from logging a traceback of an error that is raised inside."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _operation(node: fx.Node, rename: Callable[[fx.Node], object]) -> object:

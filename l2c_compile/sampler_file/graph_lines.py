@@ -23,7 +23,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
 from l2c_compile.errors import FileFormatError, SaveError, VerificationError
@@ -31,62 +31,29 @@ from l2c_compile.files.documents import MAX_JSON_BYTES, parse_json
 from l2c_compile.graphs.facts import Fact, check
 from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
-from l2c_compile.graphs.nodes import evaluation_of, module_path, output_list
+from l2c_compile.graphs.nodes import evaluation_of, module_path, output_list, root_tensor
+from l2c_compile.sampler_file.allowed_operators import DTYPES, initialised, name_of, operator_named, why_refused
 from l2c_compile.sampler_file.exported_program import infer_values
+from l2c_compile.sampler_file.memory import check_memory
+from l2c_compile.sampler_file.operands import MAX_PIECES, OperationChecker, extent_bytes, refusal
 
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 8
 _MAX_DIMS = 64
-# The most tensors in a list that is an argument or a result.
-_MAX_PIECES = 10_000
 _MAX_INT = 2**63 - 1
 
+_MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+# Quantised dtypes, those below a byte and sparse layouts have kernels that believe what they are given.
 _NAMED: Mapping[str, Mapping[str, torch.dtype | torch.layout | torch.memory_format]] = {
-    kind: {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, known)}
-    for kind, known in (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format))
+    "dtype": {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES},
+    "layout": {"strided": torch.strided},
+    "memory_format": {name: getattr(torch, name) for name in _MEMORY_FORMATS},
 }
 _FLOATS = ("inf", "-inf", "nan")
-_OPERATOR = re.compile(r"(aten|prims|l2c)::([A-Za-z0-9_]+)(?:\.([A-Za-z0-9_]+))?", re.ASCII)
 _REFERENCE = re.compile(r"%(0|[1-9][0-9]{0,7})", re.ASCII)
 _DEVICE = re.compile(r"[a-z]{1,20}(:[0-9]{1,3})?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _GETITEM = "getitem"
-
-aten = torch.ops.aten
-
-# The operators that return a list, either of as many tensors as they are given or of as many as _check_pieces counts.
-_CUTS = frozenset(
-    {aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unbind, aten.chunk}
-    | {aten.unsafe_chunk, aten.tensor_split, aten.hsplit, aten.vsplit, aten.dsplit, aten.meshgrid}
-    | {aten.broadcast_tensors, aten.atleast_1d, aten.atleast_2d, aten.atleast_3d}
-)
-
-
-class OperationBudget:
-    """Limits how many different operations a graph may have, because each is tried on fake tensors when it is read.
-
-    Evaluations are copies of one another, so a loop has few different operations: 1500, and one for every 8 lines, are
-    enough for any loop, and a hostile file then takes no longer to read than an honest one of its size.
-    """
-
-    def __init__(self, num_lines: int, error: type[SaveError] | type[FileFormatError]) -> None:
-        self._limit = 1500 + num_lines // 8
-        self._error = error
-        self._num_spent = 0
-
-    def spend(self, node: Node) -> None:
-        """Count one operation.
-
-        Raises:
-            SaveError: if there are too many, and the budget was made with this error.
-            FileFormatError: if there are too many, and the budget was made with this error.
-        """
-        self._num_spent += 1
-        if self._num_spent > self._limit:
-            raise self._error(
-                f"the graph has more than {self._limit} different operations, which a file does not hold; compile fewer"
-                " evaluations"
-            )
 
 
 @dataclass(frozen=True)
@@ -99,14 +66,14 @@ class StoredTensor:
     form: TensorForm
     offset: int
     """The position of the first element in the storage, in elements."""
+    requires_grad: bool = False
+    """Whether the tensor is a weight that can be trained: torch multiplies with such in another order."""
 
     @property
     def end_bytes(self) -> int:
         """The number of bytes that the storage needs at least."""
-        if 0 in self.form.shape:
-            return 0
-        steps = zip(self.form.shape, self.form.stride, strict=True)
-        return (self.offset + sum((size - 1) * step for size, step in steps) + 1) * self.form.dtype.itemsize
+        end = extent_bytes(self.form)
+        return end and end + self.offset * self.form.dtype.itemsize
 
 
 def encode_graph(program: ProgramGraph, stored: Callable[[Node], StoredTensor]) -> Iterator[str]:
@@ -126,9 +93,10 @@ def encode_graph(program: ProgramGraph, stored: Callable[[Node], StoredTensor]) 
             line = {"input": len(numbers)}
         elif node.op == "get_attr":
             where = stored(node)
-            form = encode_form(where.form)
             line = {"tensor": str(node.target), "record": where.record, "sha256": where.sha256, "offset": where.offset}
-            line |= form
+            line |= encode_form(where.form, f"tensor '{node.target}'")
+            if where.requires_grad:
+                line["requires_grad"] = True
         elif node.op == "output":
             line = {"output": encode_literal(output_list(program.graph), "the loop's result", numbers)}
         else:
@@ -143,6 +111,7 @@ def decode_graph(
     num_evaluations: int,
     place: Callable[[torch.device], torch.device],
     load: Callable[[StoredTensor], Tensor],
+    max_bytes: int | None = None,
 ) -> ProgramGraph:
     """Return the graph of ``encode_graph``'s lines, after trying every operator of it on fake tensors.
 
@@ -152,6 +121,7 @@ def decode_graph(
         num_evaluations: the number of evaluations that a line may name.
         place: a function from a device of the file to one of this machine.
         load: a function that reads a tensor onto the device where it will be.
+        max_bytes: the most memory that the graph may take; None is that of its devices.
 
     Raises:
         FileFormatError: if a line is malformed, calls anything but a function of tensors, or does not fit the other
@@ -161,7 +131,7 @@ def decode_graph(
     stream = io.BytesIO(content)
     while line := stream.readline(MAX_JSON_BYTES + 1):
         reader.read(parse_json(line))
-    return reader.finish(inputs)
+    return reader.finish(inputs, max_bytes)
 
 
 class _GraphBuilder:
@@ -200,24 +170,21 @@ class _GraphBuilder:
         else:
             raise self._error(f"wants an input, a tensor, an op or the output, got {kind!r:.80}")
 
-    def finish(self, inputs: Sequence[TensorForm]) -> ProgramGraph:
+    def finish(self, inputs: Sequence[TensorForm], max_bytes: int | None) -> ProgramGraph:
         if not self.finished or self.num_inputs != len(inputs):
             raise FileFormatError(
                 f"the graph is cut off, or has {self.num_inputs} inputs where the manifest names {len(inputs)}"
             )
         graph, root = self.program.graph, self.program.root
         forms = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
-        forms |= {node: TensorForm.of(root.get_buffer(str(node.target))) for node in graph.find_nodes(op="get_attr")}
-        budget = OperationBudget(len(self.nodes), FileFormatError)
-
-        def before(node: Node) -> None:
-            budget.spend(node)
-            _check_pieces(node)
-
+        forms |= {node: TensorForm.of(root_tensor(root, node)) for node in graph.find_nodes(op="get_attr")}
+        checker = OperationChecker(len(self.nodes), FileFormatError)
         try:
             # The cheap check comes first, so that no operator is tried that nothing uses.
             check(self.program, (Fact.SITES_LOWERED, Fact.READS_LOWERED, Fact.NO_DEAD_NODES))
-            infer_values(graph, forms.__getitem__, before)
+            infer_values(graph, forms.__getitem__, checker.check)
+            checker.check_whole(self.program)
+            check_memory(graph, max_bytes)
         except FileFormatError:
             raise
         except VerificationError as error:
@@ -229,16 +196,25 @@ class _GraphBuilder:
         return self.program
 
     def _tensor(self, line: dict[str, object]) -> Node:
-        self._check_keys(line, {"tensor", "record", "sha256", "offset", "dtype", "shape", "stride", "device"})
+        wanted = {"tensor", "record", "sha256", "offset", "dtype", "shape", "stride", "device"}
+        self._check_keys(line, wanted, {"requires_grad"})
         record, sha256, offset = line["record"], line["sha256"], line["offset"]
+        requires_grad = line.get("requires_grad", False)
         if not isinstance(record, str) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
             raise self._error("wants the name of a record and its sha256")
         if not _is_count(offset):
             raise self._error(f"wants an offset in elements, got {offset!r:.80}")
-        tensor = self.load(StoredTensor(record, sha256, decode_form(line, self._where), offset))
+        form = decode_form(line, self._where)
+        has_gradient = form.dtype.is_floating_point or form.dtype.is_complex
+        if type(requires_grad) is not bool or (requires_grad and not has_gradient):
+            raise self._error(f"wants a dtype that has gradients, or none, got {requires_grad!r:.80}")
+        tensor = self.load(StoredTensor(record, sha256, form, offset))
         # The name in the file is not taken, because it would become code.
         name = f"tensor_{len(self.nodes)}"
-        self.program.root.register_buffer(name, tensor)
+        if requires_grad:
+            self.program.root.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.program.root.register_buffer(name, tensor)
         return self.program.graph.create_node("get_attr", name)
 
     def _call(self, line: dict[str, object]) -> Node:
@@ -251,6 +227,7 @@ class _GraphBuilder:
             unknown = named.keys() - {argument.name for argument in target._schema.arguments}
             if unknown or len(args) > len(target._schema.arguments):
                 raise self._error(f"gives {name} arguments that it does not have")
+            target = initialised(target)
         elif named or len(args) != 2 or not isinstance(args[0], Node) or type(args[1]) is not int:
             raise self._error("wants getitem of a value and a number")
         node = self.program.graph.call_function(target, tuple(args), named)
@@ -265,15 +242,12 @@ class _GraphBuilder:
         return node
 
     def _operator(self, name: object) -> OpOverload[..., object]:
-        match = _OPERATOR.fullmatch(name) if isinstance(name, str) else None
-        if match is None:
+        if not isinstance(name, str) or "::" not in name:
             raise self._error(f"wants an operator of torch or of l2c_compile, got {name!r:.80}")
-        namespace, base, overload = match.groups()
-        packet = getattr(getattr(torch.ops, namespace), base, None)
-        target = getattr(packet, overload or "default", None) if isinstance(packet, OpOverloadPacket) else None
-        if not isinstance(target, OpOverload):
-            raise self._error(f"calls {name}, which torch {torch.__version__} does not have")
-        reason = _why_refused(target)
+        target = operator_named(name)
+        if target is None:
+            raise self._error(f"calls {name!r:.80}, which torch {torch.__version__} does not have")
+        reason = why_refused(target)
         if reason is not None:
             raise self._error(f"calls {name}, which {reason}")
         return target
@@ -352,7 +326,7 @@ def decode_literal(
         if match is None or int(match[1]) >= len(nodes):
             raise FileFormatError(f"{where} refers to {value!r:.80}, which is no earlier line")
         return nodes[int(match[1])]
-    if isinstance(value, list) and depth > 0 and len(value) <= _MAX_PIECES:
+    if isinstance(value, list) and depth > 0 and len(value) <= MAX_PIECES:
         return [decode_literal(item, where, nodes, place, depth - 1) for item in value]
     if value is None or isinstance(value, (bool, float)):
         return value
@@ -371,9 +345,15 @@ def decode_literal(
     raise FileFormatError(f"{where} has the value {value!r:.80}, which is of no known form")
 
 
-def encode_form(form: TensorForm) -> dict[str, object]:
-    """Return a tensor's form in JSON types."""
+def encode_form(form: TensorForm, what: str) -> dict[str, object]:
+    """Return a tensor's form in JSON types.
+
+    Raises:
+        SaveError: if the dtype is one that a file cannot hold; the message begins with ``what``.
+    """
     dtype = str(form.dtype).removeprefix("torch.")
+    if dtype not in _NAMED["dtype"]:
+        raise SaveError(f"{what} is of dtype {dtype}, which a file cannot hold; convert it to one that torch adds in")
     return {"dtype": dtype, "shape": list(form.shape), "stride": list(form.stride), "device": str(form.device)}
 
 
@@ -398,15 +378,11 @@ def _encode_call(node: Node, numbers: Mapping[Node, str]) -> dict[str, object]:
     if node.target is operator.getitem:
         name = _GETITEM
     else:
-        reason = _why_refused(node.target) if isinstance(node.target, OpOverload) else "is no operator of torch"
+        reason = why_refused(node.target)
         if reason is not None:
-            path = module_path(node)
-            raise SaveError(
-                f"{node.target}{f' in module {path!r}' if path else ''} cannot be saved, because it {reason}; use"
-                " functions of torch in its place"
-            )
+            raise SaveError(refusal(node, reason))
         assert isinstance(node.target, OpOverload)
-        name = _name(node.target)
+        name = name_of(node.target)
     what = f"an argument of {name}"
     line: dict[str, object] = {"op": name, "args": encode_literal(node.args, what, numbers)}
     if node.kwargs:
@@ -416,42 +392,6 @@ def _encode_call(node: Node, numbers: Mapping[Node, str]) -> dict[str, object]:
     if "nn_module_stack" in node.meta:
         line["path"] = module_path(node)
     return line
-
-
-def _why_refused(target: OpOverload[..., object]) -> str | None:
-    """Return why a file may not call an operator; None if it may."""
-    schema = target._schema
-    if not _OPERATOR.fullmatch(_name(target)):
-        return "is an operator of another library"
-    if schema.is_mutable:
-        return "writes into an argument"
-    if any(argument.name == "filename" for argument in schema.arguments):
-        return "touches files"
-    types = {str(result.type) for result in schema.returns}
-    if types != {"Tensor"} and not (types == {"List[Tensor]"} and target.overloadpacket in _CUTS):
-        return "returns something else than a fixed number of tensors"
-    return None
-
-
-def _check_pieces(node: Node) -> None:
-    """Raise ``ValueError`` if the node would cut a tensor into so many pieces that they alone fill the memory."""
-    if not isinstance(node.target, OpOverload) or node.target.overloadpacket not in _CUTS:
-        return
-    given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
-    given.update(node.kwargs)
-    value, dim = given.get("self"), given.get("dim", 0)
-    if not isinstance(value, Node) or not isinstance(dim, int) or any(isinstance(v, list) for v in given.values()):
-        return  # as many pieces as the list has entries
-    num_pieces = given.get("sections", given.get("chunks"))
-    if num_pieces is None:
-        size = given.get("split_size", 1)
-        num_pieces = value.meta["val"].shape[dim] // max(1, size if isinstance(size, int) else 1)
-    if not isinstance(num_pieces, int) or num_pieces > _MAX_PIECES:
-        raise ValueError(f"{node.target} makes {num_pieces} pieces, at most {_MAX_PIECES} are read")
-
-
-def _name(target: OpOverload[..., object]) -> str:
-    return str(target.name())  # type: ignore[no-untyped-call]
 
 
 def _decode_device(text: object, where: str) -> torch.device:

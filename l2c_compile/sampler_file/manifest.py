@@ -17,7 +17,7 @@ from l2c_compile.graphs.forms import StaticValue, TensorForm
 from l2c_compile.sampler_file.graph_lines import encode_form, encode_literal
 
 FORMAT = "l2c_compile.sampler"
-VERSION = 1
+VERSION = 2
 
 _FOLDER = "data/extra/l2c_compile/"
 MANIFEST, GRAPH, SCHEDULE = (_FOLDER + name for name in ("manifest.json", "graph.jsonl", "schedule.json"))
@@ -74,7 +74,7 @@ def encode_tree(value: object, what: str, leaf: Callable[[object, str], object])
 def encode_input(leaf: object, what: str) -> object:
     """Return a leaf of the inputs as JSON, which is the form of a tensor or a Python value."""
     if isinstance(leaf, TensorForm):
-        return {"tensor": encode_form(leaf)}
+        return {"tensor": encode_form(leaf, what)}
     return {"value": encode_literal(leaf, what)}
 
 

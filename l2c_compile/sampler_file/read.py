@@ -60,16 +60,17 @@ _TORCHS_OWN = re.compile(
 
 
 def read_sampler(
-    path: str | os.PathLike[str], map_location: MapLocation = None
+    path: str | os.PathLike[str], map_location: MapLocation = None, max_bytes: int | None = None
 ) -> tuple[dict[str, object], CallSignature, LoopGraph]:
     """Return the manifest, the form of ``(noise, conditions)`` and the loop graph of a saved sampler.
 
     Args:
         path: the file. It may come from a stranger: nothing of it is unpickled or run as code.
         map_location: the device, or devices, for tensors that were saved on another device.
+        max_bytes: the most memory that the graph may take when it runs; None is that of its devices.
 
     Raises:
-        FileFormatError: if the file is damaged, hostile, of a newer version, or something else.
+        FileFormatError: if the file is damaged, hostile, too large, of a newer version, or something else.
         BackendError: if a device of the file is neither on this machine nor mapped.
         OSError: if the file cannot be read.
     """
@@ -88,6 +89,7 @@ def read_sampler(
             schedule.num_evaluations,
             devices.place,
             _SavedStorages(archive, devices).load,
+            max_bytes,
         )
     out_spec = _decode_result(manifest["result"], program.graph)
     return manifest, inputs, LoopGraph(program.graph, program.root, schedule, num_noise, out_spec)

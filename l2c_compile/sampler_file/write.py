@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_unflatten
 
 from l2c_compile.analyses.summary import Summary
-from l2c_compile.errors import SaveError
+from l2c_compile.errors import L2CError, SaveError
 from l2c_compile.files.archive import Archive
 from l2c_compile.files.documents import parse_json, replaced_at_once
 from l2c_compile.graphs.forms import CallSignature, TensorForm
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import root_tensor
 from l2c_compile.sampler_file.exported_program import compile_ahead_of_time, to_exported_program
-from l2c_compile.sampler_file.graph_lines import OperationBudget, StoredTensor, encode_graph
+from l2c_compile.sampler_file.graph_lines import StoredTensor, encode_graph
 from l2c_compile.sampler_file.manifest import (
     FORMAT,
     GRAPH,
@@ -37,6 +38,7 @@ from l2c_compile.sampler_file.manifest import (
     own_version,
     raw_value,
 )
+from l2c_compile.sampler_file.operands import OperationChecker
 
 
 def save_sampler(
@@ -93,7 +95,7 @@ def save_sampler(
     # A graph that cannot be written is found before minutes are spent on the archive.
     for _ in encode_graph(graph, lambda node: _NOWHERE):
         pass
-    exported = to_exported_program(graph, OperationBudget(len(graph.graph.nodes), SaveError).spend)
+    exported = _checked_program(graph)
     with replaced_at_once(target) as temporary:
         with _DeferredErrorFile(temporary) as file:
             torch.export.save(exported, file)
@@ -129,6 +131,22 @@ def _result_leaf(leaf: object, what: str) -> dict[str, object]:
             " lists or dicts of tensors"
         )
     return {"leaf": leaf}
+
+
+def _checked_program(graph: LoopGraph) -> ExportedProgram:
+    """Return the program to write, after the checks that ``load`` makes."""
+    checker = OperationChecker(len(graph.graph.nodes), SaveError)
+    try:
+        exported = to_exported_program(graph, checker.check)
+        checker.check_whole(graph)
+    except L2CError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        raise SaveError(
+            f"torch cannot tell from the shapes alone what an operator of the graph returns: {error!s:.300}; write that"
+            " part with other functions of torch, or keep the sampler in Python"
+        ) from error
+    return exported
 
 
 class _DeferredErrorFile(io.FileIO):
@@ -177,8 +195,10 @@ def _stored_tensors(archive: Archive) -> Callable[[LoopGraph, fx.Node], StoredTe
 
     def stored(graph: LoopGraph, node: fx.Node) -> StoredTensor:
         name = str(node.target)
-        form = TensorForm.of(root_tensor(graph.root, node))
-        return StoredTensor(records[name], hashes[records[name]], form, offsets[name])
+        tensor = root_tensor(graph.root, node)
+        return StoredTensor(
+            records[name], hashes[records[name]], TensorForm.of(tensor), offsets[name], tensor.requires_grad
+        )
 
     return stored
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 from l2c_compile.analyses.summary import Summary
 from l2c_compile.backends.lower import lower_to_backend
 from l2c_compile.backends.options import EAGER, Backend, Options
-from l2c_compile.errors import InputFormError
+from l2c_compile.errors import InputFormError, L2CError, OperandError
 from l2c_compile.frontend.trace import check_no_autocast
 from l2c_compile.graphs.forms import CallSignature, TensorForm, signature_of
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -23,6 +23,7 @@ from l2c_compile.sampler_file.manifest import (
     describe_input,
     list_of,
 )
+from l2c_compile.sampler_file.operands import place_of
 from l2c_compile.sampler_file.read import (
     MapLocation,
     read_sampler,
@@ -35,6 +36,7 @@ def load(
     backend: Backend = EAGER,
     map_location: MapLocation = None,
     mode: Literal["reduce-overhead"] | None = None,
+    max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedSampler:
     """Load a sampler that ``CompiledSampler.save`` wrote; the model's class is not needed.
@@ -45,15 +47,16 @@ def load(
             takes.
         map_location: the device, or devices, for tensors that were saved on another device.
         mode: "reduce-overhead" runs the loop as one CUDA graph, as in ``l2c_compile``.
+        max_bytes: the most memory that the graph may take when it runs; None is all that the devices have.
         progress: a function that is told what is compiled.
 
     Raises:
-        FileFormatError: if the file is damaged, hostile, of a newer version, or something else.
+        FileFormatError: if the file is damaged, hostile, too large, of a newer version, or something else.
         BackendError: if there is no such backend, or a device of the file is neither on this machine nor mapped.
         OSError: if the file cannot be read.
     """
     options = Options(backend, mode=mode)
-    manifest, inputs, graph = read_sampler(path, map_location)
+    manifest, inputs, graph = read_sampler(path, map_location, max_bytes)
     module = graph.module()
     run = lower_to_backend(graph, options, progress or silent)
     return LoadedSampler(manifest, inputs, graph, module, run)
@@ -109,11 +112,17 @@ class LoadedSampler(nn.Module):
 
         Raises:
             InputFormError: if the inputs are of another form.
+            OperandError: if an operator does not take the values that it is given.
         """
         check_no_autocast()
         tensors = self._tensors(noise, conditions)
         with torch.no_grad():
-            leaves = self._run(*tensors)
+            try:
+                leaves = self._run(*tensors)
+            except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
+                if isinstance(error, (L2CError, torch.OutOfMemoryError)):
+                    raise
+                raise self._refusal(error, tensors) from error
         return tree_unflatten(list(leaves), self._out_spec)
 
     def summary(self) -> Summary:
@@ -131,6 +140,21 @@ class LoadedSampler(nn.Module):
         )
         return f"denoiser={self.denoiser}, num_evaluations={self.schedule.num_evaluations}, inputs=({inputs})"
 
+    def _refusal(self, error: Exception, tensors: Sequence[Tensor]) -> OperandError:
+        """Return the error that names the operator which fails: the first that does when they run one by one."""
+        where = "the sampler's graph"
+        with torch.random.fork_rng(devices=[]):
+            interpreter = _NoteKeeper(self.graph_module)
+            try:
+                interpreter.run(*tensors)
+            except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError):
+                where = place_of(interpreter.current)
+        reason = " ".join(str(error).split())
+        return OperandError(
+            f"{where} does not take the values that it is given: {reason:.300}; give conditions in the range that the"
+            " denoiser was made for"
+        )
+
     def _tensors(self, noise: object, conditions: Mapping[str, object]) -> list[Tensor]:
         saved = tree_unflatten(list(self.inputs.leaves), self.inputs.spec)[1]
         if conditions.keys() != saved.keys():
@@ -145,13 +169,39 @@ class LoadedSampler(nn.Module):
         given_forms = signature_of(*tree_unflatten(leaves, spec)).leaves
         for what, leaf, given, wanted in zip(self._names, leaves, given_forms, self.inputs.leaves, strict=True):
             if isinstance(given, TensorForm) and isinstance(wanted, TensorForm) and given.fits(wanted):
-                tensors.append(leaf if given == wanted else wanted.empty().copy_(leaf))
+                tensors.append(leaf if given == wanted else _copied(leaf, wanted, what))
             elif given != wanted:
                 raise InputFormError(
                     f"{what} was saved as {describe_input(wanted)}, got {describe_input(given)}; compile for this"
                     " form and save that, too"
                 )
         return tensors
+
+
+class _NoteKeeper(fx.Interpreter):
+    """Runs a graph node by node and knows at which it is."""
+
+    current: fx.Node
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run a node."""
+        self.current = n
+        return super().run_node(n)
+
+
+def _copied(tensor: Tensor, form: TensorForm, what: str) -> Tensor:
+    """Return a copy with the strides of a form.
+
+    Raises:
+        InputFormError: if elements of the form share memory, as in an expanded tensor.
+    """
+    try:
+        return form.empty().copy_(tensor)
+    except RuntimeError as error:
+        raise InputFormError(
+            f"{what} was saved with strides {list(form.stride)}, in which a tensor with strides {list(tensor.stride())}"
+            " has no copy; expand it likewise"
+        ) from error
 
 
 def _names(inputs: CallSignature) -> list[str]:

@@ -18,7 +18,7 @@ from bench.speed import kernel_compile, packed_caches, predict, trace_time
 from bench.speed.kernels import DIT, VIDEO
 from bench.speed.trace_time import build, repeated
 from bench.targets import read_targets
-from bench.trust import fuzz, malformed_files, mutations, version_matrix
+from bench.trust import forged_graphs, fuzz, malformed_files, mutations, version_matrix
 from bench.trust.malformed_worker import Outcome as ReadingOutcome
 from bench.trust.programs.checking import Checker, Mismatch, Outcome, Program, draw_programs
 from l2c_compile.kernels._launch import INTERPRETED
@@ -32,6 +32,7 @@ LOOP = "--steps 2 --schedule every-second --backend eager"
 SMALLEST = {
     "compile-time": f"--model tiny {LOOP} --steps 2 3",
     "equality": f"--model tiny --depth 1 {LOOP} --dtypes float32",
+    "forged-graphs": "--count 2",
     "fuzz": "--minutes 0.001 --seed 2",
     "golden": "record.pt",
     "gpu-all": "--device cpu --tiny --parts golden --out results",
@@ -53,6 +54,7 @@ SMALLEST = {
 METRICS = {
     "compile-time": "seconds_one_evaluation seconds_loop loop_over_one_evaluation regions nodes growth",
     "equality": "relative_error over_allowed",
+    "forged-graphs": "files failure slowest crashed hung executed failures",
     "fuzz": "programs programs_a_minute mismatches refused_percent",
     "golden": "relative_error",
     "gpu-all": "part_seconds skipped",
@@ -100,7 +102,7 @@ def few_programs(rng: random.Random) -> Iterator[Program]:
     return itertools.islice(draw_programs(rng), 2)
 
 
-def two_outcomes(seed: int, start: int, stop: int) -> Iterator[ReadingOutcome]:
+def two_outcomes(seed: int, start: int, stop: int, *where: object) -> Iterator[ReadingOutcome]:
     yield ReadingOutcome(start, "router", "truncate", "refused", "FileFormatError: planted", 0.1)
     yield ReadingOutcome(start + 1, "sampler", "bomb", "HUNG", "planted", 2.0)
 
@@ -113,6 +115,7 @@ def smallest(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fuzz, "draw_programs", few_programs)
     monkeypatch.setattr(malformed_files, "outcomes", two_outcomes)
+    monkeypatch.setattr(forged_graphs, "outcomes", two_outcomes)
     monkeypatch.setattr(mutations, "PIPELINES", {"bitwise": mutations.PIPELINES["bitwise"]})
     monkeypatch.setattr(mutations, "MUTATIONS", ((mutations.dit, dict(itertools.islice(mutations.ON_DIT.items(), 1))),))
     monkeypatch.setattr(packed_caches, "load_digits_dit", small_digits_dit)
@@ -212,6 +215,7 @@ MORE: dict[str, Callable[[list[Row]], None]] = {
     "golden": partial(no_error, metric="relative_error"),
     "kernels": kernels_timed,
     "latency": partial(no_error, metric="graph_relative_error"),
+    "forged-graphs": one_file_hung,
     "malformed-files": one_file_hung,
     "packed-caches": packed_are_small_and_near,
 }

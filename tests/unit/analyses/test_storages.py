@@ -53,6 +53,18 @@ def test_a_part_is_as_large_as_the_memory_that_it_lies_in() -> None:
     assert sizes[aten.exp.default] == 1 * 4 * 4
 
 
+def test_a_copy_on_another_device_has_memory_of_its_own() -> None:
+    devices = (torch.device("cpu"), torch.device("meta"))
+    graph = program(lambda x: [x + 1, x + 2], draw(3, 4))
+    moved = []
+    for add, device in zip(graph.graph.find_nodes(op="call_function", target=aten.add.Tensor), devices, strict=True):
+        with graph.graph.inserting_after(add):
+            moved.append(graph.graph.call_function(aten.to.device, (add, device, torch.float32)))
+        moved[-1].meta["val"] = torch.empty(3, 4, device=device)
+    storages = Storages(graph.graph.nodes)
+    assert [storages.base(node) is node for node in moved] == [False, True]
+
+
 def test_nodes_that_come_later_are_not_known() -> None:
     graph = program(lambda x: [x + 1], draw(3, 4))
     storages = Storages(graph.graph.nodes)

@@ -190,6 +190,11 @@ def test_another_tile_gives_the_same_bits_and_writes_nothing_else(block_tokens: 
             Terms([torch.ones(2, 7, dtype=torch.int8)], token_scales=[torch.ones(7)]),
             r"token_scales\[0\] of shape \(2,\), got \(7,\)",
         ),
+        (
+            torch.ones(2, 7),
+            Terms([torch.ones(2, 7, dtype=torch.int8)], token_scales=[torch.ones(2, device="meta")]),
+            r"token_scales\[0\] on cpu, where x is, got meta",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(x: Tensor, terms: Terms, message: str) -> None:

@@ -14,7 +14,7 @@ from tests.saved_samplers import MANIFEST, refused, rewritten
     ("change", "message"),
     [
         ({"format": "l2c_compile.router"}, "wants format"),
-        ({"version": 2}, "update l2c_compile"),
+        ({"version": 3}, "update l2c_compile"),
         ({"version": "1"}, "version number"),
         ({"surprise": 1}, "unknown keys"),
         ({"summary": {}}, "summary wants"),

@@ -55,3 +55,14 @@ def test_loaded_samplers_are_modules_in_evaluation_mode(saved: Path) -> None:
     assert isinstance(loaded, LoadedSampler)
     assert not loaded.training
     assert not any(tensor.requires_grad for tensor in loaded.state_dict().values())
+
+
+def test_an_input_that_was_saved_expanded_is_asked_for_likewise(tmp_path: Path) -> None:
+    sampler = compiled()
+    noise, y = inputs()
+    wide = noise[:1].expand(2, 6)
+    sampler.save(tmp_path / "x.pt2", wide, y=y, scale=0.5)
+    loaded = load(tmp_path / "x.pt2")
+    loaded(wide, y=y, scale=0.5)
+    with pytest.raises(InputFormError, match=r"strides \[0, 1\].*expand it likewise"):
+        loaded(noise, y=y, scale=0.5)
