@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from l2c_compile.errors import L2CError, LoopTraceError
+from l2c_compile.frontend.autocast import check_no_autocast, is_autocast_on
 from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
@@ -65,11 +66,7 @@ def trace_loop(
     Raises:
         LoopTraceError: if the loop branches on latent values, reads them into Python, or does what cannot be recorded.
     """
-    if _is_autocast_on():
-        raise LoopTraceError(
-            "autocast is on while compiling, and a static graph would ignore it; enter it inside the denoiser's"
-            " forward, or cast the model"
-        )
+    check_no_autocast()
     tracer = LoopTracer(denoiser, capture_call)
     recorded = tracer.unroll(loop, noise, conditions)
     return _lower(recorded, tracer)
@@ -374,7 +371,7 @@ class LoopTracer(fx.proxy.TracerBase):
             ) from error
 
     def _reject_autocast(self) -> None:
-        if _is_autocast_on():
+        if is_autocast_on():
             raise self.untraceable(
                 "uses autocast", "a static graph would ignore it: enter it inside the denoiser's forward, or cast"
             )
@@ -507,10 +504,6 @@ def _written(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
     return kwargs["out"] if kwargs.get("out") is not None else args[0]
 
 
-def _is_autocast_on() -> bool:
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-
-
 # The line that a user wrote is neither in torch nor in the modules between torch and the loop.
 _PASSED_OVER = frozenset({"torch", __name__, StandIn.__module__})
 
@@ -565,9 +558,16 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
             [tracer.fake_mode.from_tensor(tensor) for tensor in tracer.constants.values()],
             [node.meta["form"].empty() for node in outputs],
         )
-    with torch.no_grad(), tracer.fake_mode:
-        functional = torch.func.functionalize(loop_arithmetic, remove="mutations")
-        module = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+    def functional(program: Callable[..., Any]) -> fx.GraphModule:
+        with torch.no_grad(), tracer.fake_mode:
+            without_writes = torch.func.functionalize(program, remove="mutations")
+            return make_fx(without_writes, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+    module = functional(loop_arithmetic)
+    if any(_is_mutable(node.target) for node in module.graph.nodes):
+        # Torch took operators apart that it makes of others, such as quantile, and these write in place.
+        module = functional(module)
     if tracer.out_spec is None:
         raise AssertionError("the loop was not run")
     root = nn.Module()
@@ -586,6 +586,10 @@ def _lower(recorded: fx.Graph, tracer: LoopTracer) -> LoopSkeleton:
         num_outputs=tracer.out_spec.num_leaves,
         read=tuple(tracer.read.values()),
     )
+
+
+def _is_mutable(target: object) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _is_leaf_call(node: object) -> bool:

@@ -24,6 +24,7 @@ from l2c_compile.checking.first_call import FirstCall
 from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
+from l2c_compile.frontend.autocast import check_no_autocast
 from l2c_compile.frontend.capture import check_sites_exist
 from l2c_compile.frontend.loop_effects import state_roots
 from l2c_compile.frontend.stand_in import Loop
@@ -133,6 +134,7 @@ class CompiledSampler(nn.Module):
             ScheduleError: if the schedule is for another number of evaluations.
         """
         if torch.compiler.is_dynamo_compiling():
+            check_no_autocast()
             # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
             form = self._captured(signature_of(noise, dict(conditions)))
             with torch.no_grad():
@@ -144,6 +146,7 @@ class CompiledSampler(nn.Module):
 
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
         """Return the compiled form for these inputs, which is compiled if there is none yet; nothing is sampled."""
+        check_no_autocast()
         inputs = signature_of(noise, dict(conditions))
         with weights_in_use():
             form = self._form_for(inputs)

@@ -14,6 +14,7 @@ from l2c_compile.analyses.summary import Summary
 from l2c_compile.backends.lower import lower_to_backend
 from l2c_compile.backends.options import EAGER, Backend, Options
 from l2c_compile.errors import InputFormError
+from l2c_compile.frontend.autocast import check_no_autocast
 from l2c_compile.graphs.forms import CallSignature, TensorForm, signature_of
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.progress import Progress, silent
@@ -108,7 +109,9 @@ class LoadedSampler(nn.Module):
 
         Raises:
             InputFormError: if the inputs are of another form.
+            LoopTraceError: if autocast is on.
         """
+        check_no_autocast()
         tensors = self._tensors(noise, conditions)
         with torch.no_grad():
             leaves = self._run(*tensors)

@@ -27,9 +27,13 @@ def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, S
         matching = [path for path in paths if pattern.matches(path)]
         if not matching:
             raise UnknownSiteError(
-                f"site {pattern}: the denoiser has no module of that form. {nearest(pattern.path, paths)}"
+                f"site {pattern}: the denoiser has no module of that form. {nearest_module(pattern.path, paths)}"
             )
         for path in matching:
+            if not is_module_path(path):
+                raise ScheduleError(
+                    f"site {pattern} stands for {_why_no_path(path)}; or name the other modules one by one"
+                )
             site = Site(path, None, pattern.kind, pattern.call)
             if origin.get(site) == site:
                 continue
@@ -43,11 +47,25 @@ def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, S
     return origin
 
 
+def nearest_module(path: str, paths: Iterable[str]) -> str:
+    """Return a hint at the module that may have been meant, "" if there is none."""
+    if path in paths:
+        return f"There is {_why_no_path(path)}."
+    return nearest(path, filter(is_module_path, paths))
+
+
+def _why_no_path(path: str) -> str:
+    return (
+        f"module {path!r}, whose name a site cannot spell ('@', '*', 'delta(' and open brackets mean more); rename it"
+    )
+
+
 MAX_RUN_MODULES = 4096
 """The most modules that a run may name; no network has as many siblings, and a hostile file may not ask for more."""
 
 _MAX_TEXT_CHARS = 1024
-_NAME = r"[^\s.@()]+"
+# A name may hold parentheses that are closed in it.
+_NAME = r"(?:[^.@()]|\([^.@()]*\))+"
 _PATH = rf"{_NAME}(?:\.{_NAME})*"
 _TEXT = re.compile(
     rf"(?P<delta>delta\()?(?P<path>{_PATH})(?:\.\.(?P<last>{_PATH}))?(?:@(?P<call>[0-9]{{1,6}}))?(?(delta)\))"
@@ -202,10 +220,17 @@ def as_site(site: Site | str) -> Site:
     return Site.parse(site) if isinstance(site, str) else site
 
 
+def is_module_path(path: str) -> bool:
+    """Return whether a site can name the module of this path."""
+    return _is_path(path) and "*" not in path
+
+
 def _is_path(text: object) -> bool:
     if not isinstance(text, str) or len(text) > _MAX_TEXT_CHARS or not text.isprintable():
         return False
-    return re.fullmatch(_PATH, text) is not None and all(name.count("*") <= 1 for name in text.split("."))
+    if re.fullmatch(_PATH, text) is None or text.startswith("delta("):
+        return False
+    return all(name.count("*") <= 1 for name in text.split("."))
 
 
 def _component_matches(pattern: str, name: str) -> bool:

@@ -199,7 +199,7 @@ def test_logits_of_another_form_are_refused(state: dict[str, object]) -> None:
         {"attn": 1},
         {"attn": [1, 0], "mlp": [1]},
         {"attn": [0, 1]},
-        {"a b": [1, 0]},
+        {"a@b": [1, 0]},
         {"7": [1, 0]},
         {},
     ],
