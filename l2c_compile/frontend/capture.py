@@ -208,6 +208,14 @@ class _FlatCall(nn.Module):
         values = tuple(leaf for leaf in self.returned.leaves if leaf is not _TENSOR)
         return Run(program, self.returned.effect, values)
 
+    def _check_marked(self) -> None:
+        for each in self.returned.marked:
+            if each.differs_by_write():
+                raise CaptureError(
+                    f"site '{each.site}': {type(self.denoiser).__name__} writes in place into a tensor that shares"
+                    " memory with the site's value; clone one of them first"
+                )
+
 
 class _ValueReads(TorchFunctionMode):
     """Notes where code asks for a value of a tensor that has none, so that an error of torch which it catches shows."""
@@ -241,14 +249,6 @@ class _ValueReads(TorchFunctionMode):
 
 
 _VALUE_READS = frozenset({"__bool__", "__float__", "__int__", "__index__", "__complex__", "item", "tolist", "numpy"})
-
-    def _check_marked(self) -> None:
-        for each in self.returned.marked:
-            if each.differs_by_write():
-                raise CaptureError(
-                    f"site '{each.site}': {type(self.denoiser).__name__} writes in place into a tensor that shares"
-                    " memory with the site's value; clone one of them first"
-                )
 
 
 @dataclass(frozen=True)
