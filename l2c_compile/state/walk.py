@@ -177,6 +177,9 @@ class _Walk:
     def _module(self, path: str, module: nn.Module) -> None:
         if not _is_entered(type(module)) and type(module).__module__.startswith(_OURS):
             return
+        if isinstance(module, torch.jit.ScriptModule):
+            # What TorchScript holds is not Python's.
+            return
         own = vars(module)
         self.reached.objects.append((path, module))
         self.reached.containers.append(Held(path, own, "attributes", _is_entered(type(module))))
