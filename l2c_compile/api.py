@@ -8,8 +8,8 @@ from typing import Literal
 from torch import nn
 
 from l2c_compile.backends.options import EAGER, Backend, Options
-from l2c_compile.errors import ScheduleError
-from l2c_compile.frontend.capture import check_sites_exist
+from l2c_compile.errors import CaptureError, LoopError, ScheduleError
+from l2c_compile.frontend.capture import check_names, check_sites_exist
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.loops import loop_from_dict
 from l2c_compile.progress import Progress
@@ -67,6 +67,8 @@ def l2c_compile(
         An ``nn.Module`` to be called as ``sampler(noise, **conditions)``.
 
     Raises:
+        CaptureError: if ``model`` is no module.
+        LoopError: if ``loop`` cannot be called.
         UnknownSiteError: if the schedule names a module that ``model`` does not have.
         ScheduleError: if there is no loop, or a threshold is given for a schedule, which needs none.
         BackendError: if ``torch.compile`` knows no such backend, or there is no such mode.
@@ -80,11 +82,20 @@ def l2c_compile(
                 "the schedule does not say which loop it was made for; give one: l2c_compile(model, s, loop)"
             )
         loop = loop_from_dict(schedule.loop)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"l2c_compile wants a denoiser that is an nn.Module, got {model!r:.80}; give a module whose forward it is"
+        )
+    if not callable(loop):
+        raise LoopError(
+            f"l2c_compile wants a loop that is called as loop(denoiser, noise, **conditions), got {loop!r:.80}"
+        )
     if type(max_forms) is not int or max_forms < 1:
         raise ValueError(f"max_forms wants a whole number from 1, got {max_forms!r}")
     if check not in ("first", "structure", None):
         raise ValueError(f"check wants 'first', 'structure' or None, got {check!r}")
     options = Options(backend, numerics, without, caches, mode)
+    check_names(model, schedule.sites)
     schedule = schedule.resolve([path for path, _ in model.named_modules()])
     check_sites_exist(model, schedule.sites)
     return CompiledSampler(model, schedule, loop, options, progress, max_forms, check)

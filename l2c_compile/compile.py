@@ -12,8 +12,9 @@ from torch import nn
 
 from l2c_compile.analyses.cost import prices_of
 from l2c_compile.errors import ScheduleError
-from l2c_compile.frontend.capture import capture
+from l2c_compile.frontend.capture import capture, check_sites_called
 from l2c_compile.frontend.loop_effects import trace_without_effects
+from l2c_compile.frontend.reused_sites import check_reused_sites
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.frontend.unroll import unroll
 from l2c_compile.frontend.weights_lock import weights_swapped
@@ -53,7 +54,7 @@ def trace_and_capture(
     Raises:
         CaptureError: if the denoiser cannot be captured.
         LoopTraceError: if the loop cannot be traced.
-        ScheduleError: if the schedule is for another number of evaluations.
+        ScheduleError: if the schedule is for another number of evaluations, or no evaluation calls one of its sites.
     """
     evaluations: dict[CallSignature, EvaluationGraph] = {}
     read_inputs_of = {site for (_, site), reuse in schedule.reuses.items() if reuse.rule.needs_input}
@@ -69,6 +70,7 @@ def trace_and_capture(
     with weights_swapped():
         trace = trace_without_effects(loop, denoiser, noise, conditions, capture_call)
     _check_num_evaluations(schedule, len(trace.calls))
+    check_sites_called(denoiser, schedule.sites, evaluations.values())
     return trace
 
 
@@ -87,7 +89,11 @@ def graph_of(
         schedule: the schedule, its patterns resolved.
         passes: the passes to run over the loop graph.
         progress: a function that is told each stage before it begins.
+
+    Raises:
+        ScheduleError: if a site is reused where its module is not called, or returns something else.
     """
+    check_reused_sites(trace, schedule)
     skeleton = trace.copy()
     progress("simplify")
     SKELETON.run(skeleton)

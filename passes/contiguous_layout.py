@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.fx.node import Argument, Node
 
-from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, is_pointwise
+from l2c_compile.graphs.storages import Storages
 from l2c_compile.graphs.strides import permutation
 from l2c_compile.passes.base import LoopPass, Numerics, PassReport
 

@@ -19,6 +19,7 @@ from torch.fx.node import Node
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import packet_of
+from l2c_compile.graphs.storages import base_of
 from l2c_compile.passes.base import Pass, PassReport, Reason
 
 aten = torch.ops.aten
@@ -31,6 +32,7 @@ _VIEWS = frozenset(
     {aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.slice, aten.permute, aten.transpose, aten.t}
     | {aten.squeeze, aten.unsqueeze, aten.flatten, aten.unflatten, aten.movedim, aten.narrow}
 )
+_NOT_OWN = ("placeholder", "get_attr")
 _REORDERS = frozenset({aten.permute, aten.transpose, aten.t, aten.movedim})
 
 
@@ -70,7 +72,7 @@ class DropNoOps(Pass):
             return Reason("may exchange dimensions that only look alike because the value repeats over them")
         if packet is aten.dropout and node.args[1] and node.args[2]:
             return Reason("drops elements")
-        if self.keep_returned and source.op in ("placeholder", "get_attr") and _is_returned(node):
+        if self.keep_returned and packet in _COPIES and _is_returned(node) and base_of(source).op in _NOT_OWN:
             return Reason("keeps the result from sharing memory with an input or a weight")
         return None
 

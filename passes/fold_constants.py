@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import Argument, Node
 
+from l2c_compile.errors import CaptureError
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import FoldedConstants, LoopGraph
 from l2c_compile.graphs.marks import strided_copy
-from l2c_compile.graphs.nodes import draws_random_numbers, infer, num_bytes
+from l2c_compile.graphs.nodes import draws_random_numbers, evaluation_of, infer, module_path, num_bytes, output_list
+from l2c_compile.graphs.storages import base_of
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
 aten = torch.ops.aten
@@ -37,11 +39,12 @@ class FoldConstants(LoopPass):
 
     def rewrite(self, graph: LoopGraph, report: PassReport) -> None:  # noqa: D102
         constant = _constant_nodes(graph.graph)
+        returned = {base_of(result) for result in output_list(graph.graph) if isinstance(result, Node)}
         chosen = []
         for node in graph.graph.nodes:
             if node not in constant or node.op == "get_attr" or all(user in constant for user in node.users):
                 continue
-            reason = self._why_not(node, constant)
+            reason = self._why_not(node, returned)
             report.note(node, reason)
             if reason is None:
                 chosen.append(node)
@@ -65,14 +68,14 @@ class FoldConstants(LoopPass):
         )
         graph.folded.append(FoldedConstants(recipe, tuple(names), weights))
 
-    def _why_not(self, node: Node, constant: set[Node]) -> Reason | None:
+    def _why_not(self, node: Node, returned: set[Node]) -> Reason | None:
         if not isinstance(node.meta.get("val"), Tensor):
             return Reason("is not a tensor")
         if _is_view_of_weight(node):
             return Reason("is a view of a weight")
         if num_bytes(node) > self.max_bytes:
             return Reason("{} bytes, more than {}", num_bytes(node), self.max_bytes)
-        if any(user.op == "output" for user in node.users):
+        if base_of(node) in returned:
             return Reason("is returned by the loop: the caller may write into it")
         return None
 
@@ -83,10 +86,33 @@ def _has_strides(value: Tensor, noted: Tensor) -> bool:
 
 
 def make_constants(program: LoopGraph, recipe: fx.Graph) -> list[Tensor]:
-    """Run a recipe on the weights as they are and return its values, each with memory of its own."""
+    """Run a recipe on the weights as they are and return its values, each with memory of its own.
+
+    Raises:
+        CaptureError: if torch refuses an operation, which it took on tensors without values.
+    """
     with torch.no_grad():
-        values = fx.Interpreter(program.root, garbage_collect_values=True, graph=recipe).run()
+        values = _RecipeInterpreter(program.root, recipe).run()
     return [strided_copy(value) if value._is_view() else value for value in values]
+
+
+class _RecipeInterpreter(fx.Interpreter):
+    """Runs a recipe, and names the operation that torch refuses."""
+
+    def __init__(self, root: nn.Module, recipe: fx.Graph) -> None:
+        super().__init__(root, garbage_collect_values=True, graph=recipe)
+        # Torch would write the code of the node into the error.
+        self.extra_traceback = False
+
+    def run_node(self, n: Node) -> object:
+        try:
+            return super().run_node(n)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            evaluation = evaluation_of(n)
+            where = "the loop" if evaluation is None else f"evaluation {evaluation}, module '{module_path(n)}'"
+            raise CaptureError(
+                f"{n.target} fails in {where} ({error}); so it would in the eager loop: run that once to see where"
+            ) from error
 
 
 def _constant_nodes(graph: fx.Graph) -> set[Node]:

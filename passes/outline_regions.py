@@ -26,7 +26,6 @@ from torch._ops import OpOverload
 from torch.fx.node import Argument, Node
 
 from l2c_compile.analyses.kept import cache_work
-from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import (
@@ -38,6 +37,7 @@ from l2c_compile.graphs.nodes import (
     module_path,
     packet_of,
 )
+from l2c_compile.graphs.storages import Storages
 from l2c_compile.kernels.packed_linear import packed_linear_op
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 

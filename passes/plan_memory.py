@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch.fx.node import Node
 
 from l2c_compile.analyses.kept import cache_work, is_kept, is_light, made_of_kept_values
-from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.facts import Fact
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import emit, evaluation_of, num_bytes, put_with
+from l2c_compile.graphs.storages import Storages
 from l2c_compile.passes.base import LoopPass, PassReport, Reason
 
 aten = torch.ops.aten

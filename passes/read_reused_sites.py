@@ -107,10 +107,10 @@ class _SiteReplacer:
         return value if site.kind == "out" else self._delta(value, source, site)
 
     def _check_change(self, evaluation: int, site: Site, own: Node) -> None:
-        before, after = self.held[evaluation, str(site), INPUT_PORT].meta["val"].shape, own.meta["val"].shape
-        if before != after:
+        before, after = self.held[evaluation, str(site), INPUT_PORT].meta["val"], own.meta["val"]
+        if before.shape != after.shape or torch.bool in (before.dtype, after.dtype):
             raise ScheduleError(
-                f"site '{site}', evaluation {evaluation}: takes {tuple(before)} and returns {tuple(after)}, so its"
+                f"site '{site}', evaluation {evaluation}: takes {_kind(before)} and returns {_kind(after)}, so its"
                 " change (out - in) is not defined; reuse its output instead"
             )
 
@@ -132,6 +132,10 @@ def _form(value: Tensor) -> tuple[object, ...]:
     # Views were captured for the strides of the reader; the stride of a dimension of size 1 says nothing.
     strides = tuple(stride for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1)
     return value.shape, strides, value.dtype, value.device
+
+
+def _kind(value: Tensor) -> str:
+    return f"{tuple(value.shape)}" if value.dtype != torch.bool else f"{tuple(value.shape)} of bool"
 
 
 def _describe(value: Tensor) -> str:

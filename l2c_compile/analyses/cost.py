@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.node import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -166,11 +169,50 @@ def _may_multiply(target: torch._ops.OpOverload[Any, Any]) -> bool:
         target.name(),  # type: ignore[no-untyped-call]
         "CompositeImplicitAutograd",
     )
-    return target.overloadpacket in flop_registry or composite
+    return target.overloadpacket in _FORMULAS or composite
+
+
+def _attention_flops(query: Any, qkv_weight: Any, proj_weight: Any) -> int:  # noqa: ANN401 - sizes or tensors
+    """Return twice the multiply-adds of attention of ``query`` to itself, projections included."""
+    *batch, num_tokens, width = query.shape
+    tokens = math.prod(batch) * num_tokens
+    return int(2 * tokens * (qkv_weight.numel() + proj_weight.numel() + 2 * num_tokens * width))
+
+
+def _native_attention_flops(
+    query: Any,  # noqa: ANN401
+    key: object,
+    value: object,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: Any,  # noqa: ANN401
+    qkv_bias: object,
+    proj_weight: Any,  # noqa: ANN401
+    *rest: object,
+    **named: object,
+) -> int:
+    return _attention_flops(query, qkv_weight, proj_weight)
+
+
+def _encoder_layer_flops(src: Any, embed_dim: int, num_heads: int, *weights: Any, **named: object) -> int:  # noqa: ANN401
+    """Return twice the multiply-adds of an ``nn.TransformerEncoderLayer``: attention, and the two layers behind it."""
+    matrices = [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 2]
+    qkv_weight, proj_weight, *layers = matrices[:4]
+    tokens = int(src.numel()) // embed_dim
+    return _attention_flops(src, qkv_weight, proj_weight) + 2 * tokens * sum(weight.numel() for weight in layers)
+
+
+_FORMULAS: Mapping[object, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._native_multi_head_attention: _native_attention_flops,
+    torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
+}
+"""The formulas of torch, and those of the operators that fuse attention with its projections."""
 
 
 def _count(node: Node) -> int:
-    with _FlopCount() as count:
+    # How large a result is may depend on values; what comes up to there is counted.
+    with _FlopCount() as count, suppress(DynamicOutputShapeException, DataDependentOutputException):
         infer(node.target, node.args, node.kwargs)
     return int(count.total // 2)
 
@@ -206,7 +248,7 @@ class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if parts is not NotImplemented:
             return parts
         result = func(*args, **given)
-        formula = flop_registry.get(func.overloadpacket)
+        formula = _FORMULAS.get(func.overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **given, out_val=result))
         return result

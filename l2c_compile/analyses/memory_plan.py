@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.fx.node import Node
 
 from l2c_compile.analyses.kept import cache_work
-from l2c_compile.analyses.storages import Storages
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.nodes import evaluation_of
+from l2c_compile.graphs.storages import Storages
 from l2c_compile.schedules.schedule import CacheSchedule
 from l2c_compile.schedules.sites import Site
 

@@ -104,7 +104,10 @@ class VerifyReport:
         return f"max error {self.max_error:.3g}, relative {self.relative_error:.3g}; {where}"
 
     def _table(self) -> Table:
-        table = Table(title="sites that differ from the reference", title_justify="left")
+        title = "sites that differ from the reference"
+        if not self.wants_bitwise:
+            title += " in some bit, as they may where passes or the backend round otherwise"
+        table = Table(title=title, title_justify="left")
         for heading in ("evaluation", "sites", "first", "worst", "error", "relative"):
             table.add_column(heading, overflow="fold")
         for evaluation in dict.fromkeys(difference.evaluation for difference in self.differences):

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx.node import Argument, Node
 
 from l2c_compile.errors import VerificationError
@@ -88,6 +92,11 @@ class Inference:
             try:
                 with _without_log():
                     result = target(*args, **kwargs)
+            except (DynamicOutputShapeException, DataDependentOutputException) as error:
+                raise VerificationError(
+                    f"{name_of(target)} returns a tensor whose size depends on values, which no proof follows; use"
+                    " torch.where or another operation whose result has one size"
+                ) from error
             except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
                 shown = ", ".join(str(argument) for argument in bound if isinstance(argument, TensorForm))
                 raise VerificationError(f"{name_of(target)} does not take ({shown}): {error}") from error

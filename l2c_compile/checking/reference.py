@@ -1,7 +1,11 @@
-"""The reference: the loop runs eagerly, and the schedule is applied by wrapping the forward of each site's module.
+"""The reference: the loop runs eagerly, and the schedule is applied by wrapping the calls of each site's module.
 
-It is short, obvious and slow, and shares nothing with the compiler but the vocabulary (sites, schedule, rules). Every
-compiled sampler is judged against it.
+What is wrapped is the whole call, hooks included: a site's value is what a caller gets, and where it is reused neither
+the module's forward nor its hooks run. Torch fuses an ``nn.TransformerEncoderLayer`` unless a module in it has a hook;
+so a layer with a site inside is never fused, as in a capture.
+
+The reference is short, obvious and slow, and shares nothing with the compiler but the vocabulary (sites, schedule,
+rules). Every compiled sampler is judged against it.
 """
 
 from __future__ import annotations
@@ -9,13 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from l2c_compile.errors import ScheduleError
+from l2c_compile.errors import ScheduleError, UnknownSiteError
 from l2c_compile.schedules.rules import Reading
 from l2c_compile.schedules.schedule import CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
@@ -36,7 +39,8 @@ def run_reference(
 ) -> object:
     """Return what ``loop(denoiser, noise, **conditions)`` gives when ``schedule`` decides what is computed.
 
-    A reused module does not run. Where a run of modules is reused, its modules run and their result is replaced.
+    A reused module does not run, nor do its hooks. Where a run of modules is reused, its modules run and their result
+    is replaced.
 
     Args:
         denoiser: the denoiser; its modules are restored when this function returns or raises.
@@ -51,8 +55,11 @@ def run_reference(
 
     Raises:
         UnknownSiteError: if a pattern fits no module.
-        ScheduleError: if the loop does not perform as many evaluations as the schedule has.
+        ScheduleError: if the loop does not perform as many evaluations as the schedule has, or a change (out - in) is
+            not defined.
     """
+    if not isinstance(denoiser, nn.Module):
+        raise ScheduleError(f"the reference wants a denoiser that is an nn.Module, got {denoiser!r:.80}")
     schedule = schedule.resolve([path for path, _ in denoiser.named_modules()])
     run = _ReferenceRun(denoiser, schedule, record)
     with run.installed():
@@ -89,17 +96,15 @@ class _ReferenceRun:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as undo:
-            wrappers = {"": self._wrap_denoiser}
+            forward = self.denoiser.forward
+            wrapped = _Wrapped(forward, self._wrap_denoiser(forward))
+            undo.enter_context(_replaced(self.denoiser, "forward", wrapped))
             for path in dict.fromkeys(p for s in self.schedule.sites for p in (s.path, s.last or s.path)):
-                wrappers[path] = partial(self._wrap, path)
-            for path, wrap in wrappers.items():
-                module = self.denoiser.get_submodule(path)
-                own, original = vars(module), module.forward
-                if "forward" in own:
-                    undo.callback(own.update, forward=original)
-                else:
-                    undo.callback(own.pop, "forward", None)
-                own["forward"] = _Wrapped(original, wrap(original))
+                module = _module_at(self.denoiser, path)
+                # nn.Module.__call__ hands every call to this attribute if there is one, as after module.compile().
+                call = module._compiled_call_impl or module._call_impl
+                undo.enter_context(_replaced(module, "_compiled_call_impl", self._wrap(path, call)))
+                undo.callback(module.register_forward_hook(_do_nothing).remove)
             yield
 
     def _wrap_denoiser(self, original: Callable[..., object]) -> Callable[..., object]:
@@ -144,8 +149,18 @@ class _ReferenceRun:
     def _cached_part(self, site: Site, output: object) -> object:
         if site.kind == "out":
             return output
-        assert isinstance(output, Tensor)
-        return output - self.inputs[self.evaluation, site]
+        before = self.inputs.get((self.evaluation, site))
+        if (
+            not isinstance(output, Tensor)
+            or before is None
+            or output.shape != before.shape
+            or torch.bool in (output.dtype, before.dtype)
+        ):
+            raise ScheduleError(
+                f"site '{site}', evaluation {self.evaluation}: its change (out - in) wants a module that takes and"
+                " returns one tensor of numbers, of one shape; reuse its output instead"
+            )
+        return output - before
 
     def _reuse(self, site: Site, reuse: Reuse) -> object:
         flat, spec = zip(*(tree_flatten(self.outputs[source, site]) for source in reuse.sources), strict=True)
@@ -190,6 +205,15 @@ def _yielded(loop: Generator[object, None, object]) -> tuple[list[object], objec
             return values, end.value
 
 
+def _module_at(denoiser: nn.Module, path: str) -> nn.Module:
+    module: nn.Module = dict(denoiser.named_modules(remove_duplicate=False))[path]
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnknownSiteError(
+            f"site '{path}': the module is TorchScript, whose calls cannot be left out; name a module around it"
+        )
+    return module
+
+
 def _copy(value: object) -> object:
     return _copy_of(value) if isinstance(value, Tensor) else value
 
@@ -206,3 +230,22 @@ def _copy_of(tensor: Tensor) -> Tensor:
         .copy_(once)
         .expand(tensor.shape)
     )
+
+
+def _do_nothing(module: nn.Module, args: object, output: object) -> None:
+    """Do nothing; it is there to be found."""
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Give a module another attribute while the context is open."""
+    own = vars(module)
+    had_own, original = name in own, own.get(name)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if had_own:
+            own[name] = original
+        else:
+            own.pop(name, None)

@@ -149,8 +149,6 @@ _RESHAPES = frozenset({aten.view, aten._unsafe_view, aten.reshape, aten.flatten,
 _SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 # These round each element correctly by itself, so it is the same whichever loop over the elements computes it.
 _CORRECTLY_ROUNDED = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default})
-# The result of these depends on where an operand lies in memory, not only on its elements.
-_SEES_MEMORY = frozenset({aten.as_strided, aten.view_as_real, aten.view_as_complex})
 
 
 class ValueTable:
@@ -229,8 +227,11 @@ class ValueTable:
                 bound = tuple(replace_tensors(argument, Value, self.without_copies) for argument in bound)
             return self._intern(target, bound, form)
         packet = target.overloadpacket
-        if packet in _SEES_MEMORY:
-            raise VerificationError(f"{name_of(target)} depends on memory layout, which is not followed up to rounding")
+        if packet is aten.as_strided:
+            raise VerificationError(
+                f"{name_of(target)} reads elements by where they lie in memory, which is not followed up to rounding;"
+                " compile with numerics='bitwise', or leave as_strided out of denoiser and loop"
+            )
         if (
             packet in _RESHAPES
             and isinstance(form, TensorForm)

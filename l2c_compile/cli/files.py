@@ -80,6 +80,22 @@ def read_schedule(path: Path, threshold: float | None = None, family: Family | N
         raise
 
 
+def read_profile(path: Path) -> Profile:
+    """Read a profile. The error for another file of ours says what it is.
+
+    Raises:
+        L2CError: if the file is none.
+        OSError: if it cannot be read.
+    """
+    try:
+        return Profile.load(path)
+    except FileFormatError as error:
+        for what, is_one in (("saved sampler", is_sampler), ("schedule or router", _is_schedule)):
+            if is_one(path):
+                raise FileFormatError(f"{path} is a {what}, no profile; `l2c profile --out FILE` makes one") from error
+        raise FileFormatError(f"{path} is no profile: {error}; `l2c profile --out FILE` makes one") from error
+
+
 def is_sampler(path: Path) -> bool:
     """Return whether a file is a saved sampler, even a damaged one."""
     try:
@@ -105,7 +121,9 @@ def output_path(path: Path, ending: str, *, force: bool, reads: Path | None = No
         raise OutputError(
             f"the name wants to end in {ending}, which is what is written, got {path}; choose such a name"
         )
-    target = path.resolve() if path.is_symlink() else path
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise OutputError(f"{path} is a link that leads back to itself; choose another name")
     if target.exists():
         if not stat.S_ISREG(target.stat().st_mode):
             raise OutputError(f"{path} is no regular file, and nothing else is written to; choose another name")
@@ -113,7 +131,7 @@ def output_path(path: Path, ending: str, *, force: bool, reads: Path | None = No
             raise OutputError(f"{path} is what is read, and would be overwritten; choose another name")
         if not force:
             raise OutputError(f"{path} exists already; overwrite it with --force, or choose another name")
-    if not os.access(target.parent, os.W_OK):
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise OutputError(f"the folder {target.parent} does not exist or cannot be written to; make it first")
     return target
 
@@ -122,6 +140,13 @@ def write_report(path: Path, what: str, document: Mapping[str, object]) -> None:
     """Write JSON types to a file, and print its path."""
     write_atomically(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
     say(f"{what} written to {path}")
+
+
+def _is_schedule(path: Path) -> bool:
+    try:
+        return load_schedule_file(path) is not None
+    except L2CError:
+        return False
 
 
 def _is_profile(path: Path) -> bool:

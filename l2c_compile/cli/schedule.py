@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
-from l2c_compile.cli.files import output_path
+from l2c_compile.cli.files import output_path, read_profile
 from l2c_compile.cli.options import Force
 from l2c_compile.cli.terminal import say
 from l2c_compile.errors import ScheduleError
@@ -133,7 +133,7 @@ def _from_profile(
     value = settings.pop(method.free, None)
     if method.free and (value is None) == (budget is None):
         raise ScheduleError(f"give either {_flag(method.free)} or --budget")
-    measured = Profile.load(profile)
+    measured = read_profile(profile)
     make = partial(method.function, measured, **settings)
     if budget is None:
         schedule = make(**{method.free: value})

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_unflatten
 
 from l2c_compile.api import l2c_compile
 from l2c_compile.backends.options import EAGER, Options
-from l2c_compile.checking.comparison import finite, largest_errors
+from l2c_compile.checking.comparison import finite, largest_errors, same_bits
 from l2c_compile.checking.proof import examine
 from l2c_compile.checking.reference import run_reference
 from l2c_compile.cli.files import Case, is_sampler, load_case, output_path, write_report
@@ -112,9 +112,12 @@ def _verify_saved(path: Path, model: str, backend: str) -> _Verdict:
         say(str(finding))
     if not findings:
         say("form, notes and memory plan are right; reads and operations cannot be proven of a file")
-    if error == 0.0:
+    bitwise = same_bits([got], [wanted])
+    if bitwise:
         say("equal to the reference bit for bit")
-    holds = _judge_error(error, allowed) and not findings
+    elif error == 0.0:
+        say("differs from the reference in the signs of zeros only")
+    holds = _judge_error(error, allowed) and not findings and (bitwise or allowed > 0.0)
     return holds, {"holds": holds, "relative_error": finite(error), "findings": [str(each) for each in findings]}
 
 

@@ -68,11 +68,16 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 def replaced_at_once(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of a temporary file that takes the place of ``path`` when the context ends without an error.
 
+    A link stays, and what it leads to is replaced.
+
     Raises:
-        OSError: if the folder cannot be written to, or the disk is full; it names ``path``, which is unchanged.
+        OSError: if the folder cannot be written to, the disk is full, or ``path`` is no regular file; it names the
+            path, which is unchanged.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     with _as_write_errors(target):
+        if os.path.lexists(target) and not target.is_file():
+            raise OSError(errno.EINVAL, "Not a regular file")
         # The suffix stays: torch reads it.
         descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
         os.close(descriptor)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_unflatten
 
 from l2c_compile.analyses.cost import MultiplyAdds, NodeTimes
 from l2c_compile.errors import LoopError, ScheduleError
-from l2c_compile.frontend.capture import capture, check_sites_exist
+from l2c_compile.frontend.capture import capture, check_sites_called, check_sites_exist
 from l2c_compile.frontend.stand_in import Loop, StandIn
 from l2c_compile.graphs.forms import CallSignature, signature_of, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
@@ -178,9 +178,11 @@ class OpenDenoiser:
 
         Raises:
             CaptureError: if the denoiser cannot be captured.
+            UnknownSiteError: if it does not call a site.
         """
         if signature not in self._evaluations:
             captured = capture(self.model, signature, self.sites)
+            check_sites_called(self.model, self.sites, [captured])
             EVALUATION.run(captured)
             self._evaluations[signature] = OpenEvaluation(captured)
         return self._evaluations[signature]

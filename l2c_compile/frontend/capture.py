@@ -20,32 +20,54 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from l2c_compile.errors import CaptureError, L2CError, UnknownSiteError, nearest
 from l2c_compile.files.torch_cache import cache_folder_named
 from l2c_compile.frontend.aliases import AliasesAsInEagerTorch
+from l2c_compile.frontend.fast_path import fast_path_as_in_eager_torch
 from l2c_compile.frontend.restore import left_as_it_was, no_part_is_made
 from l2c_compile.frontend.stand_in import without_hooks_of
 from l2c_compile.frontend.weights_lock import weights_swapped
 from l2c_compile.frontend.written_state import Run, StateEffect, check_later_calls_are_alike
 from l2c_compile.graphs.forms import CallSignature, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
-from l2c_compile.graphs.marks import INPUT_PORT, SITE, site_marks
+from l2c_compile.graphs.marks import INPUT_PORT, SITE
 from l2c_compile.graphs.nodes import draws_random_numbers, module_path, output_list
+from l2c_compile.graphs.site_results import SiteResult
 from l2c_compile.schedules.sites import Site
 from l2c_compile.state.python_state import PythonState
 from l2c_compile.state.random_state import GeneratorStates, random_state_kept
 
 
+def check_names(denoiser: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise ``UnknownSiteError`` for a site that gives a shared module by another name than its first one."""
+    names = {id(module): path for path, module in denoiser.named_modules()}
+    for path, module in denoiser.named_modules(remove_duplicate=False):
+        first = names[id(module)]
+        for site in sites if path != first else ():
+            if site.path == path:
+                raise UnknownSiteError(
+                    f"site '{site}': module '{path}' is module '{first}' under another name; give that one, whose calls"
+                    " are counted under all its names"
+                )
+
+
 def check_sites_exist(denoiser: nn.Module, sites: Sequence[Site]) -> None:
-    """Raise ``UnknownSiteError`` for a site whose module the denoiser does not have."""
-    paths = {path for path, _ in denoiser.named_modules()}
+    """Raise ``UnknownSiteError`` for a site whose module the denoiser does not have, or whose calls are TorchScript."""
+    modules = dict(denoiser.named_modules())
+    paths = modules.keys()
     for site in sites:
         for path in site.modules():
             if path not in paths:
                 hint = nearest(path, paths) or f"see {type(denoiser).__name__}.named_modules() for the paths it has"
                 raise UnknownSiteError(f"site '{site}': the denoiser has no module '{path}'; {hint}")
+        if isinstance(modules[site.path], torch.jit.ScriptModule):
+            raise UnknownSiteError(
+                f"site '{site}': module '{site.path}' is TorchScript, whose calls can be neither marked nor left out;"
+                " name a module around it, or build the denoiser of plain modules"
+            )
 
 
 def capture(
@@ -63,22 +85,25 @@ def capture(
         read_inputs_of: the sites whose input is marked too because a rule reads it; that of a "delta" site always is.
 
     Returns:
-        The evaluation graph. Its inputs are the tensors of the call in order; weights are ``get_attr`` nodes.
+        The evaluation graph. Its inputs are the tensors of the call in order; weights are ``get_attr`` nodes. A site
+        whose module is not called, or not that often, is not marked in it (``check_sites_called``).
 
     Raises:
-        UnknownSiteError: if a site's module is not called, or not that often, in one evaluation.
+        UnknownSiteError: if a site's module returns no tensor, or its input is wanted and is none.
         CaptureError: if the denoiser cannot be exported, draws random numbers, or changes its weights, its buffers, its
             inputs or the value of a site in place.
         BackendError: if torch cannot make its cache folder.
     """
+    _reject_modules(denoiser)
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_forms())
 
     def export() -> tuple[_FlatCall, ExportedProgram]:
         flat = _FlatCall(denoiser, signature)
         marking = _marking(denoiser, sites, read_inputs_of, flat.returned)
+        fast_path = fast_path_as_in_eager_torch(denoiser)
         reads = _ValueReads()
-        with marking, AliasesAsInEagerTorch(), reads, warnings.catch_warnings():
+        with marking, AliasesAsInEagerTorch(), fast_path, reads, warnings.catch_warnings():
             # Torch asks for buffers in place of attributes that a call assigns; they are put back.
             warnings.filterwarnings("ignore", r"The tensor attributes? .* assigned during export", UserWarning)
             program = torch.export.export(flat, example_inputs, strict=False)
@@ -117,9 +142,25 @@ def capture(
     if flat.returned.spec is None:
         raise AssertionError("torch.export did not run the denoiser")
     _reject_effects(denoiser, program)
-    evaluation = _to_evaluation_graph(flat, program, tuple(sites))
-    _check_all_marked(denoiser, evaluation, flat.returned.calls)
-    return evaluation
+    return _to_evaluation_graph(flat, program, tuple(sites))
+
+
+def _reject_modules(denoiser: nn.Module) -> None:
+    """Raise ``CaptureError`` for a module or a weight of a kind that an exported graph cannot hold."""
+    name = type(denoiser).__name__
+    for path, module in denoiser.named_modules():
+        if isinstance(module, torch.jit._script.RecursiveScriptModule):
+            raise CaptureError(
+                f"module '{path}' of {name} is TorchScript ({module.original_name}), which torch.export cannot follow;"
+                " put the plain module there"
+            )
+    for path, weight in (*denoiser.named_parameters(), *denoiser.named_buffers()):
+        if is_traceable_wrapper_subclass(weight):
+            raise CaptureError(
+                f"weight '{path}' of {name} is a {type(weight).__name__}, which is no plain tensor but holds several,"
+                " and a static graph refers to plain ones only; give the module plain weights, for example those before"
+                " quantization"
+            )
 
 
 _TENSOR = object()
@@ -138,6 +179,10 @@ class _ReturnedTree:
     """How often each module with a site was called."""
     effect: StateEffect | None = None
     """What the call changed in the denoiser's state; the tensors that it stored there are returned last."""
+    marked: list[_MarkedTensor] = field(default_factory=list)
+    """The values of the sites, with their marks."""
+    results: dict[str, SiteResult] = field(default_factory=dict)
+    """What the module of each site returned, by the site's text."""
 
 
 class _FlatCall(nn.Module):
@@ -154,6 +199,7 @@ class _FlatCall(nn.Module):
         before = PythonState({"denoiser": self.denoiser})
         leaves, self.returned.spec = tree_flatten(nn.Module.__call__(self.denoiser, *args, **kwargs))
         self.returned.effect = effect = StateEffect.since(before)
+        self._check_marked()
         # A token stands for each tensor, because export takes a tensor that is kept for state of the module.
         self.returned.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         marks = list(self.returned.marks)
@@ -165,6 +211,14 @@ class _FlatCall(nn.Module):
         """Return the latest call: what it gave, and what it changed."""
         values = tuple(leaf for leaf in self.returned.leaves if leaf is not _TENSOR)
         return Run(program, self.returned.effect, values)
+
+    def _check_marked(self) -> None:
+        for each in self.returned.marked:
+            if each.differs_by_write():
+                raise CaptureError(
+                    f"site '{each.site}': {type(self.denoiser).__name__} writes in place into a tensor that shares"
+                    " memory with the site's value; clone one of them first"
+                )
 
 
 class _ValueReads(TorchFunctionMode):
@@ -222,9 +276,12 @@ def _marking(
     denoiser: nn.Module, sites: Sequence[Site], read_inputs_of: Collection[Site], returned: _ReturnedTree
 ) -> Iterator[None]:
     """Pass the inputs and outputs of the sites' modules through ``l2c::site`` while the context is open."""
-    calls, marks_made = returned.calls, returned.marks
-    marked: list[_MarkedTensor] = []
+    calls: Counter[str] = Counter()
+    begun: set[Site] = set()
     versions: dict[str, list[int]] = {}
+
+    def needs_input(site: Site) -> bool:
+        return site.kind == "delta" or site in read_inputs_of
 
     def mark_tensors(value: object, site: Site, inputs: list[Tensor]) -> object:
         storages = {_storage(tensor) for tensor in inputs}
@@ -232,10 +289,15 @@ def _marking(
         marks: list[object] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
+                if leaf.is_inference():
+                    raise CaptureError(
+                        f"site '{site}': its value is made under torch.inference_mode, where torch does not count the"
+                        " writes into a tensor; use torch.no_grad in the forward"
+                    )
                 port = sum(isinstance(mark, Tensor) for mark in marks)
                 mark = SITE(leaf, str(site), port, -1)
-                marked.append(_MarkedTensor(site, leaf, leaf._version, mark, _storage(leaf) in storages))
-                marks_made.append(mark)
+                returned.marked.append(_MarkedTensor(site, leaf, leaf._version, mark, _storage(leaf) in storages))
+                returned.marks.append(mark)
                 marks.append(mark)
             else:
                 marks.append(leaf)
@@ -252,49 +314,58 @@ def _marking(
                             " another rule"
                         )
                     mark = SITE(args[0], str(site), INPUT_PORT, -1)
-                    marks_made.append(mark)
+                    returned.marks.append(mark)
+                    begun.add(site)
                     args = (mark, *args[1:])
-            versions[path] = [tensor._version for tensor in tensors_in(args)]
+            versions[path] = _versions(args)
             return args
 
         return hook
 
     def mark_output(path: str, wanted: list[Site]) -> Callable[..., object]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
+            for site in wanted:
+                if site.call == calls[path] and needs_input(site) and site not in begun:
+                    raise UnknownSiteError(
+                        f"site '{site}': '{path}' is called without a call of '{site.path}' before it, so what needs"
+                        " the input of the run is not defined; use its output and another rule"
+                    )
             inputs = tensors_in(args)
             here = [site for site in wanted if site.call == calls[path]]
-            if here and versions[path] != [tensor._version for tensor in inputs]:
+            if here and versions[path] != _versions(args):
                 raise CaptureError(
                     f"site '{here[0]}': module '{path}' writes into its input in place, so more than its output would"
                     " change where it is reused; let it clone that input first"
                 )
             for site in here:
+                returned.results[str(site)] = result = SiteResult.of(output)
+                if not result.num_tensors:
+                    raise UnknownSiteError(
+                        f"site '{site}': module '{path}' returns {result}, in which there is no tensor to reuse; let it"
+                        " return tensors, or tuples, lists or dicts of them, or name another module"
+                    )
                 output = mark_tensors(output, site, inputs)
             calls[path] += 1
             return output
 
         return hook
 
-    def check_marks(module: nn.Module, args: object, output: object) -> None:
-        for each in marked:
-            if each.differs_by_write():
-                raise CaptureError(
-                    f"site '{each.site}': {type(denoiser).__name__} writes in place into a tensor that shares memory"
-                    " with the site's value; clone one of them first"
-                )
-
     with ExitStack() as hooks:
-        if sites:
-            hooks.callback(denoiser.register_forward_hook(check_marks).remove)
         for path in dict.fromkeys(p for site in sites for p in (site.path, site.last or site.path)):
             module = denoiser.get_submodule(path)
-            begins = [s for s in sites if s.path == path and (s.kind == "delta" or s in read_inputs_of)]
+            begins = [site for site in sites if site.path == path and needs_input(site)]
             ends = [site for site in sites if (site.last or site.path) == path]
             # A run is marked behind its last module, so that it holds what is read where that module is reused.
             ends.sort(key=lambda site: site.num_modules)
-            hooks.callback(module.register_forward_pre_hook(mark_input(path, begins)).remove)
+            # In front of the user's own hooks: the input and the value of a site are those that the caller sees.
+            hooks.callback(module.register_forward_pre_hook(mark_input(path, begins), prepend=True).remove)
             hooks.callback(module.register_forward_hook(mark_output(path, ends)).remove)
         yield
+
+
+def _versions(tree: object) -> list[int]:
+    """Return the versions of the tensors in a tree that have one."""
+    return [tensor._version for tensor in tensors_in(tree) if not tensor.is_inference()]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -322,13 +393,38 @@ def _reject_effects(denoiser: nn.Module, program: ExportedProgram) -> None:
             raise CaptureError(f"{name} changes its weight '{weight}' in place; let it clone that weight first")
         if output.kind is OutputKind.USER_INPUT_MUTATION:
             raise CaptureError(f"{name} changes its input '{output.target}' in place; let it clone that input first")
+    needed = _needed(program.graph)
     for node in program.graph.nodes:
-        if draws_random_numbers(node):
-            path = module_path(node)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
-                f"{name} draws random numbers ({node.target}) in module '{path}'; call .eval() if it is dropout, or"
+                f"{name} calls {node.target} in {_place(node)}, and a static graph has neither branches nor loops of"
+                " its own; use torch.where or another tensor operation there"
+            )
+        # Checks of sizes are no part of the graph.
+        if node in needed and isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise CaptureError(
+                f"{name} reads a value of a tensor into Python ({node.target}) in {_place(node)}, and a static graph"
+                " has no Python; keep it a tensor, or compute it in the loop and pass it in"
+            )
+        if draws_random_numbers(node):
+            raise CaptureError(
+                f"{name} draws random numbers ({node.target}) in {_place(node)}; call .eval() if it is dropout, or"
                 " draw them in the loop and pass them in"
             )
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that the results are made from."""
+    needed = {graph.output_node()}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return needed
+
+
+def _place(node: fx.Node) -> str:
+    path = module_path(node)
+    return f"module '{path}'" if path else "its own forward"
 
 
 def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple[Site, ...]) -> EvaluationGraph:
@@ -368,21 +464,16 @@ def _to_evaluation_graph(flat: _FlatCall, program: ExportedProgram, sites: tuple
     tensors = iter(n.meta["val"] for n in output_list(graph) if isinstance(n, fx.Node))
     leaves = tuple(next(tensors) if leaf is _TENSOR else leaf for leaf in flat.returned.leaves)
     stored = tuple(flat.returned.effect.stored) if flat.returned.effect is not None else ()
-    return EvaluationGraph(graph, root, sites, flat.returned.spec, leaves, stored)
+    return EvaluationGraph(graph, root, sites, flat.returned.spec, leaves, stored, flat.returned.results)
 
 
-def _check_all_marked(denoiser: nn.Module, evaluation: EvaluationGraph, calls: Mapping[str, int]) -> None:
-    marked = {mark.site for mark in site_marks(evaluation.graph)}
-    for site in evaluation.sites:
-        path = site.last or site.path
-        if str(site) not in marked and calls[path] > site.call:
-            raise UnknownSiteError(
-                f"site '{site}': module '{path}' returns no tensor, so there is nothing to reuse; name another module"
-            )
-        if str(site) not in marked:
+def check_sites_called(denoiser: nn.Module, sites: Sequence[Site], evaluations: Collection[EvaluationGraph]) -> None:
+    """Raise ``UnknownSiteError`` for a site that none of the evaluations calls."""
+    for site in sites:
+        if evaluations and not any(str(site) in evaluation.results for evaluation in evaluations):
             raise UnknownSiteError(
                 f"site '{site}': one evaluation of {type(denoiser).__name__} never calls it (call number {site.call} of"
-                f" module '{path}'), or bypasses its __call__; name a module that it calls"
+                f" module '{site.last or site.path}'), or bypasses its __call__; name a module that it calls"
             )
 
 

@@ -39,6 +39,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from l2c_compile.errors import CaptureError, L2CError, LoopTraceError
 from l2c_compile.frontend.array_operands import INDEXING
+from l2c_compile.frontend.autocast import check_no_autocast, is_autocast_on
 from l2c_compile.frontend.compiled_parts import run_eagerly
 from l2c_compile.frontend.loop_memory import (
     IN_PLACE_DRAWS,
@@ -122,15 +123,6 @@ _ARGUMENTS = (
     *(int, float, complex, str, type(None), slice, range, tuple, list, dict, type(...)),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
-
-
-def check_no_autocast() -> None:
-    """Raise LoopTraceError if autocast is on around a sampler."""
-    if _is_autocast_on():
-        raise LoopTraceError(
-            "autocast is on around the sampler, and a static graph would not be what it makes of the loop; enter it"
-            " inside the denoiser's forward, or cast the model"
-        )
 
 
 class LoopTracer(fx.proxy.TracerBase):
@@ -451,7 +443,7 @@ class LoopTracer(fx.proxy.TracerBase):
             ) from error
 
     def _reject_autocast(self) -> None:
-        if _is_autocast_on():
+        if is_autocast_on():
             raise self.untraceable(
                 "uses autocast", "a static graph would ignore it: enter it inside the denoiser's forward, or cast"
             )
@@ -574,10 +566,6 @@ def _is_equal(tensor: Tensor, snapshot: Tensor) -> bool:
 
 def _leaf_of(result: object, position: int) -> object:
     return tree_leaves(result)[position]
-
-
-def _is_autocast_on() -> bool:
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 # The line that a user wrote is neither in a library nor in this folder.

@@ -21,6 +21,7 @@ from l2c_compile.graphs.loop_graph import EvaluationGraph, LoopGraph
 from l2c_compile.graphs.marks import SITE
 from l2c_compile.graphs.nodes import Expression, draws_random_numbers, expression, output_list
 from l2c_compile.graphs.skeleton import LoopSkeleton
+from l2c_compile.graphs.storages import base_of
 from l2c_compile.schedules.schedule import CacheSchedule
 
 
@@ -92,8 +93,8 @@ class _LoopGraphBuilder:
         )
 
     def _own(self, result: Node) -> Node:
-        """Return a node for a result of the loop that shares no memory with an input or a weight."""
-        if result.op not in ("placeholder", "get_attr"):
+        """Return a node for a result of the loop that shares no memory with an input, a weight or a constant."""
+        if base_of(result).op not in ("placeholder", "get_attr"):
             return result
         copy = self.graph.call_function(torch.ops.aten.clone.default, (result,))
         copy.meta = {"val": result.meta["val"]}

@@ -1,1 +1,1 @@
-"""Define what a graph is: its kinds, marks, nodes, forms and facts."""
+"""Define what a graph is: its kinds, marks, nodes, forms, storages and facts."""

@@ -25,6 +25,7 @@ from torch.fx.node import Node
 from torch.utils._pytree import TreeSpec
 
 from l2c_compile.graphs.nodes import draws_random_numbers
+from l2c_compile.graphs.site_results import SiteResult
 from l2c_compile.schedules.schedule import CacheSchedule, Reuse
 from l2c_compile.schedules.sites import Site
 
@@ -69,6 +70,8 @@ class EvaluationGraph(ProgramGraph):
     """The leaves of that structure: a fake tensor for each output of the graph, anything else as it is."""
     stored: tuple[str, ...] = ()
     """Where the denoiser stored tensors during the call: "denoiser.features", "global TABLES[4]"."""
+    results: Mapping[str, SiteResult] = field(default_factory=dict)
+    """What the module of each site returned, by the site's text; a site that was not called has none."""
 
     def copy(self) -> EvaluationGraph:
         """Return a copy that can be rewritten without changing this graph; tensors and submodules are shared."""

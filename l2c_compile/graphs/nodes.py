@@ -124,9 +124,12 @@ def draws_random_numbers(node: Node) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    # Attention and dropout can draw, but do not at rate 0 or outside training.
+    # Attention, recurrent layers and dropout can draw, but do not at rate 0 or outside training.
     given = arguments_of(node)
-    return bool(given.get("dropout_p") != 0 and given.get("train") is not False)
+    if given.get("train") is False or given.get("training") is False:
+        return False
+    rate = "p" if "dropout" in node.target.overloadpacket.__name__ else "dropout"
+    return bool(given.get("dropout_p") != 0 and given.get(rate) != 0 and given.get("num_layers") != 1)
 
 
 def arguments_of(node: Node) -> dict[str, Argument]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from l2c_compile.analyses.storages import Storages
 from l2c_compile.errors import FileFormatError
 from l2c_compile.graphs.forms import TensorForm
+from l2c_compile.graphs.storages import Storages
 from l2c_compile.sampler_file.operands import extent_bytes, place_of
 
 _UNKNOWN_BYTES = 64 * 2**30

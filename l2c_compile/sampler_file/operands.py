@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.fx.node import Node
 
-from l2c_compile.analyses.storages import Storages
 from l2c_compile.errors import FileFormatError, SaveError
 from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
 from l2c_compile.graphs.nodes import arguments_of, evaluation_of, module_path, packet_of, root_tensor
+from l2c_compile.graphs.storages import Storages
 from l2c_compile.sampler_file.allowed_operators import CUTS, name_of
 
 aten = torch.ops.aten

@@ -24,13 +24,13 @@ from l2c_compile.checking.first_call import FirstCall
 from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.compile import graph_of, trace_and_capture
 from l2c_compile.errors import L2CError, ScheduleError, StaleConstantsError
+from l2c_compile.frontend.autocast import check_no_autocast
 from l2c_compile.frontend.capture import check_sites_exist
 from l2c_compile.frontend.compiled_parts import run_eagerly
 from l2c_compile.frontend.loop_effects import state_roots
 from l2c_compile.frontend.loop_result import consumed
 from l2c_compile.frontend.restore import left_as_it_was
 from l2c_compile.frontend.stand_in import Loop
-from l2c_compile.frontend.trace import check_no_autocast
 from l2c_compile.frontend.weights_lock import one_capture, weights_in_use
 from l2c_compile.graphs.forms import CallSignature, signature_of, tensors_in
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -137,6 +137,7 @@ class CompiledSampler(nn.Module):
             ScheduleError: if the schedule is for another number of evaluations.
         """
         if torch.compiler.is_dynamo_compiling():
+            check_no_autocast()
             # The static graph itself goes into Dynamo's, whatever the sampler's own backend is.
             form = self._captured(signature_of(noise, dict(conditions)))
             with torch.no_grad():

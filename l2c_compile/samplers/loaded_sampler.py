@@ -14,7 +14,7 @@ from l2c_compile.analyses.summary import Summary
 from l2c_compile.backends.lower import lower_to_backend
 from l2c_compile.backends.options import EAGER, Backend, Options
 from l2c_compile.errors import InputFormError, L2CError, OperandError
-from l2c_compile.frontend.trace import check_no_autocast
+from l2c_compile.frontend.autocast import check_no_autocast
 from l2c_compile.graphs.forms import CallSignature, TensorForm, signature_of
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.progress import Progress, silent
@@ -113,6 +113,7 @@ class LoadedSampler(nn.Module):
         Raises:
             InputFormError: if the inputs are of another form.
             OperandError: if an operator does not take the values that it is given.
+            LoopTraceError: if autocast is on.
         """
         check_no_autocast()
         tensors = self._tensors(noise, conditions)

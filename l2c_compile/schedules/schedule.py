@@ -34,7 +34,7 @@ from l2c_compile.files.documents import (
 )
 from l2c_compile.schedules.coverage import COMPUTED, HIDDEN, REUSED, derive_sources, entry_states
 from l2c_compile.schedules.rules import HOLD, Rule, rule_from_dict
-from l2c_compile.schedules.sites import Site, as_site, expand_patterns
+from l2c_compile.schedules.sites import Site, as_site, expand_patterns, nearest_module
 
 FORMAT = "l2c_compile.schedule"
 VERSION = 1
@@ -203,10 +203,10 @@ class CacheSchedule:
         for site in self.sites:
             missing = next((path for path in site.modules() if not site.is_pattern and path not in known), None)
             if missing is not None:
-                hint = nearest(missing, known)
-                if f"{missing}@{site.call}" in known:
-                    hint = f"'@{site.call}' stands for a call of the module; rename the module that has it in its name"
-                raise UnknownSiteError(f"site {site}: the denoiser has no module {missing!r}. {hint}")
+                spelled = str(site) if str(site) in known else missing
+                raise UnknownSiteError(
+                    f"site {site}: the denoiser has no module {missing!r}. {nearest_module(spelled, known)}"
+                )
         if not any(site.is_pattern for site in self.sites):
             return self
         origin = expand_patterns(self.sites, paths)

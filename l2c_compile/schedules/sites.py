@@ -27,13 +27,12 @@ def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, S
         matching = [path for path in paths if path and pattern.matches(path)]
         if not matching:
             raise UnknownSiteError(
-                f"site {pattern}: the denoiser has no module of that form. {nearest(pattern.path, paths)}"
+                f"site {pattern}: the denoiser has no module of that form. {nearest_module(pattern.path, paths)}"
             )
         for path in matching:
-            if not _is_path(path):
+            if not is_module_path(path):
                 raise ScheduleError(
-                    f"site {pattern} stands for module {path!r} too, whose name cannot be a site; rename the module, or"
-                    " name the sites one by one"
+                    f"site {pattern} stands for {_why_no_path(path)}; or name the other modules one by one"
                 )
             site = Site(path, None, pattern.kind, pattern.call)
             if origin.get(site) == site:
@@ -46,6 +45,19 @@ def expand_patterns(sites: Sequence[Site], paths: Sequence[str]) -> dict[Site, S
             if site not in origin or specificity[site] < rank:
                 origin[site], specificity[site] = pattern, rank
     return origin
+
+
+def nearest_module(path: str, paths: Iterable[str]) -> str:
+    """Return a hint at the module that may have been meant, "" if there is none."""
+    if path in paths:
+        return f"There is {_why_no_path(path)}."
+    return nearest(path, filter(is_module_path, paths))
+
+
+def _why_no_path(path: str) -> str:
+    return (
+        f"module {path!r}, whose name a site cannot spell ('@', '*', 'delta(' and open brackets mean more); rename it"
+    )
 
 
 MAX_RUN_MODULES = 4096
@@ -206,6 +218,11 @@ class Site:
 def as_site(site: Site | str) -> Site:
     """Return ``site`` itself, or the site that the text names."""
     return Site.parse(site) if isinstance(site, str) else site
+
+
+def is_module_path(path: str) -> bool:
+    """Return whether a site can name the module of this path."""
+    return _is_path(path) and "*" not in path
 
 
 def _is_path(text: object) -> bool:

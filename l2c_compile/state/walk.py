@@ -2,8 +2,8 @@
 
 The walk begins at some roots (a denoiser, a loop, the objects among its conditions) and goes through modules,
 containers, objects of the user's classes, functions with their closures and the globals that they name, and classes. It
-does not enter what belongs to torch, numpy, the standard library or this package: there, which object it is counts, and
-not what is in it.
+does not enter what belongs to torch, numpy, the standard library, this package, or an installed library that defines
+none of the roots and none of their modules: there, which object it is counts, and not what is in it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
@@ -34,7 +34,8 @@ Container = dict[Any, Any] | list[Any] | deque[Any] | set[Any] | MappingProxyTyp
 _OURS = "l2c_compile"
 # Parts of this package that hold what a user chose: their objects are looked into like the user's own.
 _OURS_TO_ENTER = ("l2c_compile.loops", "l2c_compile.models", "l2c_compile.schedules")
-_NOT_ENTERED = frozenset({"torch", "torchgen", "numpy", "triton", "networkx", "sympy", _OURS, *sys.stdlib_module_names})
+_LIBRARIES = {"torch", "torchgen", "torchvision", "numpy", "scipy", "triton", "networkx", "sympy", "tqdm", "rich"}
+_NOT_ENTERED = frozenset({*_LIBRARIES, _OURS, *sys.stdlib_module_names})
 _PLAIN_OBJECTS = (
     *(types.SimpleNamespace, threading.local, collections.UserDict, collections.UserList),
     *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
@@ -90,7 +91,7 @@ def reach(roots: Mapping[str, object]) -> Reached:
     """Return all that can be reached from some named objects; the weights of ``roots["denoiser"]`` are the graph's."""
     denoiser = roots.get("denoiser")
     live = set(map(id, (*denoiser.parameters(), *denoiser.buffers()))) if isinstance(denoiser, nn.Module) else set()
-    walk = _Walk(live)
+    walk = _Walk(live, _libraries_of(roots.values()))
     for name, root in roots.items():
         walk.add(name, root)
     hooks = torch.nn.modules.module
@@ -102,7 +103,8 @@ def reach(roots: Mapping[str, object]) -> Reached:
 class _Walk:
     """Visits each object once; what is to be visited waits in a list, because nesting may be deep."""
 
-    def __init__(self, live_weights: set[int]) -> None:
+    def __init__(self, live_weights: set[int], libraries: frozenset[str]) -> None:
+        self.libraries = libraries
         self.reached = Reached()
         self.live_weights = live_weights
         self.seen: dict[int, object] = {}
@@ -154,10 +156,22 @@ class _Walk:
             self._class(value)
         elif isinstance(value, _MOVING):
             self.reached.moving.append((path, value))
-        elif _is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS):
+        elif isinstance(value, threading.Thread):
+            # It goes on by itself.
+            return
+        elif self._is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS):
             self.reached.objects.append((path, value))
             self._attributes(path, value)
             self._class(type(value))
+
+    def _is_entered(self, thing: object) -> bool:
+        return self._enters(_module_of(thing))
+
+    def _enters(self, module: str) -> bool:
+        package = module.partition(".")[0]
+        if not package or package in _NOT_ENTERED:
+            return module.startswith(_OURS_TO_ENTER)
+        return package in self.libraries or not _is_installed(package)
 
     def _container(self, path: str, container: Container, kind: str, owner: type | None = None) -> None:
         self.reached.containers.append(Held(path, container, kind, owner=owner))
@@ -167,24 +181,24 @@ class _Walk:
 
     def _attributes(self, path: str, value: object) -> None:
         own = getattr(value, "__dict__", None)
-        if isinstance(own, dict) and (_is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS)):
+        if isinstance(own, dict) and (self._is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS)):
             self._container(path, own, "attributes")
         for kind in type(value).__mro__:
-            slots = vars(kind).get("__slots__", ()) if _is_entered(kind) else ()
+            slots = vars(kind).get("__slots__", ()) if self._is_entered(kind) else ()
             for name in (slots,) if isinstance(slots, str) else slots:
                 if hasattr(value, name) and name not in ("__dict__", "__weakref__"):
                     self.reached.slots.append((f"{path}.{name}", value, name))
                     self.add(f"{path}.{name}", getattr(value, name))
 
     def _module(self, path: str, module: nn.Module) -> None:
-        if not _is_entered(type(module)) and type(module).__module__.startswith(_OURS):
+        if not self._is_entered(type(module)) and type(module).__module__.startswith(_OURS):
             return
         if isinstance(module, ScriptModule):
             # What torch.jit made keeps its state out of Python.
             return
         own = vars(module)
         self.reached.objects.append((path, module))
-        self.reached.containers.append(Held(path, own, "attributes", _is_entered(type(module))))
+        self.reached.containers.append(Held(path, own, "attributes", self._is_entered(type(module))))
         for name, value in list(own.items()):
             if name in _TORCHS_DICTS and not isinstance(value, dict):
                 # A module of torch.jit keeps its parts elsewhere.
@@ -205,15 +219,15 @@ class _Walk:
             if each is object or each in self.classes:
                 continue
             self.classes.add(each)
-            if issubclass(each, nn.Module) or _is_entered(each):
+            if issubclass(each, nn.Module) or self._is_entered(each):
                 path = f"class {each.__qualname__}"
-                if _is_entered(each):
+                if self._is_entered(each):
                     self._container(path, vars(each), "class", each)
                 else:
                     self.reached.containers.append(Held(path, vars(each), "class", is_users=False, owner=each))
 
     def _function(self, path: str, function: FunctionType) -> None:
-        if not _is_entered(function):
+        if not self._is_entered(function):
             return
         self.reached.functions.append((path, function))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -230,7 +244,7 @@ class _Walk:
                 self._global(f"global {name}", own, name)
         # The function may read such a name of a module, too.
         for module in [own[name] for name in names if isinstance(own.get(name), ModuleType)]:
-            if _is_entered_name(module.__name__):
+            if self._enters(module.__name__):
                 for name in names:
                     if name in vars(module):
                         self._global(f"{module.__name__}.{name}", vars(module), name)
@@ -263,12 +277,26 @@ def counts(held: Held, key: object) -> bool:
     return held.kind != "attributes" or key not in TORCHS_OWN or key in _TORCHS_THAT_COUNT
 
 
-def _is_entered(thing: Any) -> bool:  # noqa: ANN401 - a class or a function
-    return _is_entered_name(str(getattr(thing, "__module__", "") or ""))
+def _libraries_of(roots: Iterable[object]) -> frozenset[str]:
+    """Return the top packages that define the roots, their modules, and the objects that loops are methods of."""
+    definers: set[object] = set()
+    for root in roots:
+        for each in (root, getattr(root, "__self__", None), getattr(root, "func", None)):
+            modules = each.modules() if isinstance(each, nn.Module) else ()
+            definers.update((each,) if isinstance(each, FunctionType) else type(each).__mro__)
+            definers.update(kind for module in modules for kind in type(module).__mro__)
+    return frozenset(_module_of(definer).partition(".")[0] for definer in definers)
 
 
-def _is_entered_name(module: str) -> bool:
-    return module.startswith(_OURS_TO_ENTER) or (module.partition(".")[0] not in _NOT_ENTERED and bool(module))
+def _module_of(thing: Any) -> str:  # noqa: ANN401 - a class or a function
+    return str(getattr(thing, "__module__", "") or "")
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """Return whether a top package is an installed library, not the user's own code."""
+    file = str(getattr(sys.modules.get(package), "__file__", "") or "")
+    return "site-packages" in file or "dist-packages" in file
 
 
 def iterate(container: Container) -> Iterator[tuple[object, object]]:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.modules import module
 
+from l2c_compile import CacheSchedule, l2c_compile
 from l2c_compile.analyses import cost
 from l2c_compile.analyses.cost import MultiplyAdds, NodeTimes, bytes_moved
 from l2c_compile.graphs.nodes import infer
@@ -46,3 +48,20 @@ def test_counting_hooks_no_module_that_another_thread_may_run(monkeypatch: pytes
     monkeypatch.setattr(cost, "infer", watched)
     assert MultiplyAdds().total(graph.nodes) > 0
     assert set(hooks) == {0}
+
+
+def test_fused_attention_costs_what_its_parts_do() -> None:
+    num_samples, num_tokens, width, hidden = 2, 6, 8, 16
+    layer = nn.TransformerEncoderLayer(width, 2, hidden, batch_first=True).eval()
+    attention = nn.MultiheadAttention(width, 2, batch_first=True).eval()
+    tokens = num_samples * num_tokens
+    of_attention = tokens * (4 * width * width + 2 * num_tokens * width)
+    for model, wanted in ((layer, of_attention + tokens * 2 * width * hidden), (attention, of_attention)):
+        count = 1 if model is layer else 3
+
+        def loop(denoiser: Any, x: torch.Tensor, count: int = count) -> object:  # noqa: ANN401
+            return denoiser(*[x] * count)
+
+        whole = l2c_compile(model, CacheSchedule.all_compute(1), loop)
+        whole(torch.ones(num_samples, num_tokens, width))
+        assert whole.summary().multiply_adds == wanted

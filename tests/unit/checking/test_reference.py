@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from l2c_compile import CacheSchedule, Site, run_reference
+from l2c_compile import CacheSchedule, Site, l2c_compile, run_reference
 from l2c_compile.errors import ScheduleError
-from tests.tiny import at, draw, residual, same_bits, steps
+from tests.tiny import at, check_equals_reference, draw, residual, same_bits, steps
 
 
 def test_without_reuse_it_is_the_plain_loop() -> None:
@@ -100,3 +100,59 @@ def test_computed_values_are_told_and_reused_ones_are_not() -> None:
     schedule = CacheSchedule.from_table({"a": [1, 0, 1], "b": [1, 1, 0]})
     run_reference(residual(), steps(3), schedule, draw(3, 4), {}, record=record)
     assert told == [(0, "a", 0), (0, "b", 0), (1, "b", 0), (2, "a", 0)]
+
+
+def hooked(site: str, hook: Any) -> nn.Module:  # noqa: ANN401
+    model: nn.Module = residual()
+    hook(model.get_submodule(site))
+    return model
+
+
+HOOKS = {
+    "output": lambda module: module.register_forward_hook(lambda _, args, out: out * 1.5),
+    "input": lambda module: module.register_forward_pre_hook(lambda _, args: (args[0] * 1.5,)),
+    "always": lambda module: module.register_forward_hook(lambda _, args, out: out + args[0], always_call=True),
+    "named": lambda module: module.register_forward_hook(lambda _, a, k, out: out * 2, with_kwargs=True),
+}
+
+
+@pytest.mark.parametrize("site", ["b", "delta(b)"])
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_a_site_is_what_a_call_returns_hooks_of_the_users_included(hook: Any, site: str) -> None:  # noqa: ANN401
+    check_equals_reference(hooked("b", hook), CacheSchedule.from_table({site: [1, 0, 1]}), steps(3), draw(3, 4))
+
+
+def test_where_a_site_is_reused_its_hooks_do_not_run() -> None:
+    ran = list[int]()
+    model = hooked("a", lambda module: module.register_forward_hook(lambda *_: ran.append(1)))
+    run_reference(model, steps(4), CacheSchedule.from_table({"a": [1, 0, 0, 1]}), draw(3, 4), {})
+    assert len(ran) == 2
+    assert "_compiled_call_impl" not in vars(model.a)
+    assert len(model.a._forward_hooks) == 1  # type: ignore[union-attr]
+
+
+class Swapping(nn.Module):
+    """Takes a tensor and returns one of another dtype, or two."""
+
+    def __init__(self, made: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.made = made
+
+    def forward(self, x: Tensor) -> Any:  # noqa: ANN401
+        return self.made(x)
+
+
+@pytest.mark.parametrize("made", [lambda x: x > 0, lambda x: (x, x), lambda x: x[:1]])
+def test_a_change_that_is_not_defined_is_refused_as_by_the_compiler(made: Any) -> None:  # noqa: ANN401
+    model: Any = residual()
+    model.norm = nn.Sequential(Swapping(made), Swapping(lambda y: y[0] * 1.0 if isinstance(y, tuple) else y * 1.0))
+    schedule = CacheSchedule.from_table({"delta(norm.0)": [1, 0]})
+    with pytest.raises(ScheduleError, match="reuse its output instead"):
+        run_reference(model, steps(2), schedule, draw(3, 4), {})
+    with pytest.raises(ScheduleError, match="reuse its output instead"):
+        l2c_compile(model, schedule, steps(2))(draw(3, 4))
+
+
+def test_a_denoiser_that_is_no_module_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"wants a denoiser that is an nn\.Module"):
+        run_reference(len, steps(2), CacheSchedule.all_compute(2), draw(3, 4), {})  # type: ignore[arg-type]

@@ -110,3 +110,21 @@ def test_operands_that_do_not_fit_are_an_error_of_ours() -> None:
     table, (x, y) = table_with((2, 4), (3, 5), exact=True)
     with pytest.raises(VerificationError, match=r"add\.Tensor does not take"):
         table.call(aten.add.Tensor, (x, y), {})
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_complex_numbers_and_their_parts_are_followed(exact: bool) -> None:
+    table, (x,) = table_with((2, 4, 2), exact=exact)
+    numbers = table.call(aten.view_as_complex.default, (x,), {})
+    assert numbers is table.call(aten.view_as_complex.default, (x,), {})
+    assert numbers is not table.call(aten.view_as_complex.default, (table.call(aten.neg.default, (x,), {}),), {})
+    assert isinstance(numbers.form, TensorForm)
+    assert (numbers.form.shape, numbers.form.dtype) == ((2, 4), torch.complex64)
+
+
+def test_elements_that_are_named_by_their_place_are_followed_bit_for_bit_only() -> None:
+    table, (x,) = table_with((2, 4), exact=True)
+    assert table.call(aten.as_strided.default, (x, [2], [1]), {}) is not x
+    table, (x,) = table_with((2, 4), exact=False)
+    with pytest.raises(VerificationError, match=r"as_strided\.default .*compile with numerics='bitwise'"):
+        table.call(aten.as_strided.default, (x, [2], [1]), {})

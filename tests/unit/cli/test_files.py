@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from l2c_compile import CacheSchedule
-from l2c_compile.cli.files import OutputError, is_sampler, output_path, read_schedule
+from l2c_compile.cli.files import OutputError, is_sampler, output_path, read_profile, read_schedule
 from l2c_compile.errors import FileFormatError
 from tests.command_line import l2c
 from tests.saved_samplers import compiled, inputs
@@ -158,3 +158,24 @@ def test_a_sampler_is_known_by_what_it_holds(sampler: Path, tmp_path: Path) -> N
     assert not is_sampler(tmp_path / "s.pt2")
     with pytest.raises(FileFormatError, match="no known form"):
         read_schedule(tmp_path / "s.pt2")
+
+
+def test_a_link_that_leads_back_to_itself_and_a_file_for_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").symlink_to(tmp_path / "b.json")
+    (tmp_path / "b.json").symlink_to(tmp_path / "a.json")
+    (tmp_path / "file").touch()
+    assert "is a link that leads back to itself" in refused(tmp_path / "a.json")
+    assert "does not exist or cannot be written to" in refused(tmp_path / "file" / "s.json")
+
+
+def test_what_is_no_profile_is_said_to_be_what_it_is(sampler: Path, tmp_path: Path) -> None:
+    schedule = tmp_path / "s.json"
+    CacheSchedule.from_table({"a": [1, 0]}).save(schedule)
+    (tmp_path / "text").write_text("text")
+    for path, what in (
+        (sampler, "is a saved sampler"),
+        (schedule, "is a schedule or router"),
+        (tmp_path / "text", "is no profile"),
+    ):
+        with pytest.raises(FileFormatError, match=rf"{what}.*`l2c profile --out FILE` makes one"):
+            read_profile(path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from l2c_compile.errors import FileFormatError, KernelError, ScheduleError
-from l2c_compile.files.documents import check_header, honoured, parse_json
+from l2c_compile.files.documents import check_header, honoured, parse_json, write_atomically
 
 KEYS = frozenset({"format", "version", "orientation", "rows"})
 GOOD = {"format": "l2c_compile.thing", "version": 2, "orientation": "execution", "rows": []}
@@ -66,3 +69,29 @@ def test_errors_of_the_file_and_of_others_stay_as_they_are() -> None:
 def test_a_document_beyond_the_bound_is_not_parsed() -> None:
     with pytest.raises(FileFormatError, match="at most 3 bytes, got 4"):
         parse_json("{}  ", max_bytes=3)
+
+
+class TestWritten:
+    def test_a_link_stays_and_what_it_leads_to_is_replaced(self, tmp_path: Path) -> None:
+        link, target = tmp_path / "link", tmp_path / "target"
+        link.symlink_to(target)
+        write_atomically(link, b"new")
+        assert link.is_symlink()
+        assert target.read_bytes() == b"new"
+
+    def test_what_is_no_regular_file_is_left_alone(self, tmp_path: Path) -> None:
+        pipe, device, folder = (tmp_path / name for name in ("pipe", "device", "folder"))
+        os.mkfifo(pipe)
+        device.symlink_to(os.devnull)
+        folder.mkdir()
+        for path in (pipe, device, folder):
+            with pytest.raises(OSError, match=r"Not a regular file: .* cannot be written"):
+                write_atomically(path, b"new")
+        assert pipe.is_fifo()
+        assert Path(os.devnull).is_char_device()
+
+    def test_a_link_that_leads_back_to_itself_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a").symlink_to(tmp_path / "b")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        with pytest.raises(OSError, match="cannot be written"):
+            write_atomically(tmp_path / "a", b"new")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_flatten
 
+from l2c_compile import CacheSchedule, L2CError, l2c_compile, run_reference
+from l2c_compile.errors import CaptureError, PassFailed, UnknownSiteError, VerificationError
 from l2c_compile.frontend.capture import capture
 from l2c_compile.graphs.facts import Fact, check
 from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.marks import INPUT_PORT, site_marks
 from l2c_compile.schedules.sites import Site
-from tests.tiny import Residual, at, draw, residual, run, same_bits
+from tests.tiny import Residual, at, check_equals_reference, draw, residual, run, same_bits, seeded, steps
 
 
 def signature(*args: object, **kwargs: object) -> CallSignature:
@@ -91,3 +96,119 @@ def test_dropout_at_rate_zero_is_no_draw(training: bool) -> None:
     graph = capture(model, signature(draw(3, 4)), [])
     with torch.no_grad():
         assert same_bits(run(graph, draw(3, 4)), [model(draw(3, 4))])
+
+
+class Calling(nn.Module):
+    """A denoiser whose output is what a function makes of it and of its inputs."""
+
+    def __init__(self, function: Callable[..., Tensor], part: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.part = part
+        self.function = function
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.function(self, self.a(x), t)
+
+
+def refused(model: nn.Module, *sites: str) -> str:
+    sampler = l2c_compile(seeded(model), CacheSchedule.all_compute(2, sites), steps(2))
+    with pytest.raises(L2CError) as raised:
+        sampler(draw(3, 4))
+    assert not isinstance(raised.value, PassFailed)
+    return str(raised.value)
+
+
+class TestWhatUsersGive:
+    def test_branches_and_loops_of_torch_are_refused(self) -> None:
+        model = Calling(lambda _, y, t: torch.cond(t.sum() > 3, torch.sin, torch.cos, (y,)))
+        assert "Calling calls cond in its own forward" in refused(model)
+
+    def test_values_read_into_python_are_refused(self) -> None:
+        assert "reads a value of a tensor into Python (aten.item" in refused(
+            Calling(lambda _, y, t: y * t.max().item())
+        )
+        assert "reads a value of a tensor" in refused(Calling(lambda _, y, t: y * (y > 0).nonzero().shape[0]))
+
+    @pytest.mark.parametrize("function", [torch.quantile, torch.nanquantile])
+    def test_a_quantile_is_captured(self, function: Callable[..., Tensor]) -> None:
+        model = seeded(Calling(lambda _, y, t: y / function(y.abs(), 0.9, dim=1, keepdim=True)))
+        check_equals_reference(model, CacheSchedule.from_table({"a": [1, 0]}), steps(2), draw(3, 4))
+
+    def test_a_result_whose_size_depends_on_values_is_captured_and_not_proven(self) -> None:
+        sampler = l2c_compile(
+            seeded(Calling(lambda _, y, t: y + y[y > 0].sum())), CacheSchedule.from_table({"a": [1, 0]}), steps(2)
+        )
+        wanted = run_reference(sampler.model, steps(2), sampler.schedule, draw(3, 4), {})
+        assert same_bits(sampler(draw(3, 4)), wanted)
+        with pytest.raises(VerificationError, match="whose size depends on values, which no proof follows"):
+            sampler.verify(draw(3, 4))
+
+    def test_a_weight_that_holds_several_tensors_is_refused(self) -> None:
+        model = Calling(lambda _, y, t: y)
+        message = "weight 'a.weight' of Calling is a TwoTensor, which is no plain tensor"
+        model.eval()
+        pair: Any = TwoTensor
+        model.a.weight = nn.Parameter(pair(torch.ones(4, 4), torch.ones(4, 4)))
+        with pytest.raises(CaptureError, match=message):
+            l2c_compile(model, CacheSchedule.all_compute(2), steps(2))(draw(3, 4))
+
+    def test_scripted_modules_are_refused_and_traced_ones_are_captured(self) -> None:
+        part = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        scripted = Calling(lambda self, y, t: self.part(y), torch.jit.script(part))
+        assert "module 'part' of Calling is TorchScript (Sequential)" in refused(scripted)
+        jit: Any = torch.jit
+        traced = Calling(lambda self, y, t: self.part(y), jit.trace(part, draw(3, 4)))
+        check_equals_reference(traced.eval(), CacheSchedule.from_table({"a": [1, 0]}), steps(2), draw(3, 4))
+        for model in (scripted, traced):
+            with pytest.raises(UnknownSiteError, match="site 'part': module 'part' is TorchScript"):
+                l2c_compile(model, CacheSchedule.from_table({"part": [1, 0]}), steps(2))
+            with pytest.raises(UnknownSiteError, match="site 'part': the module is TorchScript"):
+                run_reference(model, steps(2), CacheSchedule.from_table({"part": [1, 0]}), draw(3, 4), {})
+
+    def test_a_site_under_inference_mode_is_refused(self) -> None:
+        def inferred(self: Calling, y: Tensor, t: Tensor) -> Tensor:
+            with torch.inference_mode():
+                assert self.part is not None
+                return torch.as_tensor(self.part(y))
+
+        assert "site 'part': its value is made under torch.inference_mode" in refused(
+            Calling(inferred, nn.Linear(4, 4)), "part"
+        )
+
+    def test_another_name_of_a_shared_module_is_said_to_be_one(self) -> None:
+        model = Calling(lambda self, y, t: self.part(y))
+        model.part = model.a
+        with pytest.raises(UnknownSiteError, match="site 'part': module 'part' is module 'a' under another name"):
+            l2c_compile(model, CacheSchedule.all_compute(2, ["part"]), steps(2))
+
+    def test_a_run_is_not_cut_where_its_first_module_is_not_called(self) -> None:
+        model = Calling(lambda self, y, t: self.part[1](y), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        assert "'part.1' is called without a call of 'part.0' before it" in refused(model, "delta(part.0..part.1)")
+
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+    def test_a_recurrent_layer_draws_only_where_it_drops(self, kind: type[nn.Module]) -> None:
+        dropping = kind(4, 4, num_layers=2, dropout=0.5)
+        assert "draws random numbers" in refused(Training(dropping))
+        for part in (kind(4, 4), kind(4, 4, num_layers=2), nn.Dropout(0.0)):
+            model = seeded(Training(part))
+            check_equals_reference(model, CacheSchedule.from_table({"a": [1, 0]}), steps(2), draw(3, 4))
+
+
+class Training(Calling):
+    """A denoiser with a part that stays in training mode."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(_first_result, part)
+
+    def train(self, mode: bool = True) -> Training:
+        super().train(mode)
+        assert self.part is not None
+        self.part.train()
+        return self
+
+
+def _first_result(self: Calling, y: Tensor, t: Tensor) -> Tensor:
+    assert self.part is not None
+    result = self.part(y)
+    return torch.as_tensor(result[0] if isinstance(result, tuple) else result)

@@ -22,7 +22,7 @@ from l2c_compile.graphs.forms import CallSignature
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.nodes import draws_random_numbers
 from l2c_compile.graphs.skeleton import LoopSkeleton
-from tests.tiny import at, draw, residual, targets
+from tests.tiny import at, check_equals_reference, draw, residual, targets
 
 MODEL = residual()
 FORMS: dict[CallSignature, EvaluationGraph] = {}
@@ -198,3 +198,16 @@ def test_a_denoiser_called_from_another_thread_is_an_error_and_no_deadlock() -> 
     sampler = l2c_compile(residual(), CacheSchedule.all_compute(1), loop)
     with pytest.raises(LoopTraceError, match=r"from another thread at .*; call it in the thread that runs the loop"):
         sampler(draw(3, 4))
+
+
+@pytest.mark.parametrize("function", [torch.quantile, torch.nanquantile])
+def test_what_torch_makes_of_operators_that_write_is_functional(function: Callable[..., Tensor]) -> None:
+    def thresholded(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        for i in range(2):
+            x = x - 0.25 * denoiser(x, at(x, i))
+            bound = function(x.abs().flatten(1), 0.9, dim=1).clamp(min=0.1)[:, None]
+            x = x.clamp(-bound, bound) / bound
+            x[:, 0] = 0.5
+        return x
+
+    check_equals_reference(residual(), CacheSchedule.from_table({"a": [1, 0]}), thresholded, draw(3, 4))

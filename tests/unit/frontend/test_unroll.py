@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.fx.node import Target
+from torch.utils._pytree import tree_leaves
 
-from l2c_compile import CacheSchedule, Site
+from l2c_compile import CacheSchedule, Site, l2c_compile
 from l2c_compile.compile import build_loop_graph
 from l2c_compile.graphs.facts import Fact, check
 from l2c_compile.graphs.loop_graph import LoopGraph
@@ -20,6 +22,7 @@ from tests.tiny import (
     at,
     calls_in,
     draw,
+    residual,
     run,
     same_bits,
     steps,
@@ -140,3 +143,37 @@ def test_nodes_and_work_grow_linearly_with_the_evaluations() -> None:
     assert nodes[32] - nodes[16] == 2 * (nodes[16] - nodes[8])
     # A quadratic part of even one call for each pair of evaluations would add (32**2 - 2 * 16**2 + 8**2) = 576 calls.
     assert abs((work[32] - work[16]) - 2 * (work[16] - work[8])) < 100
+
+
+CONSTANT = draw(4, seed=3)
+
+RESULTS: dict[str, Any] = {
+    "a constant, repeated": lambda d, x, y: CONSTANT.expand_as(x),
+    "a weight": lambda d, x, y: (y, d.a.bias),
+    "a part of a weight": lambda d, x, y: (y, d.a.weight[1:], d.a.weight.T),
+    "the noise": lambda d, x, y: (y, x),
+    "parts of the noise": lambda d, x, y: (y, x[0], x.t(), x.reshape(-1), *x.chunk(3)),
+    "the noise, repeated": lambda d, x, y: (y, x[:1].expand(5, -1)),
+    "one value twice": lambda d, x, y: (y, y[0], y),
+    "a constant that is folded, and used": lambda d, x, y: (y + (d.b.bias * 2), (d.b.bias * 2)[None]),
+}
+
+
+@pytest.mark.parametrize("numerics", ["bitwise", "rounding"])
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+def test_a_caller_may_write_into_every_result(result: Any, numerics: Any) -> None:  # noqa: ANN401
+    def loop(denoiser: Any, x: Tensor) -> Any:  # noqa: ANN401
+        return result(denoiser, x, steps(2)(denoiser, x))
+
+    model = residual()
+    sampler = l2c_compile(model, CacheSchedule.from_table({"a": [1, 0]}), loop, numerics=numerics)
+    noise = draw(3, 4)
+    wanted = [leaf.clone() for leaf in tree_leaves(sampler(noise))]
+    for _ in range(2):
+        for got, first in zip(leaves := tree_leaves(sampler(noise)), wanted, strict=True):
+            assert torch.equal(got, first)
+        for leaf in leaves:
+            torch.as_strided(leaf, (1,), (1,)).fill_(100.0)
+        assert torch.equal(noise, draw(3, 4))
+    assert torch.equal(model.a.weight, residual().a.weight)
+    assert torch.equal(model.a.bias, residual().a.bias)

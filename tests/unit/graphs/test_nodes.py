@@ -70,10 +70,22 @@ def test_what_a_node_would_return_for_other_arguments() -> None:
         (call(aten.bernoulli.default), True),
         (call(aten.dropout.default, 0.5, True), True),
         (call(aten.dropout.default, 0.5, False), False),
+        (call(aten.dropout.default, 0.0, True), False),
+        (call(aten.rrelu.default, 0.1, 0.3, True), True),
+        (call(aten.rrelu.default, 0.1, 0.3, False), False),
         (call(aten.neg.default), False),
         (call(operator.getitem, 0), False),
     ],
-    ids=["bernoulli", "dropout", "dropout outside training", "neg", "getitem"],
+    ids=[
+        "bernoulli",
+        "dropout",
+        "dropout outside training",
+        "rate 0",
+        "rrelu",
+        "rrelu outside training",
+        "neg",
+        "getitem",
+    ],
 )
 def test_a_node_draws_random_numbers_or_not(node: fx.Node, draws: bool) -> None:
     assert draws_random_numbers(node) is draws

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l2c_compile import CacheSchedule
+from l2c_compile import CacheSchedule, l2c_compile
+from l2c_compile.errors import CaptureError
 from l2c_compile.passes.drop_dead import DropDead
 from l2c_compile.passes.drop_site_marks import DropSiteMarks
 from l2c_compile.passes.fold_constants import FoldConstants, make_constants
@@ -127,3 +128,17 @@ def test_folded_views_are_made_again_after_weights_change() -> None:
         model.to_two.bias += 1
     sampler.refresh()
     assert sampler.verify(draw(3, 4)).bitwise
+
+
+def test_an_operation_that_torch_refuses_is_the_users_and_named() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time = nn.Linear(1, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return torch.add(x, self.time(t[:, None]))
+
+    sampler = l2c_compile(Mixed().double(), CacheSchedule.all_compute(2), steps(2))
+    with pytest.raises(CaptureError, match=r"aten\.linear\.default fails in evaluation 0, module 'time' \(mat1 .*\)"):
+        sampler(draw(3, 4).double())

@@ -136,7 +136,7 @@ def write(path: Path, metadata: Mapping[str, object] | None, tensors: Mapping[st
         {"orientation": "clean"},
         {"sites": "ab"},
         {"sites": ["a", 1]},
-        {"sites": ["a(b", "c"]},
+        {"sites": ["a@b", "c"]},
         {"sites": ["a"]},
         {"cacheable": ["1"]},
         {"cacheable": [7]},

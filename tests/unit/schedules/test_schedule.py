@@ -310,7 +310,7 @@ MALFORMED: dict[str, str | bytes] = {
     "entry 2": json.dumps(document(sites={"a": [1, 2, 1]})),
     "entry text": json.dumps(document(sites={"a": ["1", "0", "1"]})),
     "entry 0.0": json.dumps(document(sites={"a": [1, 0.0, 1]})),
-    "no site": json.dumps(document(sites={"a(b": [1, 0, 1]})),
+    "no site": json.dumps(document(sites={"a@b": [1, 0, 1]})),
     "two spellings": json.dumps(document(sites={"0": [1, 0, 1], "0..0": [1, 0, 1]})),
     "many evaluations": json.dumps(document(num_evaluations=10**9, sites={})),
     "negative evaluations": json.dumps(document(num_evaluations=-1)),

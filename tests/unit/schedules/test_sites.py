@@ -17,6 +17,8 @@ TEXTS = {
     "0..5": Site("0", "5"),
     "blocks.*.attn": Site("blocks.*.attn"),
     "*_blocks.1*": Site("*_blocks.1*"),
+    "blocks.conv 1": Site("blocks.conv 1"),
+    "delta(blocks.conv(3x3).0@1)": Site("blocks.conv(3x3).0", kind="delta", call=1),
 }
 
 
@@ -45,6 +47,8 @@ def test_text_and_site_are_inverse(text: str) -> None:
         "blocks.0@1@2",
         "blocks\t0",
         " blocks",
+        "blocks(0",
+        "delta(delta(0))",
         "blocks.3..blocks.1",
         "blocks.0..layers.3",
         "blocks.a..blocks.b",

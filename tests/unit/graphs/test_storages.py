@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from l2c_compile.analyses.storages import Storages
+from l2c_compile.graphs.storages import Storages, base_of
 from tests.tiny import draw, program, run
 
 aten = torch.ops.aten
@@ -20,6 +20,37 @@ FUNCTIONS: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "a reshape that copies, and one that does not": lambda x: [(x + 1).t().reshape(12), (x + 1).reshape(12)],
     "a contiguous copy, and one of what is contiguous": lambda x: [(x + 1).t().contiguous(), (x + 1).contiguous()],
 }
+
+
+COMPOSITES: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "a cast to the same type": lambda x: [aten.type_as.default(aten.neg.default(x), x)],
+    "a cast to another type": lambda x: [aten.type_as.default(x, aten.to.dtype(x, torch.float64))],
+    "an operand, seen from elsewhere": lambda x: [aten.einsum.default("ij->ji", [aten.neg.default(x)])],
+    "a product of two": lambda x: [aten.einsum.default("ij,ij->ij", [x, aten.neg.default(x)])],
+    "a projection": lambda x: [aten.linear.default(aten.neg.default(x), x)],
+}
+
+
+@pytest.mark.parametrize("function", COMPOSITES.values(), ids=COMPOSITES)
+def test_an_operator_made_of_others_may_return_its_operand(function: Callable[[Tensor], list[Tensor]]) -> None:
+    x = draw(3, 4)
+    graph = fx.symbolic_trace(function)
+    values: dict[fx.Node, Tensor] = {}
+
+    class Kept(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                values[n], n.meta["val"] = value, value
+            return value
+
+    Kept(graph).run(x)
+    storages = Storages(graph.graph.nodes)
+    for one, first in values.items():
+        assert base_of(one) is storages.base(one)
+        for other, second in values.items():
+            shared = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+            assert (storages.base(one) is storages.base(other)) == shared, (one, other)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
