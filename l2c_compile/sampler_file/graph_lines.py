@@ -6,8 +6,8 @@
     {"output": ["%2"]}
 
 ``%n`` is the value of line n. Nothing in a line becomes Python code: names of inputs, tensors and nodes are made here,
-operators are looked up among torch's own and must be functions that return tensors, and the names of their arguments
-must be in their schema.
+operators are those of ``allowed_operators.py``, the names of their arguments must be in their schema, and what they are
+given is checked by ``operands.py`` and on fake tensors.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ torch's, and only that form and the raw bytes of the weights are read here:
     models/model.json ...                  torch's own form; never read here
 
 Our form is also 6 times smaller, does not change with torch's schema, and keeps the evaluation numbers and module paths
-that the backend needs. Nothing is unpickled and no text of the file becomes code. A stranger's file can do no more than
-let torch's own functions compute for a long time, and only when the sampler is called.
+that the backend needs. Nothing is unpickled, no text of the file becomes code, the operators are those of a list
+(``allowed_operators``), and the memory that they take has a limit. A stranger's file can do no more than let torch's
+own functions compute for a long time, and only when the sampler is called.
 """
 
 from __future__ import annotations
