@@ -349,7 +349,7 @@ def _judge(graph: LoopGraph, runs: Sequence[_ReferenceRun], exact: bool, what: s
         wanted, spec = tree_flatten(run.wanted)
         if spec != graph.out_spec:
             raise Mismatch(f"{what}: returns {graph.out_spec}, wanted {spec}")
-        if not (same_bits(leaves, wanted) if exact else _close(leaves, wanted)):
+        if not (same_bits(leaves, wanted) if exact else are_close(leaves, wanted)):
             raise Mismatch(f"{what}, run {number}: got {leaves}, wanted {wanted}")
         if not same_bits(inputs, run.inputs):
             raise Mismatch(f"{what}: writes into its inputs")
@@ -365,7 +365,8 @@ _RELATIVE = 1e-9
 that magnify it by a thousand), far below that of another formula."""
 
 
-def _close(got: Sequence[object], wanted: Sequence[object]) -> bool:
+def are_close(got: Sequence[object], wanted: Sequence[object]) -> bool:
+    """Return whether two lists of results are equal up to another order of sums."""
     return len(got) == len(wanted) and all(map(_close_leaf, got, wanted))
 
 
