@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench.trust.programs.checking import Mismatch
+from bench.trust.programs.denoisers import Description
 from bench.trust.programs.python.changes import HOLDERS, MODULES, WEIGHTS
 from bench.trust.programs.python.checking import PythonChecker
 from bench.trust.programs.python.drawing import PythonProgram, counted, draw_python_programs
@@ -24,7 +25,7 @@ from bench.trust.programs.shrinking import failure_of, minimise
 from l2c_compile import CompiledSampler
 from l2c_compile.errors import PassFailed, ScheduleError
 
-CALL = {"seed": 0, "batch": 2, "value": "1.0"}
+CALL: Description = {"seed": 0, "batch": 2, "value": "1.0"}
 NOTHING = PythonProgram(None, None, [], 3, [], [], "first", "eager", [CALL, CALL])
 
 CHANGES = [
@@ -35,7 +36,8 @@ CHANGES = [
 
 def program_of(feature: str = "", change: str = "") -> PythonProgram:
     """Return the program of one feature and one change."""
-    history = [CALL, *([{"change": change}] if change else []), CALL]
+    changes: list[Description] = [{"change": change}] if change else []
+    history = [CALL, *changes, CALL]
     return replace(NOTHING, features=[feature] if feature else [], history=history)
 
 

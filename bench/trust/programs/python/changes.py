@@ -72,7 +72,6 @@ MODULES: Mapping[str, str] = {
     "training flag of a dropout": "denoiser.dropout.train()",
     "number of an activation": "denoiser.act.negative_slope = 0.5",
     "number of a module of torch": "denoiser.norm.normalized_shape = (4,)",
-    "default dtype": "torch.set_default_dtype(torch.get_default_dtype())",
 }
 """Modules, hooks, forwards and plain attributes."""
 
@@ -87,6 +86,12 @@ HOLDERS: Mapping[str, tuple[str, str]] = {
         "sampler = pickle.loads(pickle.dumps(sampler))\ndenoiser, loop = sampler.model, sampler.loop",
         "denoiser, loop = pickle.loads(pickle.dumps((denoiser, loop)))",
     ),
+    "sampler in train mode": ("sampler.train()", "denoiser.train()"),
+    "weights loaded into the sampler": (
+        "sampler.load_state_dict({name: value * 1.1 for name, value in sampler.state_dict().items()})",
+        "denoiser.load_state_dict({name: value * 1.1 for name, value in denoiser.state_dict().items()})",
+    ),
+    "sampler of one form": ("sampler.max_forms = 1", ""),
     "loop replaced": ("loop = sampler.loop = other_loop", "loop = other_loop"),
     "model replaced": (
         "denoiser = sampler.model = with_weights(copy.deepcopy(denoiser), 9)",

@@ -42,7 +42,7 @@ class PythonProgram:
     """The argument of ``l2c_compile``."""
     backend: str
     history: list[Description]
-    """Calls of the sampler (seed, batch, value) and changes between them (change), in order."""
+    """Calls of the sampler (seed, batch, value, inference) and changes between them (change), in order."""
 
     def to_json(self) -> str:
         """Return the description on one line."""
@@ -97,7 +97,7 @@ class PythonProgram:
         """Return what the loop gives in eager torch, where a schedule applies with its reference."""
         noise, given = self.inputs(world, call)
         seed_all(call)
-        with torch.no_grad():
+        with torch.no_grad(), torch.inference_mode(call.get("inference", False)):
             if self.entries and world.module.reuses:
                 return run_reference(world.denoiser, world.loop, self.schedule, noise, given)
             return world.loop(world.denoiser, noise, **given)
@@ -203,7 +203,8 @@ def _draw_history(rng: random.Random, features: list[str]) -> list[Description]:
 
 
 def _draw_call(rng: random.Random) -> Description:
-    return {"seed": rng.randrange(3), "batch": rng.choice((1, 2, 2, 2, 3)), "value": rng.choice(VALUES)}
+    call = {"seed": rng.randrange(3), "batch": rng.choice((1, 2, 2, 2, 3)), "value": rng.choice(VALUES)}
+    return {**call, "inference": True} if rng.random() < 0.05 else call
 
 
 def _draw_sites(rng: random.Random, program: PythonProgram, world: World) -> list[str]:

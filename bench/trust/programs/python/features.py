@@ -121,6 +121,104 @@ _STATE = {
         leave="type(self).total += 1\nh = h * (1 + 0.1 * (type(self).total % 4))",
         moves=True,
     ),
+    "counter in an array": Feature(
+        init="self.ticks = np.zeros(1)",
+        leave="self.ticks += 1\nh = h * (1 + 0.1 * (float(self.ticks[0]) % 4))",
+        moves=True,
+    ),
+    "counter in a tensor": Feature(
+        init="self.ticks = torch.zeros(1, dtype=torch.float64)",
+        leave="self.ticks += 1\nh = h * (1 + 0.1 * (self.ticks % 4))",
+        moves=True,
+    ),
+    "counter of collections": Feature(
+        init="self.counts = Counter()",
+        leave='self.counts["calls"] += 1\nh = h * (1 + 0.1 * (self.counts["calls"] % 4))',
+        moves=True,
+    ),
+    "counter by globals()": Feature(
+        top="TOTAL = 0",
+        leave='globals()["TOTAL"] += 1\nh = h * (1 + 0.1 * (globals()["TOTAL"] % 4))',
+        moves=True,
+    ),
+    "counter of a generator": Feature(
+        top="""
+            def numbers():
+                number = 0
+                while True:
+                    number += 1
+                    yield number
+            """,
+        init="self.numbers = numbers()",
+        leave="h = h * (1 + 0.1 * (next(self.numbers) % 4))",
+        moves=True,
+    ),
+    "iterator over a list": Feature(
+        init="self.rows = iter([0.1 * (index % 5) for index in range(1000)])",
+        leave="h = h * (1 + next(self.rows))",
+        moves=True,
+    ),
+    "counter of a thread": Feature(
+        top="LOCAL = threading.local()\nLOCAL.calls = 0",
+        leave="LOCAL.calls += 1\nh = h * (1 + 0.1 * (LOCAL.calls % 4))",
+        moves=True,
+    ),
+    "counter of a context": Feature(
+        top='CONTEXT = contextvars.ContextVar("CONTEXT", default=0)',
+        leave="CONTEXT.set(CONTEXT.get() + 1)\nh = h * (1 + 0.1 * (CONTEXT.get() % 4))",
+        moves=True,
+    ),
+    "counter of a cell behind a cell": Feature(
+        top="""
+            def outer():
+                count = [0]
+
+                def tick():
+                    count[0] += 1
+                    return count[0]
+
+                def around():
+                    return tick()
+
+                return around
+            """,
+        init="self.around = outer()",
+        leave="h = h * (1 + 0.1 * (self.around() % 4))",
+        moves=True,
+    ),
+    "counter behind a descriptor": Feature(
+        top="""
+            class Ticking:
+                counts = weakref.WeakKeyDictionary()
+
+                def __get__(self, owner, kind=None):
+                    self.counts[owner] = self.counts.get(owner, 0) + 1
+                    return self.counts[owner]
+            """,
+        methods="ticking = Ticking()",
+        leave="h = h * (1 + 0.1 * (self.ticking % 4))",
+        moves=True,
+    ),
+    "last two results": Feature(
+        init="self.recent = deque(maxlen=2)",
+        leave="""
+            if len(self.recent) == 2 and self.recent[0].shape == h.shape:
+                h = h + 0.1 * self.recent[0]
+            self.recent.append(h)
+            """,
+        moves=True,
+    ),
+    "set of shapes": Feature(
+        init="self.shapes = set()",
+        leave="h = h * (1 + 0.1 * (tuple(h.shape) in self.shapes))\nself.shapes.add(tuple(h.shape))",
+        moves=True,
+    ),
+    "every second call": Feature(
+        init="self.flag = False", leave="self.flag = not self.flag\nh = h * (1.1 if self.flag else 0.9)", moves=True
+    ),
+    "first call ever": Feature(
+        init="self.warm = False", leave="h = h if self.warm else h * 0.9\nself.warm = True", moves=True
+    ),
     "previous result": Feature(
         init="self.previous = None",
         leave="""
@@ -414,6 +512,48 @@ _CONSTANTS = {
         },
         works=True,
     ),
+    "name of a method": Feature(
+        init='self.method = "gentle"',
+        methods="""
+            def gentle(self, h):
+                return h * 0.9
+
+            def strong(self, h):
+                return h * 1.1
+            """,
+        leave="h = getattr(self, self.method)(h)",
+        changes={"name of a method": 'denoiser.method = "strong"'},
+        works=True,
+    ),
+    "set of blocks": Feature(
+        init="self.enabled = {0}",
+        leave="h = h * 0.9 if 1 in self.enabled else h",
+        changes={"set of blocks": "denoiser.enabled.add(1)"},
+        works=True,
+    ),
+    "enum attribute": Feature(
+        init="self.kind = Color.RED",
+        leave="h = h * (0.9 if self.kind is Color.RED else 1.1)",
+        changes={"enum attribute": "denoiser.kind = Level.LOW"},
+        works=True,
+    ),
+    "getattr of the denoiser": Feature(
+        init='self.__dict__["spare"] = 0.9',
+        methods="""
+            def __getattr__(self, name):
+                if name == "extra":
+                    return self.__dict__["spare"]
+                return super().__getattr__(name)
+            """,
+        leave="h = h * self.extra",
+        changes={"what __getattr__ gives": 'denoiser.__dict__["spare"] = 1.1'},
+        works=True,
+    ),
+    "default dtype": Feature(
+        leave="h = h * torch.tensor(1 / 3).to(h.dtype)",
+        changes={"default dtype": "torch.set_default_dtype(torch.float64)"},
+        works=True,
+    ),
     "training flag": Feature(
         leave="h = h * (1.1 if self.training else 0.9)",
         changes={"train()": "denoiser.train()", "eval()": "denoiser.eval()"},
@@ -490,6 +630,16 @@ _HOOKS = {
     ),
     "attribute that the loop reads": Feature(
         init="self.last = None", leave="self.last = h * 0.5", then="h = h + 0.1 * denoiser.last"
+    ),
+    "call of a class": Feature(
+        init="self.gain = Gain()",
+        leave="h = self.gain(h)",
+        changes={
+            "call of a class replaced": "Gain.__call__ = lambda self, x: x * 0.7",
+            "forward of a submodule's class replaced": "Gain.forward = lambda self, x: x * 0.7",
+        },
+        works=True,
+        slot="gain",
     ),
     "forward of an instance": Feature(
         init="self.gain = Gain()",
@@ -1011,6 +1161,101 @@ _CONDITIONS = {
 }
 """What comes with the call, and weights that the loop reads itself."""
 
+_LOOPS = {
+    "loop without gradients": Feature(built="loop = torch.no_grad()(loop)", works=True, slot="loop"),
+    "loop in inference mode": Feature(built="loop = torch.inference_mode()(loop)", slot="loop"),
+    "loop as a partial": Feature(
+        built="""
+            def strengthened(denoiser, noise, by, **given):
+                return loop_at_first(denoiser, noise, **given) * by
+
+            loop = functools.partial(strengthened, by=0.9)
+            """,
+        changes={"keyword of the loop": 'loop.keywords["by"] = 1.1'},
+        works=True,
+        slot="loop",
+    ),
+    "loop as an object": Feature(
+        built="""
+            class Sampler:
+                def __init__(self):
+                    self.by = 0.9
+
+                def __call__(self, denoiser, noise, **given):
+                    return loop_at_first(denoiser, noise, **given) * self.by
+
+            loop = Sampler()
+            """,
+        changes={"attribute of the loop": "loop.by = 1.1"},
+        works=True,
+        slot="loop",
+    ),
+    "loop as an object that counts": Feature(
+        built="""
+            class Sampler:
+                runs = 0
+
+                def __call__(self, denoiser, noise, **given):
+                    self.runs += 1
+                    return loop_at_first(denoiser, noise, **given) * (1 + 0.1 * (self.runs % 4))
+
+            loop = Sampler()
+            """,
+        moves=True,
+        slot="loop",
+    ),
+    "loop as a bound method": Feature(
+        built="""
+            class Pipeline:
+                def __init__(self):
+                    self.config = {"by": 0.9}
+
+                def sample(self, denoiser, noise, **given):
+                    return loop_at_first(denoiser, noise, **given) * self.config["by"]
+
+            loop = Pipeline().sample
+            """,
+        changes={"config of the loop's object": 'loop.__self__.config["by"] = 1.1'},
+        works=True,
+        slot="loop",
+    ),
+    "loop as a module": Feature(
+        built="""
+            class LoopModule(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.by = nn.Parameter(torch.tensor(0.9, dtype=torch.float64))
+
+                def forward(self, denoiser, noise, **given):
+                    return loop_at_first(denoiser, noise, **given) * self.by
+
+            loop = LoopModule()
+            """,
+        changes={
+            "weight of the loop": "with torch.no_grad():\n    loop.by.mul_(1.1)",
+            "weight of the loop through .data": "loop.by.data.mul_(1.1)",
+            "hook of the loop": "loop.register_forward_hook(lambda module, args, output: output * 1.1)",
+        },
+        slot="loop",
+    ),
+    "loop in a cell": Feature(
+        built="""
+            def around(inner, by):
+                @functools.wraps(inner)
+                def wrapper(denoiser, noise, **given):
+                    return inner(denoiser, noise, **given) * by[0]
+
+                return wrapper
+
+            loop = around(loop, [0.9])
+            """,
+        changes={"list in a cell of the loop": "loop.__closure__[0].cell_contents[0] = 1.1"},
+        works=True,
+        slot="loop",
+    ),
+}
+"""What kind of callable the loop is."""
+
 _QUESTIONS = {
     "signature of the denoiser": Feature(
         then="h = h * (1 + 0.1 * len(inspect.signature(denoiser.forward).parameters))", reuses=False
@@ -1039,6 +1284,7 @@ FEATURES: Mapping[str, Feature] = {
     **_RANDOM,
     **_CLOSURES,
     **_CONDITIONS,
+    **_LOOPS,
     **_QUESTIONS,
 }
 """All features by name."""

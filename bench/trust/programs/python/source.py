@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from bench.trust.programs.denoisers import Description
@@ -21,8 +22,9 @@ from bench.trust.programs.python.changes import HOLDERS, changes_of
 from bench.trust.programs.python.features import FEATURES
 
 _HEAD = """
-import contextlib, copy, dataclasses, enum, functools, inspect, itertools, pickle, random, types, zlib
-from collections import OrderedDict, namedtuple
+import contextlib, contextvars, copy, dataclasses, enum, functools, inspect, itertools, pickle, random, threading
+import weakref, zlib
+from collections import Counter, OrderedDict, deque, namedtuple
 from decimal import Decimal
 from fractions import Fraction
 from types import SimpleNamespace
@@ -260,6 +262,7 @@ class World:
     ) -> None:
         for handle in self.module.HANDLES:
             handle.remove()
+        torch.set_default_dtype(torch.float32)
         del sys.modules[self.module.__name__]
         for name in [each for each in linecache.cache if each.startswith(f"<{self.module.__name__}")]:
             del linecache.cache[name]
