@@ -30,6 +30,8 @@ class StateMutation:
     """What is changed between two calls."""
     values: tuple[str, str] = ("None", "None")
     """The condition in the first call and in all later ones."""
+    packs: bool = False
+    """Whether the sampler runs on packed copies of the weights."""
 
     @property
     def program(self) -> PythonProgram:
@@ -39,7 +41,9 @@ class StateMutation:
             {"seed": seed, "batch": 2, "value": self.values[number > 0]} for number, seed in enumerate((0, 0, 1))
         )
         history = [first, *changes, second, third]
-        return PythonProgram(None, None, [self.feature] if self.feature else [], 3, [], [], None, "eager", history)
+        return PythonProgram(
+            None, None, [self.feature] if self.feature else [], 3, [], [], None, "eager", False, history
+        )
 
 
 FROZEN: Mapping[str, StateMutation] = {
@@ -71,6 +75,8 @@ STALE: Mapping[str, StateMutation] = {
     "step of a fused optimizer": StateMutation(change="step of a fused optimizer"),
     "weight written through .data": StateMutation(change="weight written through .data"),
     "weight written through numpy": StateMutation(change="weight written through numpy"),
+    "packed weights written through .data": StateMutation(change="weights of a block through .data", packs=True),
+    "packed weights by a fused optimizer": StateMutation(change="weights of a block by a fused optimizer", packs=True),
     "submodule appended": StateMutation(change="submodule appended"),
     "submodule of a subclass": StateMutation(change="submodule of a subclass"),
     "adapter injected": StateMutation(change="adapter injected"),

@@ -26,7 +26,7 @@ from l2c_compile import CompiledSampler
 from l2c_compile.errors import PassFailed, ScheduleError
 
 CALL: Description = {"seed": 0, "batch": 2, "value": "1.0"}
-NOTHING = PythonProgram(None, None, [], 3, [], [], "first", "eager", [CALL, CALL])
+NOTHING = PythonProgram(None, None, [], 3, [], [], "first", "eager", False, [CALL, CALL])
 
 CHANGES = [
     *((feature, change) for feature, each in FEATURES.items() for change in each.changes),

@@ -30,6 +30,7 @@ WEIGHTS: Mapping[str, str] = {
     "one element of a large weight": _WEIGHT + "weight.data[-1, -1] += 0.5",
     "weights of a block": "with torch.no_grad():\n    for p in denoiser.net.parameters():\n        p.mul_(1.1)",
     "weights of a block through .data": "for p in denoiser.net.parameters():\n    p.data.mul_(1.1)",
+    "weights of a block by a fused optimizer": "fused_step(denoiser.net.parameters())",
     "weights tied": "denoiser.foot.weight = denoiser.head.weight",
     "frozen weights": "denoiser.requires_grad_(False)",
     "to and back": "denoiser.to(torch.float32).to(torch.float64)",

@@ -41,6 +41,9 @@ class PythonProgram:
     check: str | None
     """The argument of ``l2c_compile``."""
     backend: str
+    packs: bool
+    """Whether the network is in float32 and its weights are packed, which ``numerics="rounding"`` does in large
+    batches."""
     history: list[Description]
     """Calls of the sampler (seed, batch, value, inference) and changes between them (change), in order."""
 
@@ -61,7 +64,17 @@ class PythonProgram:
     @property
     def source(self) -> str:
         """The source of the module that this describes."""
-        return source_of(self.net, self.steps, self.features)
+        return source_of(self.net, self.steps, self.features, self.dtype)
+
+    @property
+    def is_bitwise(self) -> bool:
+        """Whether a result has to be equal bit for bit."""
+        return self.backend == "eager" and not self.packs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the latent."""
+        return torch.float32 if self.packs else torch.float64
 
     @property
     def schedule(self) -> CacheSchedule:
@@ -83,7 +96,7 @@ class PythonProgram:
         given: dict[str, Any] = {}
         if self.net is None:
             generator = torch.Generator().manual_seed(call["seed"])
-            noise = torch.randn(call["batch"], 4, generator=generator, dtype=torch.float64)
+            noise = torch.randn(call["batch"] * (16 if self.packs else 1), 4, generator=generator, dtype=self.dtype)
         else:
             form = {"layout": "contiguous", **(self.steps or {}), "batch": call["batch"]}
             noise, given = draw_inputs(self.net, form, call["seed"])
@@ -143,16 +156,17 @@ def counted(program: PythonProgram) -> PythonProgram | None:
 
 
 def _draw(rng: random.Random) -> PythonProgram | None:
-    net = _draw_net(rng) if rng.random() < 0.2 else None
+    packs = rng.random() < 0.07
+    net = _draw_net(rng) if rng.random() < 0.2 and not packs else None
     steps = None
     if rng.random() < 0.25:
         plain = {"label": False, "context": False}
         steps = {**draw_loop(rng, net or plain, draw_form(rng)), "returns": "last", "time_dtype": "latent"}
         steps["steps"] = steps["steps"][:2]
     features = _draw_features(rng)
-    check, backend = rng.choice(("first", "structure")), "aot_eager" if rng.random() < 0.1 else "eager"
+    check, backend = rng.choice(("first", "structure")), "aot_eager" if rng.random() < 0.1 and not packs else "eager"
     history = _draw_history(rng, features)
-    program = PythonProgram(net, steps, features, 1, [], [], check, backend, history)
+    program = PythonProgram(net, steps, features, 1, [], [], check, backend, packs, history)
     try:
         with World(program.source) as world:
             forms = _forms_of_evaluations(program, world, _first_call(program))
@@ -162,7 +176,7 @@ def _draw(rng: random.Random) -> PythonProgram | None:
     except Exception:
         return None
     entries = draw_schedule(rng, sites, forms, []) if sites else []
-    program = PythonProgram(net, steps, features, len(forms), sites, entries, check, backend, history)
+    program = replace(program, num_evaluations=len(forms), sites=sites, entries=entries)
     return program if program.runs_eagerly() else None
 
 

@@ -26,6 +26,8 @@ def _candidates(program: PythonProgram) -> Iterator[PythonProgram]:
         yield replace(program, steps=None, sites=[], entries=[])
     if program.backend != "eager":
         yield replace(program, backend="eager")
+    if program.packs:
+        yield replace(program, packs=False)
     for index in range(len(program.features)):
         yield replace(program, features=_without(program.features, index))
     for index in reversed(range(1, len(program.history))):

@@ -124,7 +124,7 @@ class Net(nn.Module):
 
 
 def build_net():
-    return with_weights(Net(), 1)
+    return with_weights(Net(), 1).to({dtype})
 """
 
 _DRAWN_NET = """
@@ -200,13 +200,16 @@ denoiser = Denoiser().eval()
 """
 
 
-def source_of(net: Description | None, steps: Description | None, features: Sequence[str]) -> str:
+def source_of(
+    net: Description | None, steps: Description | None, features: Sequence[str], dtype: torch.dtype = torch.float64
+) -> str:
     """Return the source of a module with ``denoiser`` and ``loop``.
 
     Args:
         net: the description of a denoiser, which becomes a part of the program's; None takes two plain blocks.
         steps: the description of a loop; None takes three Euler steps.
         features: what the denoiser and the loop do besides.
+        dtype: the dtype of two plain blocks.
     """
     places = {place: "\n".join(_lines_of(features, place)) for place in _PLACES}
     if any(FEATURES[feature].slot == "given" for feature in features):
@@ -214,7 +217,7 @@ def source_of(net: Description | None, steps: Description | None, features: Sequ
     texts = [
         _HEAD,
         places["top"],
-        _PLAIN_NET if net is None else _DRAWN_NET.format(net=net),
+        _PLAIN_NET.replace("{dtype}", str(dtype)) if net is None else _DRAWN_NET.format(net=net),
         _filled(_DENOISER, places),
         _PLAIN_SAMPLE if steps is None else _DRAWN_SAMPLE.format(steps=steps),
         _filled(_LOOP, places),
