@@ -112,9 +112,10 @@ STATE_MUTATIONS: Mapping[str, StateMutation] = {**FROZEN, **STALE}
 
 def caught_by(mutation: StateMutation) -> tuple[str, str]:
     """Return what catches a mutation, empty if nothing does, and the refusal, empty where each result is right."""
-    for check, what in (("structure", "guards"), ("first", "first call")):
+    guarded, compared = replace(mutation.program, check="structure"), replace(mutation.program, check="first")
+    for program, what in ((guarded, "guards"), (compared, "first call")):
         try:
-            return what, PythonChecker().check(replace(mutation.program, check=check)).refused
+            return what, PythonChecker().check(program).refused
         except Mismatch:
             continue
     return "", ""

@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_each_value_of_a_condition_is_one_that_eager_torch_runs(value: str) -> N
 @pytest.mark.slow(reason="each of the features that have to compile is compiled alone")
 @pytest.mark.parametrize("feature", [name for name, each in FEATURES.items() if each.works])
 @pytest.mark.parametrize("check", ["first", "structure", None])
-def test_what_has_to_compile_compiles(feature: str, check: str | None) -> None:
+def test_what_has_to_compile_compiles(feature: str, check: Literal["first", "structure"] | None) -> None:
     assert PythonChecker().check(replace(program_of(feature), check=check)).refused == ""
 
 

@@ -27,7 +27,7 @@ WEIGHTS: Mapping[str, str] = {
     "state dict assigned": """
         denoiser.load_state_dict({name: value * 1.1 for name, value in denoiser.state_dict().items()}, assign=True)
         """,
-    "one element of a large weight": _WEIGHT + "weight.data[-1, -1] += 0.5",
+    "one element of a weight": _WEIGHT + "with torch.no_grad():\n    weight[-1, -1] += 0.5",
     "weights of a block": "with torch.no_grad():\n    for p in denoiser.net.parameters():\n        p.mul_(1.1)",
     "weights of a block through .data": "for p in denoiser.net.parameters():\n    p.data.mul_(1.1)",
     "weights of a block by a fused optimizer": "fused_step(denoiser.net.parameters())",

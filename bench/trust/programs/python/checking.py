@@ -159,16 +159,13 @@ class _Run:
 
 
 def _compiled(program: PythonProgram, world: World) -> CompiledSampler:
-    import inspect
-
-    more = {"check": program.check} if "check" in inspect.signature(l2c_compile).parameters else {}
     return l2c_compile(
         world.denoiser,
         program.schedule,
         world.loop,
         backend=program.backend,
         numerics="rounding" if program.packs else None,
-        **more,
+        check=program.check,
     )
 
 

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class PythonProgram:
     sites: list[str]
     entries: list[Description]
     """The reuses of the schedule."""
-    check: str | None
+    check: Literal["first", "structure"] | None
     """The argument of ``l2c_compile``."""
     backend: str
     packs: bool
@@ -164,7 +164,8 @@ def _draw(rng: random.Random) -> PythonProgram | None:
         steps = {**draw_loop(rng, net or plain, draw_form(rng)), "returns": "last", "time_dtype": "latent"}
         steps["steps"] = steps["steps"][:2]
     features = _draw_features(rng)
-    check, backend = rng.choice(("first", "structure")), "aot_eager" if rng.random() < 0.1 and not packs else "eager"
+    check: Literal["first", "structure"] = "first" if rng.random() < 0.5 else "structure"
+    backend = "aot_eager" if rng.random() < 0.1 and not packs else "eager"
     history = _draw_history(rng, features)
     program = PythonProgram(net, steps, features, 1, [], [], check, backend, packs, history)
     try:
