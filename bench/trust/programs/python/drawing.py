@@ -110,7 +110,7 @@ class PythonProgram:
         """Return what the loop gives in eager torch, where a schedule applies with its reference."""
         noise, given = self.inputs(world, call)
         seed_all(call)
-        with torch.no_grad(), torch.inference_mode(call.get("inference", False)):
+        with torch.inference_mode(call.get("inference", False)), torch.no_grad():
             if self.entries and world.module.reuses:
                 return run_reference(world.denoiser, world.loop, self.schedule, noise, given)
             return world.loop(world.denoiser, noise, **given)
