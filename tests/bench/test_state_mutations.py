@@ -9,7 +9,6 @@ from bench.trust.bits import same_bits
 from bench.trust.programs.python.source import World
 from bench.trust.state_mutations import STALE, STATE_MUTATIONS, caught_by
 
-
 QUICK = ("counter", "step of the denoiser", "number attribute", "hook added", "step of a fused optimizer")
 
 
