@@ -90,7 +90,11 @@ HOLDERS: Mapping[str, tuple[str, str]] = {
     "sampler in train mode": ("sampler.train()", "denoiser.train()"),
     "weights loaded into the sampler": (
         "sampler.load_state_dict({name: value * 1.1 for name, value in sampler.state_dict().items()})",
-        "denoiser.load_state_dict({name: value * 1.1 for name, value in denoiser.state_dict().items()})",
+        """
+        for module in (denoiser, loop):
+            if isinstance(module, nn.Module):
+                module.load_state_dict({name: value * 1.1 for name, value in module.state_dict().items()})
+        """,
     ),
     "sampler of one form": ("sampler.max_forms = 1", ""),
     "loop replaced": ("loop = sampler.loop = other_loop", "loop = other_loop"),
