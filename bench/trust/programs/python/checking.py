@@ -27,8 +27,8 @@ from bench.trust.programs.python.features import FEATURES
 from bench.trust.programs.python.source import World
 from l2c_compile import CompiledSampler, l2c_compile
 from l2c_compile.errors import L2CError, PassFailed, StaleConstantsError
+from l2c_compile.frontend.loop_tensor import LoopTensor
 from l2c_compile.frontend.stand_in import StandIn
-from l2c_compile.frontend.trace import LoopTensor
 
 
 class PythonChecker:
