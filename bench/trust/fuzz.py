@@ -5,6 +5,9 @@ loops and schedules. ``--replay SEED`` or ``--replay SEED:NUMBER``: check the pr
 make what fails smaller. A program is counted once for each distinct denoiser, loop and schedule; passes do not count.
 ``--dynamo`` compiles the loops with ``torch.compile(..., backend="l2c")`` instead, a few programs of each seed; many
 more are refused, for what a module returns of its input leaves no trace in Dynamo's graph.
+``--python`` draws denoisers and loops with state, hooks, caches and other things of Python, and changes them between
+the calls of a sampler; each has to equal eager torch or to be refused, and many are. A row for each thing says which
+share of its programs that is.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.progress import Progress
@@ -21,7 +24,9 @@ from bench.cases import BenchError
 from bench.options import Options
 from bench.report import Row
 from bench.trust.programs.checking import Checker, Program, draw_programs
-from bench.trust.programs.shrinking import Check, minimise
+from bench.trust.programs.python.checking import PythonChecker
+from bench.trust.programs.python.drawing import PythonProgram, draw_python_programs
+from bench.trust.programs.shrinking import Check, Drawn, checker_of, minimise
 from l2c_compile.errors import CaptureError
 
 _REPORT_SECONDS = 60.0
@@ -36,21 +41,32 @@ _EVERY_THROUGH_DYNAMO = 8
 class _SearchState:
     """Checks drawn programs and counts what was tried, refused and failed so far."""
 
-    through_dynamo: bool = False
+    kind: str = ""
+    """What programs are tried: plain ones, "dynamo" or "python"."""
     programs: set[str] = field(default_factory=set)
     denoisers: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     """The number of programs that the compiler refuses, by the class of its error."""
-    failures: list[tuple[str, str, Program | None]] = field(default_factory=list)
+    tried_with: Counter[str] = field(default_factory=Counter)
+    """The number of programs in Python, by what each does."""
+    refused_with: Counter[str] = field(default_factory=Counter)
+    failures: list[tuple[str, str, Drawn | None]] = field(default_factory=list)
     """The text for ``--replay``, the message, and the program, or None if the seed gives none that torch can run."""
     start: float = field(default_factory=time.monotonic)
 
-    def check(self, seed: int, programs: Sequence[Program]) -> None:
+    def draw(self, seed: int) -> list[Drawn]:
+        """Draw the programs of a seed."""
+        draw: Callable[[random.Random], Iterator[Drawn]] = (
+            draw_python_programs if self.kind == "python" else draw_programs
+        )
+        return list(draw(random.Random(seed)))
+
+    def check(self, seed: int, programs: Sequence[Drawn]) -> None:
         """Check the programs of one denoiser."""
-        checker = Checker(programs[0].denoiser)
+        checker = checker_of(programs[0])
         self.denoisers += 1
         for number, program in enumerate(programs):
-            if program.key in self.programs or (self.through_dynamo and number % _EVERY_THROUGH_DYNAMO):
+            if program.key in self.programs or (self.kind == "dynamo" and number % _EVERY_THROUGH_DYNAMO):
                 continue
             self.programs.add(program.key)
             try:
@@ -59,15 +75,22 @@ class _SearchState:
             except Exception as error:
                 self.failures.append((f"{seed}:{number}", f"{type(error).__name__}: {error}", program))
                 continue
-            if refused:
-                self.refused[refused.partition(":")[0]] += 1
-            if refused.startswith(CaptureError.__name__):
+            self._count(program, refused)
+            if isinstance(program, Program) and refused.startswith(CaptureError.__name__):
                 # All programs of this denoiser share its captures, and are refused in the same words.
                 return
 
+    def _count(self, program: Drawn, refused: str) -> None:
+        things = program.things if isinstance(program, PythonProgram) else ()
+        self.tried_with.update(things)
+        if refused:
+            self.refused[refused.partition(":")[0]] += 1
+            self.refused_with.update(things)
+
     @property
     def judge(self) -> Check:
-        return Checker.check_through_dynamo if self.through_dynamo else Checker.check
+        checks: dict[str, Check] = {"dynamo": Checker.check_through_dynamo, "python": PythonChecker.check}
+        return checks.get(self.kind, Checker.check)
 
     @property
     def minutes(self) -> float:
@@ -87,11 +110,13 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", metavar="SEED[:NUMBER]")
-    parser.add_argument("--dynamo", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    for kind in ("dynamo", "python"):
+        kinds.add_argument(f"--{kind}", action="store_const", const=kind, dest="kind", default="")
     options = parser.read(args)
-    state = _SearchState(options.dynamo)
+    state = _SearchState(options.kind)
     if options.replay is not None:
-        seed, programs = _replayed(options.replay)
+        seed, programs = _replayed(state, options.replay)
         state.check(seed, programs)
     else:
         _search(state, options.seed, options.minutes, progress)
@@ -104,7 +129,7 @@ def _search(state: _SearchState, seed: int, minutes: float, progress: Progress) 
     while state.minutes < minutes:
         known = len(state.failures)
         try:
-            programs = list(draw_programs(random.Random(seed)))
+            programs = state.draw(seed)
         # An error of the draw is a bug as well, and must not end the search.
         except Exception as error:
             state.failures.append((f"{seed}", f"no programs: {type(error).__name__}: {error}", None))
@@ -119,11 +144,11 @@ def _search(state: _SearchState, seed: int, minutes: float, progress: Progress) 
         seed += 1
 
 
-def _replayed(text: str) -> tuple[int, list[Program]]:
+def _replayed(state: _SearchState, text: str) -> tuple[int, list[Drawn]]:
     seed, _, number = text.partition(":")
     if not seed.isdigit() or not (number.isdigit() or not number):
         raise BenchError(f"--replay wants SEED or SEED:NUMBER, two whole numbers, got {text!r}")
-    programs = list(draw_programs(random.Random(int(seed))))
+    programs = state.draw(int(seed))
     if number and int(number) >= len(programs):
         raise BenchError(f"seed {seed} has the programs 0 to {len(programs) - 1}, got {number}")
     return int(seed), programs[int(number) :][:1] if number else programs
@@ -132,13 +157,16 @@ def _replayed(text: str) -> tuple[int, list[Program]]:
 def _rows(state: _SearchState, seed: int) -> Iterator[Row]:
     count = len(state.programs)
     where = {"first_seed": seed, "denoisers": state.denoisers}
-    through = "_through_dynamo" if state.through_dynamo else ""
+    through = {"dynamo": "_through_dynamo", "python": "_in_python"}.get(state.kind, "")
     yield Row("programs", count, "", where)
     yield Row("programs_a_minute", count / state.minutes, "", where)
     yield Row("mismatches", len(state.failures), "", where)
     yield Row(f"refused{through}_percent", 100 * state.refused.total() / max(1, count), "%", where)
     for error, number in sorted(state.refused.items()):
         yield Row("refused", number, "", {"error": error})
+    for thing, number in sorted(state.tried_with.items()):
+        share = 100 * state.refused_with[thing] / number
+        yield Row("refused_with_percent", share, "%", {"thing": thing, "programs": number})
     for index, (replay, message, program) in enumerate(state.failures):
         smaller = program
         if program is not None and index < _MINIMISED:

@@ -3,6 +3,9 @@
 A mutation edits a finished graph, or its memory plan, as a bug in a pass might. ``structure`` is ``proof.prove``;
 ``numeric`` runs the corrupted graph once on random input and compares with the right one by ``torch.testing``'s
 tolerance for the dtype, which is how such a bug would be looked for without a proof. No ``ARGS``.
+
+``caught_state`` is about Python state instead, which a capture freezes or which changes between two calls
+(``state_mutations.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.fx.node import Node
 
 from bench.options import Options
 from bench.report import Condition, Row
+from bench.trust.state_mutations import state_rows
 from l2c_compile.analyses.memory_plan import MemoryPlan, plan_memory
 from l2c_compile.checking.proof import Proof, prove
 from l2c_compile.compile import graph_of, trace_and_capture
@@ -716,7 +720,7 @@ def run(args: Sequence[str], progress: Progress) -> list[Row]:
         count: dict[str, Condition] = {"pipeline": pipeline, "mutations": len(judged)}
         rows.append(Row("caught_share", sum(bool(each.structure) for each in judged) / len(judged), "", count))
         rows.append(Row("caught_by_numbers_share", sum(each.numeric for each in judged) / len(judged), "", count))
-    return rows
+    return rows + state_rows(progress)
 
 
 def _row(judged: Outcome, conditions: Mapping[str, str]) -> Row:

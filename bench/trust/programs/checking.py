@@ -349,7 +349,7 @@ def _judge(graph: LoopGraph, runs: Sequence[_ReferenceRun], exact: bool, what: s
         wanted, spec = tree_flatten(run.wanted)
         if spec != graph.out_spec:
             raise Mismatch(f"{what}: returns {graph.out_spec}, wanted {spec}")
-        if not (same_bits(leaves, wanted) if exact else _close(leaves, wanted)):
+        if not (same_bits(leaves, wanted) if exact else are_close(leaves, wanted)):
             raise Mismatch(f"{what}, run {number}: got {leaves}, wanted {wanted}")
         if not same_bits(inputs, run.inputs):
             raise Mismatch(f"{what}: writes into its inputs")
@@ -365,16 +365,17 @@ _RELATIVE = 1e-9
 that magnify it by a thousand), far below that of another formula."""
 
 
-def _close(got: Sequence[object], wanted: Sequence[object]) -> bool:
-    return len(got) == len(wanted) and all(map(_close_leaf, got, wanted))
+def are_close(got: Sequence[object], wanted: Sequence[object], relative: float = _RELATIVE) -> bool:
+    """Return whether two lists of results are equal up to another order of sums."""
+    return len(got) == len(wanted) and all(_is_close(*pair, relative) for pair in zip(got, wanted, strict=True))
 
 
-def _close_leaf(got: object, wanted: object) -> bool:
+def _is_close(got: object, wanted: object, relative: float) -> bool:
     if not isinstance(got, Tensor) or not isinstance(wanted, Tensor):
         return same_bits(got, wanted)
     if got.dtype != wanted.dtype or got.shape != wanted.shape or got.stride() != wanted.stride():
         return False
-    return bool((got - wanted).abs().max() <= _RELATIVE * wanted.abs().max())
+    return bool((got - wanted).abs().max() <= relative * wanted.abs().max())
 
 
 class _NoteChecker(fx.Interpreter):

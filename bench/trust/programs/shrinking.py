@@ -6,12 +6,20 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from bench.trust.programs.checking import Checker, Outcome, Program, evaluations_of
+from bench.trust.programs.python.checking import PythonChecker
+from bench.trust.programs.python.drawing import PythonProgram
+from bench.trust.programs.python.shrinking import simpler_python_programs
 
-Check = Callable[[Checker, Program], Outcome]
-"""A method of ``Checker`` that judges a program."""
+Drawn: TypeAlias = Program | PythonProgram
+"""A program of any kind."""
+
+P = TypeVar("P", bound=Drawn)
+
+Check = Callable[[Any, Any], Outcome]
+"""A method of a checker that judges a program."""
 
 _PLAIN: dict[str, object] = {
     "dtype": "float64",
@@ -39,16 +47,21 @@ _PLAIN: dict[str, object] = {
 """The plainest choice of every option."""
 
 
-def failure_of(program: Program, check: Check = Checker.check) -> str:
+def checker_of(program: Drawn) -> Checker | PythonChecker:
+    """Return what judges a program, and others of its denoiser."""
+    return Checker(program.denoiser) if isinstance(program, Program) else PythonChecker()
+
+
+def failure_of(program: Drawn, check: Check = Checker.check) -> str:
     """Return how a program fails, in short: equal for failures of one cause. Empty if it does not fail."""
     try:
-        check(Checker(program.denoiser), program)
+        check(checker_of(program), program)
     except Exception as error:  # whatever the compiler raises is what is looked for
         return f"{type(error).__name__}: {str(error)[:24]}"
     return ""
 
 
-def minimise(program: Program, max_tries: int = 200, check: Check = Checker.check) -> Program:
+def minimise(program: P, max_tries: int = 200, check: Check = Checker.check) -> P:
     """Return a program that fails as ``program`` does and that no single step makes smaller, if tries suffice."""
     failure = failure_of(program, check)
     tries = 0
@@ -65,8 +78,11 @@ def minimise(program: Program, max_tries: int = 200, check: Check = Checker.chec
     return program
 
 
-def _simpler(program: Program) -> Iterator[Program]:
+def _simpler(program: Drawn) -> Iterator[Any]:
     """Yield programs with one thing less, the largest things first."""
+    if isinstance(program, PythonProgram):
+        yield from simpler_python_programs(program)
+        return
     document = asdict(program)
     for path in _paths(document):
         changed = copy.deepcopy(document)
