@@ -94,7 +94,7 @@ def capture(
             inputs or the value of a site in place.
         BackendError: if torch cannot make its cache folder.
     """
-    _reject_modules(denoiser)
+    _reject_weights(denoiser)
     with FakeTensorMode():
         example_inputs = tuple(spec.empty() for spec in signature.tensor_forms())
 
@@ -145,15 +145,9 @@ def capture(
     return _to_evaluation_graph(flat, program, tuple(sites))
 
 
-def _reject_modules(denoiser: nn.Module) -> None:
-    """Raise ``CaptureError`` for a module or a weight of a kind that an exported graph cannot hold."""
+def _reject_weights(denoiser: nn.Module) -> None:
+    """Raise ``CaptureError`` for a weight of a kind that an exported graph cannot hold."""
     name = type(denoiser).__name__
-    for path, module in denoiser.named_modules():
-        if isinstance(module, torch.jit._script.RecursiveScriptModule):
-            raise CaptureError(
-                f"module '{path}' of {name} is TorchScript ({module.original_name}), which torch.export cannot follow;"
-                " put the plain module there"
-            )
     for path, weight in (*denoiser.named_parameters(), *denoiser.named_buffers()):
         if is_traceable_wrapper_subclass(weight):
             raise CaptureError(
