@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -105,6 +106,27 @@ class LoopMemory(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.recorder.capturing:
             return func(*args, **kwargs)
+        # What this mode itself asks of tensors is not the loop's to record.
+        with DisableTorchFunction():
+            others = self._others(func, args, kwargs)
+            if others:
+                args, kwargs = tree_map(lambda leaf: others.get(id(leaf), (leaf, leaf))[1], (args, kwargs))
+            made_by = func, args, kwargs
+            args, kwargs = self._by_form_only(func, args, kwargs) or (args, kwargs)
+        if loop_tensors_in(args):
+            func, args = with_tensors(func, args)
+        result = func(*args, **kwargs)
+        with DisableTorchFunction():
+            if others:
+                before = {id(other): leaf for leaf, other in others.values()}
+                result = tree_map(lambda leaf: before.get(id(leaf), leaf), result)
+            self._note_made(*made_by, result)
+        return result
+
+    def _others(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[int, tuple[Tensor, LoopTensor]]:
+        """Return, by identity, the arguments that stand for recorded tensors by now, with these tensors."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is not LoopTensor and _is_tensor(leaf)]
         for leaf in given:
             if isinstance(leaf, FakeTensor):
@@ -113,16 +135,7 @@ class LoopMemory(TorchFunctionMode):
             self._made.pop(memory_of(given[0]), None)
         if writes_in_place(func, kwargs):
             self._record_written(func, args, kwargs)
-        now = {id(leaf): self.now(leaf) for leaf in given}
-        args, kwargs = tree_map(lambda leaf: now.get(id(leaf), leaf), (args, kwargs))
-        by_form = self._by_form_only(func, args, kwargs)
-        if by_form is None and loop_tensors_in((args, kwargs)):
-            func, args = with_tensors(func, args)
-        result = func(*(args if by_form is None else by_form[0]), **(kwargs if by_form is None else by_form[1]))
-        before = {id(now[id(leaf)]): leaf for leaf in given}
-        result = tree_map(lambda leaf: before.get(id(leaf), leaf), result)
-        self._note_made(func, args, kwargs, result)
-        return result
+        return {id(leaf): (leaf, now) for leaf in given if (now := self.now(leaf)) is not leaf}
 
     def now(self, value: Any) -> Any:  # noqa: ANN401 - the value
         """Return what a value is by now: a recorded tensor for one in memory that has lost its values."""

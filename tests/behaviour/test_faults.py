@@ -156,7 +156,7 @@ class TestCapture:
     @pytest.mark.parametrize(
         ("owner", "stage"),
         [
-            (compile_module, "trace_loop"),
+            (compile_module, "trace_without_effects"),
             (capture, "_to_evaluation_graph"),
             (compile_module, "unroll"),
             (Pipeline, "run"),
