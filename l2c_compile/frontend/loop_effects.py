@@ -120,10 +120,12 @@ class _DenoiserWatch:
 def _weights_of(denoiser: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Return identity, memory and version of each weight and buffer."""
     named = [*denoiser.named_parameters(), *denoiser.named_buffers()]
-    return {
-        path: (id(weight), int(weight.untyped_storage()._cdata), 0 if weight.is_inference() else weight._version)
-        for path, weight in named
-    }
+    # Below the modes of the trace, which would look at each of these questions.
+    with torch._C.DisableTorchFunction():
+        return {
+            path: (id(weight), int(weight.untyped_storage()._cdata), 0 if weight.is_inference() else weight._version)
+            for path, weight in named
+        }
 
 
 def _replaced(run: Run) -> dict[int, object]:

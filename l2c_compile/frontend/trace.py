@@ -63,7 +63,7 @@ from l2c_compile.frontend.loop_tensor import (
 )
 from l2c_compile.frontend.overlap import overlaps_in_part
 from l2c_compile.frontend.stand_in import Loop, StandIn
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm, overlaps_of, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
 from l2c_compile.state.random_state import GeneratorStates, random_state_kept, seed_unlike_any_loop
@@ -150,13 +150,20 @@ class LoopTracer(fx.proxy.TracerBase):
         self._thread = threading.get_ident()
         self._is_closed = False
         self._refusal: L2CError | None = None
+        self._shared_inputs: set[int] = set()
+        self.num_draws = 0
+        """How many draws of random numbers were recorded."""
 
     def unroll(self, loop: Loop, noise: object, conditions: Mapping[str, object]) -> fx.Graph:
         """Run ``loop`` and return the recorded graph of torch calls."""
+        tensors = tensors_in((noise, dict(conditions)))
+        overlapping = {position for pair in overlaps_of(tensors) for position in pair}
         noise = self._make_inputs(noise, LATENT)
         self.num_noise = self.num_inputs
         conditions = {name: self._make_inputs(given, f"condition '{name}'") for name, given in conditions.items()}
         given, structure = tree_flatten((noise, conditions))
+        inputs = loop_tensors_in(given)
+        self._shared_inputs = {memory_of(each.fake) for i, each in enumerate(inputs) if i in overlapping}
         recorded = _RandomDrawRecorder(self)
         with random_state_kept(), _generator_guarded(self), torch.no_grad(), self.stand_in, recorded, self.memory:
             seed_unlike_any_loop()
@@ -232,6 +239,7 @@ class LoopTracer(fx.proxy.TracerBase):
     def call(self, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Record one call of torch and return its result: loop tensors, or values that are already known."""
         name = name_of(func)
+        self.num_draws += func in RANDOM_FUNCTIONS or name in IN_PLACE_DRAWS
         given = loop_tensors_in((args, kwargs))
         if name in ("__repr__", "__format__"):
             return "LoopTensor(without values)"
@@ -280,6 +288,12 @@ class LoopTracer(fx.proxy.TracerBase):
         return self.call(Tensor.copy_, (out, drawn), {})
 
     def _check_no_overlap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for each in loop_tensors_in(written_by(args, kwargs)):
+            if memory_of(each.fake) in self._shared_inputs:
+                raise self.untraceable(
+                    f"writes into {made_from([each])}, which shares its memory with another input ({name})",
+                    "clone one of the two before the sampler is called, or write into a clone",
+                )
         written = [each.fake for each in loop_tensors_in(written_by(args, kwargs))]
         read = [each.fake for each in loop_tensors_in((args[1:], {**kwargs, "out": None}))]
         if name == "__setitem__" and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args[1])):
@@ -528,18 +542,36 @@ class _RandomDrawRecorder(TorchFunctionMode):
 
 
 class _GuardedGenerator:
-    """Stands for torch's generator in ``torch.random``: while a loop is traced, it may not ask it anything."""
+    """Stands for torch's generator in ``torch.random`` while a loop is traced.
+
+    The loop may save its state and put it back, as ``fork_rng`` does, as long as it draws nothing in between: draws are
+    recorded, and would go on from the state that was put back.
+    """
 
     def __init__(self, tracer: LoopTracer, generator: torch.Generator) -> None:
         self._tracer = tracer
         self._generator = generator
+        self._num_draws: dict[bytes, int] = {}
+
+    def get_state(self) -> Tensor:
+        state: Tensor = self._generator.get_state()
+        self._num_draws[state.numpy().tobytes()] = self._tracer.num_draws
+        return state
+
+    def set_state(self, state: Tensor) -> None:
+        if self._tracer.is_in_loop and self._num_draws.get(state.numpy().tobytes()) != self._tracer.num_draws:
+            raise self._refusal("set_state")
+        self._generator.set_state(state)
+
+    def _refusal(self, name: str) -> LoopTraceError:
+        return self._tracer.untraceable(
+            f"seeds the random number generator of torch, or puts back a state after a draw ({name})",
+            "seed it before the sampler is called; the sampler draws the same numbers as the loop",
+        )
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the generator has
         if self._tracer.is_in_loop:
-            raise self._tracer.untraceable(
-                f"seeds the random number generator of torch, or reads its state ({name})",
-                "seed it before the sampler is called; the sampler draws the same numbers as the loop",
-            )
+            raise self._refusal(name)
         return getattr(self._generator, name)
 
 

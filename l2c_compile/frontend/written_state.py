@@ -144,6 +144,8 @@ def check_later_runs_are_alike(
     if first.effect is None:
         return
     advice = "pass it as an argument, or make it once, before the model is compiled"
+    if error is LoopTraceError:
+        advice = "reset it where the loop begins (set_timesteps of a scheduler), or pass it as an argument"
     effect = first.effect
 
     def again(run: Run, numbers: Mapping[str, object]) -> Run:

@@ -103,6 +103,8 @@ class CallSignature:
     spec: TreeSpec
     leaves: tuple[object, ...]
     """A ``TensorForm`` for each tensor, a ``StaticValue`` for anything else, in the order of ``spec``."""
+    overlaps: frozenset[tuple[int, int]] = frozenset()
+    """The pairs of tensors, by position, that share memory: a write into one of them reaches the other."""
 
     def tensor_forms(self) -> tuple[TensorForm, ...]:
         """Return the forms of the tensors, in order: the inputs of the evaluation graph."""
@@ -124,4 +126,27 @@ def tensors_in(tree: object) -> list[Tensor]:
 def signature_of(*arguments: object) -> CallSignature:
     """Return the form of nested arguments."""
     leaves, spec = tree_flatten(arguments)
-    return CallSignature(spec, tuple(TensorForm.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))
+    forms = tuple(TensorForm.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
+    return CallSignature(spec, forms, overlaps_of([x for x in leaves if isinstance(x, Tensor)]))
+
+
+def overlaps_of(tensors: Sequence[Tensor]) -> frozenset[tuple[int, int]]:
+    """Return the pairs of tensors, by position, whose elements lie in one stretch of one memory."""
+    if len(tensors) < 2:
+        return frozenset()
+    stretches = [_stretch(tensor) for tensor in tensors]
+    return frozenset(
+        (i, j)
+        for j, (memory, begin, end) in enumerate(stretches)
+        for i, (other, other_begin, other_end) in enumerate(stretches[:j])
+        if memory == other and memory is not None and begin < other_end and other_begin < end
+    )
+
+
+def _stretch(tensor: Tensor) -> tuple[int | None, int, int]:
+    """Return the memory of a tensor, and where its elements begin and end in it, in bytes."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None, 0, 0
+    last = int(sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)))
+    begin, size = int(tensor.storage_offset()), tensor.element_size()
+    return int(tensor.untyped_storage()._cdata), begin * size, (begin + last + 1) * size

@@ -109,6 +109,22 @@ class CompiledSampler(nn.Module):
         check_sites_exist(self.model, schedule.sites)
         self._schedule = schedule
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute; a loop that is a module does not become a child, whose weights are none of the model's."""
+        if name == "loop":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)  # type: ignore[arg-type]
+
+    @property
+    def loop(self) -> Loop:
+        """The sampling loop; after another one is assigned, the next call captures anew."""
+        return self._loop[0]
+
+    @loop.setter
+    def loop(self, loop: Loop) -> None:
+        self._loop = (loop,)
+
     def _begin_empty(self) -> None:
         self._forms: list[CompiledForm] = []
         self._known: list[CompiledForm] = []
@@ -373,7 +389,8 @@ class CompiledSampler(nn.Module):
         # A write through ``weight.data`` leaves the version of the weight, by which others know that it changed.
         torch.autograd.graph.increment_version(list(self.model.parameters()))
         weights = self._weights()
-        self._forms = [form for form in self._forms if form.guards.weights == weights]
+        fitting = (form for form in self._forms if form.guards.weights == weights)
+        self._forms = [form for form in fitting if form.guards.why_not_but_for_weights() is None]
         for form in self._forms:
             for folded in form.graph.folded:
                 for name, value in zip(folded.names, make_constants(form.graph, folded.recipe), strict=True):

@@ -69,6 +69,11 @@ class Guards:
             self._snapshot()
         return reason
 
+    def why_not_but_for_weights(self) -> str | None:
+        """Return what changed in Python since the form was made, None if nothing did that counts."""
+        changes = self._state.changes() if self.is_deep and not self._state.holds() else []
+        return "; ".join(map(str, changes[:3])) or None
+
     def _why_not_read(self) -> str | None:
         if list(map(_version, self._read)) == self._read_versions and self._probes.hold():
             return None

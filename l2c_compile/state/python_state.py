@@ -83,8 +83,8 @@ class PythonState:
         self._global_dicts = [own for _, own, _ in self._reached.globals]
         self._global_names = [name for _, _, name in self._reached.globals]
         self._globals = list(map(dict.get, self._global_dicts, self._global_names))
-        # Tensors of a subclass are not asked by its own __torch_function__, which may refuse or record.
-        with torch._C.DisableTorchFunctionSubclass():
+        # Tensors are asked below every __torch_function__, which may refuse or record, and takes time.
+        with torch._C.DisableTorchFunction():
             self._counted = [tensor for _, tensor in self._reached.tensors if not tensor.is_inference()]
         self._versions = self._versions_now()
         self._arrays = [_elements(array).copy() for _, array in self._reached.arrays]
@@ -124,7 +124,7 @@ class PythonState:
         )
 
     def _versions_now(self) -> list[int]:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunction():
             return list(map(_version, self._counted))
 
     def changes(self) -> list[Change]:
@@ -251,7 +251,7 @@ _GONE = _Description(_MISSING, "")
 def _describe(value: object, versions: Mapping[int, int], by_form: bool) -> _Description:
     kind = type(value)
     if isinstance(value, Tensor):
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunction():
             text = f"a tensor {list(value.shape)}"
             form = (value.shape, value.dtype, value.device)
         return _Description(form if by_form else (id(value), versions.get(id(value))), text, is_tensor=True)
