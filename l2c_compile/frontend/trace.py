@@ -63,7 +63,7 @@ from l2c_compile.frontend.loop_tensor import (
 )
 from l2c_compile.frontend.overlap import overlaps_in_part
 from l2c_compile.frontend.stand_in import Loop, StandIn
-from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm, overlaps_of, tensors_in
+from l2c_compile.graphs.forms import CallSignature, StaticValue, TensorForm, overlaps_of, repeats_of, tensors_in
 from l2c_compile.graphs.loop_graph import EvaluationGraph
 from l2c_compile.graphs.skeleton import EvaluationCall, LoopSkeleton
 from l2c_compile.state.random_state import GeneratorStates, random_state_kept, seed_unlike_any_loop
@@ -412,7 +412,9 @@ class LoopTracer(fx.proxy.TracerBase):
 
     def _evaluate(self, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         leaves, spec = tree_flatten(tree_map(self.memory.now, (args, kwargs)))
-        signature = CallSignature(spec, tuple(self._leaf_signature(leaf) for leaf in leaves))
+        # Code may ask whether it is given one tensor twice, as attention does.
+        repeats = repeats_of([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        signature = CallSignature(spec, tuple(map(self._leaf_signature, leaves)), repeats=repeats)
         with self.stand_in.put_away(), torch.inference_mode(False):
             graph = self.capture_call(signature)
         index = len(self.calls)

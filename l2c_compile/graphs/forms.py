@@ -105,6 +105,8 @@ class CallSignature:
     """A ``TensorForm`` for each tensor, a ``StaticValue`` for anything else, in the order of ``spec``."""
     overlaps: frozenset[tuple[int, int]] = frozenset()
     """The pairs of tensors, by position, that share memory: a write into one of them reaches the other."""
+    repeats: tuple[int, ...] = ()
+    """For each tensor the position of the first that is the same object; empty if no tensor is given twice."""
 
     def tensor_forms(self) -> tuple[TensorForm, ...]:
         """Return the forms of the tensors, in order: the inputs of the evaluation graph."""
@@ -112,10 +114,17 @@ class CallSignature:
 
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return the ``(args, kwargs)`` of the call with ``tensors`` in the places of its tensors."""
-        remaining = iter(tensors)
+        remaining = iter([tensors[position] for position in self.repeats] or tensors)
         leaves = [leaf.value if isinstance(leaf, StaticValue) else next(remaining) for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
+
+
+def repeats_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return for each tensor the position of the first that is the same object; nothing if all are different."""
+    first: dict[int, int] = {}
+    positions = tuple(first.setdefault(id(tensor), position) for position, tensor in enumerate(tensors))
+    return positions if len(first) < len(tensors) else ()
 
 
 def tensors_in(tree: object) -> list[Tensor]:
@@ -124,10 +133,9 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 
 def signature_of(*arguments: object) -> CallSignature:
-    """Return the form of nested arguments."""
+    """Return the form of nested arguments, without their overlaps; Dynamo can trace this."""
     leaves, spec = tree_flatten(arguments)
-    forms = tuple(TensorForm.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves)
-    return CallSignature(spec, forms, overlaps_of([x for x in leaves if isinstance(x, Tensor)]))
+    return CallSignature(spec, tuple(TensorForm.of(x) if isinstance(x, Tensor) else StaticValue.of(x) for x in leaves))
 
 
 def overlaps_of(tensors: Sequence[Tensor]) -> frozenset[tuple[int, int]]:

@@ -32,7 +32,7 @@ from l2c_compile.frontend.loop_result import consumed
 from l2c_compile.frontend.restore import left_as_it_was
 from l2c_compile.frontend.stand_in import Loop
 from l2c_compile.frontend.weights_lock import one_capture, weights_in_use
-from l2c_compile.graphs.forms import CallSignature, signature_of, tensors_in
+from l2c_compile.graphs.forms import CallSignature, overlaps_of, signature_of, tensors_in
 from l2c_compile.graphs.loop_graph import LoopGraph
 from l2c_compile.graphs.marks import write_into
 from l2c_compile.graphs.skeleton import LoopSkeleton
@@ -166,7 +166,7 @@ class CompiledSampler(nn.Module):
     def capture(self, noise: object, **conditions: object) -> CompiledForm:
         """Return the compiled form for these inputs, which is compiled if there is none yet; nothing is sampled."""
         check_no_autocast()
-        inputs = signature_of(noise, dict(conditions))
+        inputs = _form_of(noise, conditions)
         with weights_in_use():
             form = self._form_for(inputs)
         if form is None:
@@ -331,7 +331,7 @@ class CompiledSampler(nn.Module):
         """
         self._check_devices(noise, conditions)
         with weights_in_use():
-            form = self._form_for(signature_of(noise, dict(conditions)))
+            form = self._form_for(_form_of(noise, conditions))
             if form is not None:
                 check_fresh(form)
         trace = form.trace if form is not None else self._trace(noise, conditions)
@@ -504,6 +504,11 @@ class CompiledSampler(nn.Module):
         if self._latest is None:
             raise L2CError("nothing is compiled yet; call the sampler, or sampler.capture(noise, **conditions), first")
         return self._latest
+
+
+def _form_of(noise: object, conditions: Mapping[str, object]) -> CallSignature:
+    inputs = signature_of(noise, dict(conditions))
+    return replace(inputs, overlaps=overlaps_of(tensors_in((noise, dict(conditions)))))
 
 
 def _check_hashable(inputs: CallSignature) -> None:

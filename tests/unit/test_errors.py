@@ -8,7 +8,7 @@ from l2c_compile import errors
 from l2c_compile.errors import FileFormatError, L2CError, nearest
 
 KINDS = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, L2CError)]
-OURS = {"L2CError", "PassFailed", "StaleConstantsError", "VerificationError"}
+OURS = {"FirstCallError", "L2CError", "PassFailed", "StaleConstantsError", "VerificationError"}
 """Raised for what the caller could not know: a bug of ours, or weights that changed."""
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from l2c_compile import CompiledSampler
-from l2c_compile.checking.comparison import largest_errors, same_bits
+from l2c_compile.checking.comparison import largest_errors, own_copy, same_bits
+from l2c_compile.errors import LoopTraceError
 from l2c_compile.loops import DDIM
 from tests.residual_graphs import sampler_of
 from tests.tiny import draw, residual, steps
@@ -88,5 +89,13 @@ def test_a_tensor_given_twice_is_one_tensor_for_the_reference_too() -> None:
     noise = draw(3, 4)
     sampler = sampler_of(residual(), {"a": [1]}, loop)
     assert sampler.verify(noise, y=noise.clone()).bitwise
-    # Written in place, the noise changes the condition, which the graph takes for another input.
-    assert not sampler.verify(noise, y=noise).bitwise
+    # Written in place, the noise changes the condition.
+    with pytest.raises(LoopTraceError, match="writes into the latent, which shares its memory with another input"):
+        sampler.verify(noise, y=noise)
+
+
+def test_a_copy_of_a_tensor_that_is_given_twice_is_one_tensor_too() -> None:
+    x = draw(2, 2)
+    first, second = own_copy({"noise": x, "again": [x]}).values()
+    assert first is second[0]
+    assert first is not x

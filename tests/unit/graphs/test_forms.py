@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from decimal import Decimal
+
+import numpy as np
 import pytest
 import torch
 
-from l2c_compile.graphs.forms import StaticValue, TensorForm, form_of, signature_of, tensors_in
+from l2c_compile.graphs.forms import (
+    StaticValue,
+    TensorForm,
+    form_of,
+    overlaps_of,
+    repeats_of,
+    signature_of,
+    tensors_in,
+)
 
 
 def test_a_form_makes_tensors_like_the_one_that_it_was_read_off() -> None:
@@ -51,3 +64,31 @@ def test_calls_of_equal_form_have_equal_signatures() -> None:
 def test_the_form_of_nested_values() -> None:
     value = torch.zeros(2)
     assert form_of((value, [value, 1])) == (TensorForm.of(value), (TensorForm.of(value), 1))
+
+
+def test_overlaps_are_stretches_of_one_memory() -> None:
+    memory = torch.zeros(4, 4)
+    top, bottom, left = memory[:2], memory[2:], memory[:, :2]
+    assert overlaps_of([top, bottom, torch.zeros(4, 4)]) == frozenset()
+    assert overlaps_of([memory, top, bottom]) == {(0, 1), (0, 2)}
+    assert overlaps_of([top, left, memory[:0]]) == {(0, 1)}
+
+
+def test_a_tensor_that_is_given_twice_is_given_twice() -> None:
+    x, y = torch.zeros(2), torch.ones(2)
+    assert repeats_of([x, y]) == ()
+    assert repeats_of([y, x, y]) == (0, 1, 0)
+    args, _ = replace(signature_of((y, x, y), {}), repeats=(0, 1, 0)).unflatten([x, y, torch.zeros(3)])
+    assert args[0] is args[2]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *((1, 1.0), (1, True), (0.0, -0.0), (complex(0.0), complex(-0.0)), (np.float64(0.0), np.float64(-0.0))),
+        *((frozenset({1}), frozenset({1.0})), (Decimal("1.0"), Decimal("1.00")), (np.float32(1), np.float64(1))),
+    ],
+)
+def test_equal_values_that_code_can_tell_apart_are_two_keys(one: object, other: object) -> None:
+    assert StaticValue.of(one) != StaticValue.of(other)
+    assert StaticValue.of(one) == StaticValue.of(copy.deepcopy(one))
