@@ -137,7 +137,7 @@ REFUSED = {
     logs: r"the loop changes its own state in every call \('global LOG\.length' was 3 and is 6",
     draws_with_numpy: r"seeds the random number generator of numpy\.random, or draws from it",
     draws_from_a_generator: r"'global GENERATOR\.position'",
-    seeds_and_forks: r"seeds the random number generator of torch, or puts back a state after a draw .*test_loop_effects\.py:\d+",
+    seeds_and_forks: r"seeds the random number generator of torch, or puts back a state .*test_loop_effects\.py:\d+",
     sets_an_attribute: r"changes the denoiser before evaluation 1: 'denoiser\.a\.scale' was 0 and is 1",
     adds_a_hook: r"changes the denoiser before evaluation 1: 'denoiser\.a\._forward_hooks",
     swaps_weights: r"changes the weight 'a\.weight' of the denoiser at .*swap them in before the sampler is called",
