@@ -23,7 +23,7 @@ class Probes:
         self._tensors = [tensor for tensor in tensors if _can_be_read(tensor)]
         views = list(map(_some_elements, self._tensors))
         self._seen = [_bits([view]) for view in views]
-        # One comparison for all tensors of a form, because a call should cost nothing; numpy joins small arrays fastest.
+        # One comparison for all tensors, because a call should cost nothing; numpy joins small arrays fastest.
         on_cpu = [view for view in views if view.device.type == "cpu"]
         self._arrays: dict[int, list[np.ndarray[Any, Any]]] = {}
         for view in on_cpu:
