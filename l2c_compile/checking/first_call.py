@@ -27,6 +27,8 @@ _UNITS = 64
 """The error that a graph may have which computes the same in another order, in units of its dtype an evaluation."""
 _UNITS_OF_BACKENDS = 1024
 """The same for a backend that compiles it."""
+_WRAPPED = (".forward", "._compiled_call_impl")
+"""The attributes in which the reference wraps modules."""
 _MOST = 0.5
 """The largest relative error that any of them may have."""
 
@@ -143,4 +145,4 @@ class FirstCall:
 
 def _of_user(changes: Sequence[Change]) -> list[Change]:
     """Return the changes without those of the reference's own wrappers."""
-    return sorted((each for each in changes if not each.path.endswith(".forward")), key=str)
+    return sorted((each for each in changes if not each.path.endswith(_WRAPPED)), key=str)

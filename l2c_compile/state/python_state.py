@@ -278,7 +278,9 @@ def _describe(value: object, versions: Mapping[int, int], by_form: bool) -> _Des
 
 
 def _is_our_hook(value: object) -> bool:
-    return isinstance(value, FunctionType) and value.__module__.startswith("l2c_compile.frontend.")
+    return isinstance(value, FunctionType) and value.__module__.startswith(
+        ("l2c_compile.frontend.", "l2c_compile.checking.")
+    )
 
 
 def _outer_paths(path: str) -> Iterator[str]:

@@ -91,6 +91,19 @@ def test_the_first_evaluation_and_site_that_differ_are_named() -> None:
         del random.__dict__["_calls_of_a_test"]
 
 
+def test_what_no_guard_sees_is_found_by_its_numbers_and_nothing_of_ours_is_blamed() -> None:
+    ticks = iter(range(1, 1000)).__next__
+
+    def ticking(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        for i in range(3):
+            x = x - 0.01 * ticks() * denoiser(x, at(x, i))
+        return x
+
+    sampler = l2c_compile(residual(), CacheSchedule.all_compute(3, ["a", "b"]), ticking)
+    with pytest.raises(FirstCallError, match=r"first, site 'a' of evaluation 1 .*no Python state that can be seen"):
+        sampler(draw(2, 4))
+
+
 def test_random_numbers_are_those_of_the_call_and_the_callers_go_on_as_after_it() -> None:
     def draws(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
         for i in range(3):
