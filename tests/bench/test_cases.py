@@ -147,8 +147,13 @@ def smallest(
     return run_it
 
 
+_ALL_GRAPHS = pytest.mark.slow(reason="it has no small form; test_mutations and test_state_mutations take its parts")
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=_ALL_GRAPHS) if name == "mutations" else name for name in SMALLEST]
+)
 def test_a_case_runs_at_its_smallest(name: str, smallest: Callable[[str], list[Row]]) -> None:
     rows = smallest(name)
     assert set(METRICS[name].split()) <= {each.metric for each in rows}
