@@ -15,7 +15,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -142,6 +142,7 @@ class LoopTracer(fx.proxy.TracerBase):
         self.capturing = False
         self.stand_in = StandIn(denoiser, self.evaluate, self._refuse_copy)
         self.memory = LoopMemory(self)
+        self._recorder = _RandomDrawRecorder(self)
         self.weight_paths = {id(weight): path for path, weight in _named_weights(denoiser)}
         self._weight_memory = {memory_of(weight): path for path, weight in _named_weights(denoiser)}
         self._snapshots: dict[object, tuple[str, Tensor]] = {}
@@ -164,8 +165,8 @@ class LoopTracer(fx.proxy.TracerBase):
         given, structure = tree_flatten((noise, conditions))
         inputs = loop_tensors_in(given)
         self._shared_inputs = {memory_of(each.fake) for i, each in enumerate(inputs) if i in overlapping}
-        recorded = _RandomDrawRecorder(self)
-        with random_state_kept(), _generator_guarded(self), torch.no_grad(), self.stand_in, recorded, self.memory:
+        recorder = self._recorder
+        with random_state_kept(), _generator_guarded(self), torch.no_grad(), self.stand_in, recorder, self.memory:
             seed_unlike_any_loop()
             states = GeneratorStates()
             result = self._run(loop, noise, conditions)
@@ -415,7 +416,7 @@ class LoopTracer(fx.proxy.TracerBase):
         # Code may ask whether it is given one tensor twice, as attention does.
         repeats = repeats_of([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         signature = CallSignature(spec, tuple(map(self._leaf_signature, leaves)), repeats=repeats)
-        with self.stand_in.put_away(), torch.inference_mode(False):
+        with self.stand_in.put_away(), torch.inference_mode(False), self._modes_put_away():
             graph = self.capture_call(signature)
         index = len(self.calls)
         self.calls.append(EvaluationCall(signature, graph))
@@ -433,6 +434,18 @@ class LoopTracer(fx.proxy.TracerBase):
         if graph.out_spec is None:
             raise AssertionError("an evaluation graph without an output structure")
         return tree_unflatten(results, graph.out_spec)
+
+    @contextmanager
+    def _modes_put_away(self) -> Iterator[None]:
+        """Keep the modes of the trace from being asked for each call of torch that a capture makes."""
+        own = [self._recorder, self.memory]
+        with ExitStack() as stack:
+            # A mode that the loop has entered since, such as torch.device, stays, and so do ours below it.
+            entered = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+            if entered[-2:] == own:
+                for _ in own:
+                    stack.enter_context(torch.overrides._pop_mode_temporarily())
+            yield
 
     def _leaf_signature(self, leaf: object) -> object:
         if isinstance(leaf, Tensor):
