@@ -177,6 +177,21 @@ def test_a_scheduler_that_begins_anew_is_taken_and_left_as_it_was() -> None:
     SCHEDULER.__init__()  # type: ignore[misc]
 
 
+def test_a_timestep_that_is_written_through_numpy_or_data_is_taken_as_it_is_at_each_use() -> None:
+    def writes(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        through_numpy, through_data = torch.zeros(2), torch.zeros(2)
+        for i in range(3):
+            through_numpy.numpy().fill(i)
+            through_data.data.fill_(i)
+            x = x - 0.1 * denoiser(x, through_numpy) + 0.1 * denoiser(x, through_data + 0)
+        return x
+
+    model, noise = residual(), draw(2, 4)
+    got = l2c_compile(model, CacheSchedule.all_compute(6, ["a"]), writes, check="structure")(noise)
+    with torch.no_grad():
+        assert same_bits(got, writes(model, noise))
+
+
 def test_a_list_that_the_loop_is_given_may_not_be_written_to() -> None:
     def collects(denoiser: Any, x: Tensor, seen: list[Tensor]) -> Tensor:  # noqa: ANN401
         for i in range(2):

@@ -108,6 +108,24 @@ def test_a_global_of_the_loop_is_guarded(monkeypatch: pytest.MonkeyPatch) -> Non
     check(sampler, noise)
 
 
+def test_an_object_among_the_conditions_is_guarded_by_what_it_holds() -> None:
+    class Settings:
+        def __init__(self) -> None:
+            self.sizes = [0.1]
+
+    def uses_settings(denoiser: Any, x: Tensor, settings: Settings) -> Tensor:  # noqa: ANN401
+        for i in range(3):
+            x = x - settings.sizes[0] * denoiser(x, at(x, i))
+        return x
+
+    model, noise, settings = residual(), draw(2, 4), Settings()
+    sampler = l2c_compile(model, CacheSchedule.from_table({"b": [1, 0, 1]}), uses_settings)
+    for size in (0.1, 0.5):
+        settings.sizes[0] = size
+        wanted = run_reference(model, uses_settings, sampler.schedule, noise, {"settings": settings})
+        assert same_bits(sampler(noise, settings=settings), wanted)
+
+
 def test_another_default_dtype_is_captured_anew() -> None:
     def makes_numbers(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
         return x - denoiser(x, at(x, 0)) * torch.tensor(1 / 3).to(x.dtype)  # type: ignore[no-any-return]
