@@ -3,7 +3,8 @@
 The walk begins at some roots (a denoiser, a loop, the objects among its conditions) and goes through modules,
 containers, objects of the user's classes, functions with their closures and the globals that they name, and classes. It
 does not enter what belongs to torch, numpy, the standard library, this package, or an installed library that defines
-none of the roots and none of their modules: there, which object it is counts, and not what is in it.
+none of the roots and none of their modules: there, which object it is counts, and not what is in it. Objects of
+installed libraries that a denoiser or a condition holds, such as configurations, are looked into as well.
 """
 
 from __future__ import annotations
@@ -159,10 +160,17 @@ class _Walk:
         elif isinstance(value, threading.Thread):
             # It goes on by itself.
             return
-        elif self._is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS):
+        elif self._holds_state(path, value):
             self.reached.objects.append((path, value))
             self._attributes(path, value)
             self._class(type(value))
+
+    def _holds_state(self, path: str, value: object) -> bool:
+        """Return whether an object is looked into: the user's own, and any that a denoiser or a condition holds."""
+        if self._is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS):
+            return True
+        is_attribute = path.startswith(("denoiser", "conditions")) and "'s " not in path
+        return is_attribute and _module_of(type(value)).partition(".")[0] not in _NOT_ENTERED
 
     def _is_entered(self, thing: object) -> bool:
         return self._enters(_module_of(thing))
@@ -181,7 +189,7 @@ class _Walk:
 
     def _attributes(self, path: str, value: object) -> None:
         own = getattr(value, "__dict__", None)
-        if isinstance(own, dict) and (self._is_entered(type(value)) or isinstance(value, _PLAIN_OBJECTS)):
+        if isinstance(own, dict) and self._holds_state(path, value):
             self._container(path, own, "attributes")
         for kind in type(value).__mro__:
             slots = vars(kind).get("__slots__", ()) if self._is_entered(kind) else ()

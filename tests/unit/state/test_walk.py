@@ -7,6 +7,7 @@ import itertools
 import warnings
 from types import SimpleNamespace
 
+import hypothesis
 import numpy as np
 import torch
 from torch import nn
@@ -107,3 +108,16 @@ def test_names_that_python_or_torch_keep_for_themselves_do_not_count() -> None:
     of_class = Held("class A", {}, "class")
     assert not counts(of_class, "__doc__")
     assert counts(of_class, "forward")
+
+
+def test_an_object_of_a_library_is_looked_into_where_a_denoiser_or_a_condition_holds_it() -> None:
+    # Hypothesis stands for any installed library that makes objects with attributes.
+    model, settings = nn.Linear(2, 2), hypothesis.settings(max_examples=3)
+    vars(model)["settings"] = settings
+
+    def paths_below(name: str, root: object) -> set[str]:
+        return {held.path for held in reach({name: root}).containers if held.kind == "attributes"}
+
+    assert "denoiser.settings" in paths_below("denoiser", model)
+    assert "conditions[0]" in paths_below("conditions", [settings])
+    assert "loop's settings" not in paths_below("loop", lambda: settings)
