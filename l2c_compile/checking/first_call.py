@@ -81,6 +81,11 @@ class FirstCall:
                     return
             state.restore()
             raise self._error(got, expected, 0.0 if self.is_bitwise else bound)
+        except torch.OutOfMemoryError as error:
+            raise FirstCallError(
+                "there is not enough memory to run the loop eagerly beside the first call's result; check='structure'"
+                " leaves this comparison out"
+            ) from error
         finally:
             state.restore()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,15 @@ def test_the_first_evaluation_and_site_that_differ_are_named() -> None:
             sampler(draw(2, 4))
     finally:
         del random.__dict__["_calls_of_a_test"]
+
+
+def test_a_lack_of_memory_for_the_comparison_names_the_way_out() -> None:
+    def runs_out(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        raise torch.OutOfMemoryError("no memory")
+
+    call = replace(call_of(lambda results: results), loop=runs_out)
+    with pytest.raises(FirstCallError, match=r"not enough memory .* check='structure' leaves"):
+        call.check()
 
 
 def test_what_no_guard_sees_is_found_by_its_numbers_and_nothing_of_ours_is_blamed() -> None:
