@@ -234,7 +234,11 @@ class Checker:
         """
         loop = DrawnLoop(program.loop)
         schedule = schedule_from(program.sites, program.entries, program.num_evaluations)
-        run = _ReferenceRun(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, 1))
+        try:
+            run = _ReferenceRun(self.denoiser, loop, schedule, *draw_inputs(self.description, program.loop, 1))
+        except RuntimeError as error:
+            # A schedule that reuses a value of another shape has no right answer; ``check`` holds that it is refused.
+            return Outcome(refused=f"NoReference: {error}")
         called = CalledModules.of(self.denoiser, own(run.noise), torch.ones(len(run.noise)), **own(run.conditions))
         for _, site in schedule.reuses:
             if (site.last or site.path) in called.pass_on:
