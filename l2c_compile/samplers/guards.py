@@ -45,8 +45,10 @@ class Guards:
         self._weights_now = weights
         self.weights = weights()
         """The dtypes and devices of the denoiser's parameters, and which parameters are tied."""
-        self._read = [tensor for tensor in read if not tensor.is_inference()]
-        self._read_versions = list(map(_version, self._read))
+        self._read = list(read)
+        # Torch does not count what is written to tensors made under inference_mode; the probes see it.
+        self._counted = [tensor for tensor in read if not tensor.is_inference()]
+        self._read_versions = list(map(_version, self._counted))
         self._snapshot()
 
     def why_not(self) -> str | None:
@@ -75,7 +77,7 @@ class Guards:
         return "; ".join(map(str, changes[:3])) or None
 
     def _why_not_read(self) -> str | None:
-        if list(map(_version, self._read)) == self._read_versions and self._probes.hold():
+        if list(map(_version, self._counted)) == self._read_versions and self._probes.hold():
             return None
         return "a tensor that the loop reads itself, or that the graph holds as a constant, was written to"
 

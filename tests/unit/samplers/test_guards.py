@@ -219,6 +219,21 @@ def test_weights_that_the_loop_reads_itself_are_followed() -> None:
         assert same_bits(sampler(noise), wanted)
 
 
+def test_a_weight_made_in_inference_mode_that_the_loop_reads_is_followed() -> None:
+    model, noise = residual(), draw(2, 4)
+    with torch.inference_mode():
+        model.null = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def reads(denoiser: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        return x - denoiser(x, at(x, 0)) + denoiser.null[None].expand(2, -1) * denoiser.null[0].item()  # type: ignore[no-any-return]
+
+    sampler = l2c_compile(model, CacheSchedule.all_compute(1, ["a"]), reads, check="structure")
+    for factor in (1, 2):
+        with torch.inference_mode():
+            model.null.mul_(factor)
+        assert same_bits(sampler(noise), run_reference(model, reads, sampler.schedule, noise, {}))
+
+
 def test_another_model_loop_or_schedule_of_the_sampler_is_captured_anew() -> None:
     sampler, noise = sampler_of(residual()), draw(2, 4)
     check(sampler, noise)
