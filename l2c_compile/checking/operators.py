@@ -5,9 +5,7 @@ Torch is asked, on fake tensors, once for each operation and form.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch.fx.node import Argument, Node
 
 from l2c_compile.errors import VerificationError
 from l2c_compile.graphs.forms import TensorForm
+from l2c_compile.graphs.nodes import without_torchs_log
 
 
 def on_values(node: Node, values: Mapping[Node, Any]) -> tuple[tuple[object, ...], dict[str, object]]:
@@ -90,7 +89,7 @@ class Inference:
             args = [value for value, argument in zip(given, schema, strict=True) if not argument.kwarg_only]
             kwargs = {a.name: value for value, a in zip(given, schema, strict=True) if a.kwarg_only}
             try:
-                with _without_log():
+                with without_torchs_log():
                     result = target(*args, **kwargs)
             except (DynamicOutputShapeException, DataDependentOutputException) as error:
                 raise VerificationError(
@@ -106,17 +105,6 @@ class Inference:
         forms = tuple(TensorForm.of(r) if isinstance(r, Tensor) else None for r in results)
         shares = storages.index(made) if made in storages else None
         return Inferred(forms if isinstance(result, (tuple, list)) else forms[0], shares)
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """Keep torch from logging a traceback of an error that is raised inside."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
 
 
 def bind(target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[object, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -198,3 +200,14 @@ def root_tensor(root: nn.Module, node: fx.Node) -> Tensor:
     tensor = getattr(root.get_submodule(owner), name)
     assert isinstance(tensor, Tensor)
     return tensor
+
+
+@contextmanager
+def without_torchs_log() -> Iterator[None]:
+    """Keep torch from logging a traceback of an error that is raised inside."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled

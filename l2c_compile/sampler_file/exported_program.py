@@ -7,11 +7,9 @@ order, and the result is the flat list of the loop's results.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +30,14 @@ from torch.utils._pytree import tree_map, tree_structure
 from l2c_compile.errors import BackendError
 from l2c_compile.graphs.forms import TensorForm
 from l2c_compile.graphs.loop_graph import ProgramGraph
-from l2c_compile.graphs.nodes import argument_key, expression, is_pointwise, output_list, root_tensor
+from l2c_compile.graphs.nodes import (
+    argument_key,
+    expression,
+    is_pointwise,
+    output_list,
+    root_tensor,
+    without_torchs_log,
+)
 
 
 def to_exported_program(
@@ -147,7 +152,7 @@ def infer_values(
     def shared(value: Any) -> Any:  # noqa: ANN401 - whatever an operator returns
         return by_form.setdefault(TensorForm.of(value), value) if isinstance(value, Tensor) else value
 
-    with mode, torch.no_grad(), _without_log():
+    with mode, torch.no_grad(), without_torchs_log():
         for node in graph.nodes:
             if node.op == "output":
                 continue
@@ -161,17 +166,6 @@ def infer_values(
             else:
                 values[node] = shared(known(node).empty())
             node.meta["val"] = values[node]
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """Keep torch from logging a traceback of an error that is raised inside."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
 
 
 def _operation(node: fx.Node, rename: Callable[[fx.Node], object]) -> object:

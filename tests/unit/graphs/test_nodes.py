@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 
 import pytest
@@ -21,6 +22,7 @@ from l2c_compile.graphs.nodes import (
     outputs_of,
     packet_of,
     root_tensor,
+    without_torchs_log,
 )
 from tests.tiny import draw, program
 
@@ -145,3 +147,10 @@ def test_what_a_graph_returns_and_refers_to() -> None:
     root = nn.Module()
     root.denoiser = nn.Linear(2, 2)
     assert root_tensor(root, fx.Graph().get_attr("denoiser.bias")) is root.denoiser.bias
+
+
+def test_torchs_log_is_silent_inside_only() -> None:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    with without_torchs_log():
+        assert logger.disabled
+    assert not logger.disabled
