@@ -13,17 +13,14 @@ import ctypes
 import gc
 import json
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.trust.malformed_worker import ForbiddenActionRecorder, Outcome, bounded_memory, judge_error
+from bench.trust.malformed_worker import ForbiddenActionRecorder, Outcome, bounded_memory, judge_error, print_outcomes
 from bench.trust.mutate.forgeries import forged
 from bench.trust.mutate.raw import Draw
 from bench.trust.mutate.valid import valid_files
@@ -127,15 +124,5 @@ def _bits(tensor: Tensor | None) -> bytes:
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
-def _main(seed: int, start: int, stop: int) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        runner = _ForgedGraphRunner(Path(folder))
-        print("ready", flush=True)
-        for index in range(start, stop):
-            print(json.dumps(asdict(runner.outcome(index, seed))), flush=True)
-
-
 if __name__ == "__main__":
-    _main(*map(int, sys.argv[1:]))
+    print_outcomes(_ForgedGraphRunner, *map(int, sys.argv[1:]))

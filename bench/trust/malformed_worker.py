@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -253,15 +254,30 @@ def judge_error(error: BaseException) -> tuple[str, str]:
     return "refused", message
 
 
-def _main(seed: int, start: int, stop: int) -> None:
+class Reader(Protocol):
+    """What makes a file by its number, reads it and judges what happens."""
+
+    def outcome(self, index: int, seed: int) -> Outcome:
+        """Return what happened with file number ``index`` of a seed."""
+
+
+def print_outcomes(make_reader: Callable[[Path], Reader], seed: int, start: int, stop: int) -> None:
+    """Print the outcomes of some files as lines of JSON, after the word that the worker is ready.
+
+    Args:
+        make_reader: a function that makes what reads the files, in a folder of its own.
+        seed: the seed of the files.
+        start: the number of the first file.
+        stop: the number behind that of the last file.
+    """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        reader = _MalformedFileReader(Path(folder))
+        reader = make_reader(Path(folder))
         print("ready", flush=True)
         for index in range(start, stop):
             print(json.dumps(asdict(reader.outcome(index, seed))), flush=True)
 
 
 if __name__ == "__main__":
-    _main(*map(int, sys.argv[1:]))
+    print_outcomes(_MalformedFileReader, *map(int, sys.argv[1:]))
