@@ -97,14 +97,8 @@ class PythonState:
                 not any(self._empty)
                 and self._filled == self._filled_copies
                 and _are(map(operator.getitem, self._strict_owners, self._strict_keys), self._strict_values)
-                and list(map(type, self._objects)) == self._classes
                 and list(map(_code_of, self._functions)) == self._code
-                and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
-                and _are((_content_of(cell) for _, cell in self._reached.cells), self._cells)
-                and _are((getattr(owner, name, _MISSING) for _, owner, name in self._reached.slots), self._slots)
-                and self._versions_now() == self._versions
-                and all(map(_same_elements, self._reached.arrays, self._arrays))
-                and [_position(moving) for _, moving in self._reached.moving] == self._positions
+                and self._all_but_containers_hold()
             )
         # Whatever an object of the user's does when it is compared: a value by value comparison follows.
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError):
@@ -112,12 +106,14 @@ class PythonState:
 
     def is_untouched(self) -> bool:
         """Return whether every value is the same object as before; slower than ``holds``, but compares nothing else."""
+        return all(map(_holds_these, self._live, self._copies)) and self._all_but_containers_hold()
+
+    def _all_but_containers_hold(self) -> bool:
         return (
-            all(map(_holds_these, self._live, self._copies))
-            and list(map(type, self._objects)) == self._classes
+            list(map(type, self._objects)) == self._classes
+            and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
             and _are((_content_of(cell) for _, cell in self._reached.cells), self._cells)
             and _are((getattr(owner, name, _MISSING) for _, owner, name in self._reached.slots), self._slots)
-            and _are(map(dict.get, self._global_dicts, self._global_names), self._globals)
             and self._versions_now() == self._versions
             and all(map(_same_elements, self._reached.arrays, self._arrays))
             and [_position(moving) for _, moving in self._reached.moving] == self._positions
